@@ -1,0 +1,72 @@
+//! Sizes and deadlines that both sides hold to.
+//!
+//! A size here bounds what a hostile peer can make the other side store; a deadline bounds how long
+//! the host waits for a guest that does not answer.
+
+use std::time::Duration;
+
+/// Version of everything in this crate. Raised with any change that the other side can notice.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Length of `StartSandboxRequest.entropy`: fills the kernel's pool (512 bits).
+pub const ENTROPY_BYTES: usize = 64;
+/// Length of `StartSandboxRequest.machine_id`.
+pub const MACHINE_ID_BYTES: usize = 16;
+
+/// Channel stream of the calls (ttrpc).
+pub const STREAM_RPC: u32 = 0;
+/// Channel stream of the events, guest to host.
+pub const STREAM_EVENTS: u32 = 1;
+/// First channel stream for stdio.
+pub const STREAM_FIRST_STDIO: u32 = 16;
+/// Streams that may be open at once on one channel.
+pub const MAX_STREAMS: usize = 4096;
+
+/// Largest payload of one frame of the multiplexer.
+pub const MAX_FRAME: usize = 64 * 1024;
+/// Bytes that may be under way on one stream, one direction, before the reader takes any.
+pub const WINDOW: u32 = 512 * 1024;
+
+/// Largest ttrpc message (ttrpc's own bound).
+pub const MAX_MESSAGE: usize = 4 * 1024 * 1024;
+/// Most file content in one `CopyIn` message; larger files come in pieces.
+pub const MAX_COPY_IN_CHUNK: usize = 1024 * 1024;
+/// Most that `ReadFile` returns.
+pub const MAX_READ_FILE: usize = 64 * 1024;
+/// Largest event, encoded.
+pub const MAX_EVENT: usize = 4096;
+/// Largest OCI specification as JSON.
+pub const MAX_SPEC: usize = 3 * 1024 * 1024;
+/// Process ids in one `Processes` reply that the host looks at.
+pub const MAX_PROCESSES: usize = 65_536;
+/// Phases in one reply that the host looks at.
+pub const MAX_PHASES: usize = 64;
+/// Longest error text from the guest that the host passes on.
+pub const MAX_ERROR_TEXT: usize = 4096;
+/// Longest short string (version, kernel release, phase name) in a reply.
+pub const MAX_SHORT_TEXT: usize = 256;
+
+/// How long the host waits for the answer to each call. Software emulation on a busy node is slow:
+/// these are bounds for a guest that hangs, not expectations.
+pub mod deadline {
+    use super::Duration;
+
+    /// `Hello` of a cloned guest.
+    pub const HELLO: Duration = Duration::from_secs(20);
+    /// `Hello` of a guest that boots.
+    pub const HELLO_COLD: Duration = Duration::from_secs(120);
+    /// `StartSandbox`.
+    pub const START_SANDBOX: Duration = Duration::from_secs(30);
+    /// `CopyIn` and `ReadFile`, each message.
+    pub const COPY: Duration = Duration::from_secs(30);
+    /// `CreateContainer` and `CreateExec`: mounts disks.
+    pub const CREATE: Duration = Duration::from_secs(50);
+    /// `Start`.
+    pub const START: Duration = Duration::from_secs(30);
+    /// `Delete`: ends what is left of a container.
+    pub const DELETE: Duration = Duration::from_secs(30);
+    /// Everything else: no waiting in the guest.
+    pub const QUICK: Duration = Duration::from_secs(10);
+    /// `Pause` and `Resume`: the kernel may have to wait for a system call to end.
+    pub const FREEZE: Duration = Duration::from_secs(20);
+}
