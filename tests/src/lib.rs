@@ -1,1 +1,13 @@
-//! Harness.
+//! Harness of Joey's tests: a private node, the kubelet's side of the runtime interface, images, and a
+//! look at everything a pod could leave behind.
+//!
+//! The tests themselves are in `promises/`, one file per promise; each runs on every supported containerd
+//! through the public interfaces only, the way a kubelet and an operator use Joey.
+
+pub mod cri;
+pub mod image;
+pub mod node;
+pub mod paths;
+pub mod pod;
+pub mod process;
+mod sys;

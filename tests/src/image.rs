@@ -1,0 +1,251 @@
+//! OCI images made on the spot from files of Debian packages, as archives for `ctr images import`.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+/// The image most tests run: busybox with users, two layers.
+pub const BUSYBOX: &str = "localhost/busybox:1";
+/// A web server from Debian's packages: nginx, its libraries and a page.
+pub const NGINX: &str = "localhost/nginx:1";
+
+/// One layer: an uncompressed tar.
+pub struct Layer(tar::Builder<Vec<u8>>);
+
+impl Default for Layer {
+    fn default() -> Self {
+        Self(tar::Builder::new(Vec::new()))
+    }
+}
+
+impl Layer {
+    /// A regular file.
+    pub fn file(mut self, path: &str, mode: u32, content: &[u8]) -> Result<Self> {
+        let mut header = header(tar::EntryType::Regular, mode);
+        header.set_size(content.len() as u64);
+        self.0.append_data(&mut header, path, content)?;
+        Ok(self)
+    }
+
+    /// A directory.
+    pub fn directory(mut self, path: &str, mode: u32) -> Result<Self> {
+        let mut header = header(tar::EntryType::Directory, mode);
+        self.0.append_data(&mut header, path, &[][..])?;
+        Ok(self)
+    }
+
+    /// A symbolic link.
+    pub fn link(mut self, path: &str, target: &str) -> Result<Self> {
+        self.0.append_link(&mut header(tar::EntryType::Symlink, 0o777), path, target)?;
+        Ok(self)
+    }
+
+    /// Everything below a folder of this machine.
+    pub fn tree(mut self, folder: &Path) -> Result<Self> {
+        self.0.follow_symlinks(false);
+        self.0.append_dir_all("", folder).with_context(|| format!("pack {}", folder.display()))?;
+        Ok(self)
+    }
+}
+
+fn header(kind: tar::EntryType, mode: u32) -> tar::Header {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_size(0);
+    header
+}
+
+/// What an image's configuration says about its process.
+#[derive(Default)]
+pub struct Settings<'a> {
+    /// Default command.
+    pub command: &'a [&'a str],
+    /// Variables, `KEY=value`.
+    pub environment: &'a [&'a str],
+    /// User by name or number; empty: root.
+    pub user: &'a str,
+}
+
+/// Writes an OCI archive of one image.
+pub fn write(path: &Path, name: &str, layers: Vec<Layer>, settings: &Settings<'_>) -> Result<()> {
+    let mut archive = tar::Builder::new(fs::File::create(path)?);
+    let mut blob = |bytes: &[u8]| -> Result<(String, usize)> {
+        let digest = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let mut header = header(tar::EntryType::Regular, 0o644);
+        header.set_size(bytes.len() as u64);
+        archive.append_data(&mut header, format!("blobs/sha256/{digest}"), bytes)?;
+        Ok((format!("sha256:{digest}"), bytes.len()))
+    };
+    let mut descriptors = Vec::new();
+    let mut diff_ids = Vec::new();
+    for layer in layers {
+        let (digest, size) = blob(&layer.0.into_inner()?)?;
+        diff_ids.push(digest.clone());
+        let media = "application/vnd.oci.image.layer.v1.tar";
+        descriptors.push(json!({ "mediaType": media, "digest": digest, "size": size }));
+    }
+    let config = json!({
+        "architecture": "amd64", "os": "linux",
+        "config": {
+            "Cmd": settings.command, "Env": settings.environment, "User": settings.user,
+            "WorkingDir": "/",
+        },
+        "rootfs": { "type": "layers", "diff_ids": diff_ids },
+    });
+    let (digest, size) = blob(config.to_string().as_bytes())?;
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": { "mediaType": "application/vnd.oci.image.config.v1+json",
+                    "digest": digest, "size": size },
+        "layers": descriptors,
+    });
+    let (digest, size) = blob(manifest.to_string().as_bytes())?;
+    let index = json!({
+        "schemaVersion": 2,
+        "manifests": [{
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "digest": digest, "size": size,
+            "platform": { "architecture": "amd64", "os": "linux" },
+            "annotations": { "io.containerd.image.name": name,
+                             "org.opencontainers.image.ref.name": name },
+        }],
+    });
+    for (file, content) in
+        [("oci-layout", json!({ "imageLayoutVersion": "1.0.0" })), ("index.json", index)]
+    {
+        let content = content.to_string();
+        let mut header = header(tar::EntryType::Regular, 0o644);
+        header.set_size(content.len() as u64);
+        archive.append_data(&mut header, file, content.as_bytes())?;
+    }
+    archive.into_inner()?.flush()?;
+    Ok(())
+}
+
+/// Makes the archives every node imports, into `folder`; existing ones are made again.
+pub fn standard(folder: &Path, pause: &str) -> Result<Vec<PathBuf>> {
+    fs::create_dir_all(folder)?;
+    let busybox = busybox()?;
+    let pause_path = folder.join("pause.tar");
+    let layer = Layer::default().file("pause", 0o755, &busybox)?.link("sleep", "pause")?;
+    let settings = Settings { command: &["/sleep", "2147483647"], ..Settings::default() };
+    write(&pause_path, pause, vec![layer], &settings)?;
+
+    let busybox_path = folder.join("busybox.tar");
+    let settings = Settings {
+        command: &["sh"],
+        environment: &["PATH=/bin:/sbin:/usr/bin", "FROM_IMAGE=yes"],
+        ..Settings::default()
+    };
+    write(&busybox_path, BUSYBOX, busybox_layers(&busybox)?, &settings)?;
+    Ok(vec![pause_path, busybox_path])
+}
+
+fn busybox() -> Result<Vec<u8>> {
+    fs::read("/bin/busybox").context("read /bin/busybox: run `cargo xtask deps`")
+}
+
+fn busybox_layers(busybox: &[u8]) -> Result<Vec<Layer>> {
+    let output = Command::new("/bin/busybox").arg("--list").output()?;
+    if !output.status.success() {
+        bail!("busybox --list: {}", output.status);
+    }
+    let mut base = Layer::default()
+        .directory("bin", 0o755)?
+        .directory("etc", 0o755)?
+        .directory("home", 0o755)?
+        .directory("tmp", 0o1777)?
+        .directory("proc", 0o755)?
+        .directory("sys", 0o755)?
+        .directory("dev", 0o755)?
+        .file("bin/busybox", 0o755, busybox)?;
+    for applet in String::from_utf8_lossy(&output.stdout).lines().filter(|a| *a != "busybox") {
+        base = base.link(&format!("bin/{applet}"), "busybox")?;
+    }
+    let passwd = "root:x:0:0:root:/:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\n";
+    let group = "root:x:0:\napp:x:1000:\nextra:x:2000:app\n";
+    let base = base
+        .file("etc/passwd", 0o644, passwd.as_bytes())?
+        .file("etc/group", 0o644, group.as_bytes())?
+        .file("etc/replaced", 0o644, b"lower\n")?
+        .file("etc/removed", 0o644, b"lower\n")?;
+    let top = Layer::default()
+        .directory("etc", 0o755)?
+        .file("etc/replaced", 0o644, b"upper\n")?
+        .file("etc/.wh.removed", 0o000, b"")?
+        .directory("www", 0o755)?
+        .file("www/index.html", 0o644, b"hello from the pod\n")?;
+    Ok(vec![base, top])
+}
+
+/// Packs Debian's nginx with the files of the packages it needs.
+pub fn nginx(folder: &Path) -> Result<PathBuf> {
+    let tree = debian_tree(&folder.join("nginx-tree"), &["nginx-light"])?;
+    let configuration = "daemon off; error_log /dev/stderr; pid /tmp/nginx.pid;\n\
+        events {}\nhttp { access_log /dev/stdout; server { listen 80; listen [::]:80; root /www; } }\n";
+    let settings_layer = Layer::default()
+        .directory("etc", 0o755)?
+        .file("etc/joey-nginx.conf", 0o644, configuration.as_bytes())?
+        .file("etc/passwd", 0o644, b"root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")?
+        .file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?
+        .directory("tmp", 0o1777)?
+        .directory("www", 0o755)?
+        .file("www/index.html", 0o644, b"<h1>hello from nginx in its own VM</h1>\n")?;
+    let layers = vec![
+        Layer::default().tree(&tree)?,
+        settings_layer,
+    ];
+    let settings = Settings {
+        command: &["/usr/sbin/nginx", "-c", "/etc/joey-nginx.conf"],
+        environment: &["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
+        ..Settings::default()
+    };
+    let path = folder.join("nginx.tar");
+    write(&path, NGINX, layers, &settings)?;
+    Ok(path)
+}
+
+/// Unpacks packages and what they depend on into one folder, kept for the next time.
+fn debian_tree(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
+    let done = folder.join(".complete");
+    let root = folder.join("root");
+    if done.exists() {
+        return Ok(root);
+    }
+    let debs = folder.join("debs");
+    fs::create_dir_all(&debs)?;
+    fs::create_dir_all(&root)?;
+    let list = Command::new("apt-cache")
+        .args(["depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts"])
+        .args(["--no-breaks", "--no-replaces", "--no-enhances", "--no-pre-depends"])
+        .args(packages)
+        .output()?;
+    // Lines that start a package have no indent; virtual packages are in angle brackets.
+    let skipped = ["debconf", "perl", "init", "systemd", "dpkg", "libsystemd", "python", "cdebconf"];
+    let text = String::from_utf8_lossy(&list.stdout).into_owned();
+    let names = text.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_alphanumeric()));
+    let names = names.filter(|n| !n.contains(':') && !skipped.iter().any(|s| n.starts_with(s)));
+    run(Command::new("apt-get").args(["-qq", "download"]).args(names).current_dir(&debs))?;
+    for deb in fs::read_dir(&debs)? {
+        run(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&root))?;
+    }
+    for unneeded in ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info"] {
+        let _ = fs::remove_dir_all(root.join(unneeded));
+    }
+    fs::write(done, "")?;
+    Ok(root)
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| format!("start {command:?}"))?;
+    if !output.status.success() {
+        bail!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! The pods' cgroups, which on a real node the kubelet makes and removes.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// Every mounted cgroup hierarchy.
+fn hierarchies() -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    if root.join("cgroup.controllers").exists() {
+        return vec![root.to_path_buf()];
+    }
+    let folders = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    folders.filter(|p| p.join("cgroup.procs").exists() && !p.is_symlink()).collect()
+}
+
+/// Makes the cgroup in every hierarchy.
+pub fn make(cgroup: &str) -> Result<()> {
+    for hierarchy in hierarchies() {
+        let mut folder = hierarchy;
+        for part in cgroup.split('/').filter(|part| !part.is_empty()) {
+            let parent = folder.clone();
+            folder.push(part);
+            match fs::create_dir(&folder) {
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                    return Err(error).with_context(|| format!("make {}", folder.display()));
+                }
+                _ => inherit(&parent, &folder),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A new cpuset (v1) is empty and takes no process; controllers (v2) must be switched on by the parent.
+fn inherit(parent: &Path, folder: &Path) {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        if let Ok(value) = fs::read_to_string(parent.join(file))
+            && fs::read_to_string(folder.join(file)).is_ok_and(|own| own.trim().is_empty())
+        {
+            let _ = fs::write(folder.join(file), value);
+        }
+    }
+    if let Ok(controllers) = fs::read_to_string(parent.join("cgroup.controllers")) {
+        for controller in controllers.split_whitespace() {
+            let _ = fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
+    }
+}
+
+/// Removes the cgroup; what others left below it stays and is returned.
+pub fn remove(cgroup: &str) -> Vec<PathBuf> {
+    let mut left = Vec::new();
+    for hierarchy in hierarchies() {
+        let folder = hierarchy.join(cgroup.trim_start_matches('/'));
+        let below = below(&folder);
+        if below.is_empty() {
+            let _ = fs::remove_dir(&folder);
+        }
+        left.extend(below);
+    }
+    left
+}
+
+/// Removes the cgroup with all below it, as the last means.
+pub fn purge(cgroup: &str) {
+    for hierarchy in hierarchies() {
+        let folder = hierarchy.join(cgroup.trim_start_matches('/'));
+        let mut all = below(&folder);
+        all.push(folder);
+        all.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
+        for path in all {
+            let _ = fs::remove_dir(path);
+        }
+    }
+}
+
+/// All cgroups below one, in all hierarchies.
+pub fn list(cgroup: &str) -> Vec<PathBuf> {
+    let folder = |hierarchy: PathBuf| hierarchy.join(cgroup.trim_start_matches('/'));
+    hierarchies().into_iter().flat_map(|hierarchy| below(&folder(hierarchy))).collect()
+}
+
+/// CPU time in nanoseconds that the cgroup's processes used so far.
+pub fn cpu_nanoseconds(cgroup: &str) -> Option<u64> {
+    let name = cgroup.trim_start_matches('/');
+    let root = Path::new("/sys/fs/cgroup");
+    if let Ok(text) = fs::read_to_string(root.join("cpuacct").join(name).join("cpuacct.usage")) {
+        return text.trim().parse().ok();
+    }
+    let text = fs::read_to_string(root.join(name).join("cpu.stat")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("usage_usec "))?;
+    line.trim().parse::<u64>().ok().map(|microseconds| microseconds * 1000)
+}
+
+fn below(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let Ok(entries) = fs::read_dir(folder) else { return found };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            found.extend(below(&entry.path()));
+            found.push(entry.path());
+        }
+    }
+    found
+}

@@ -1,0 +1,135 @@
+//! The configuration files of a test node: containerd 1.7 and 2.1, CNI, Joey. Pure text.
+
+use std::path::Path;
+
+use crate::paths;
+
+/// containerd releases the tests run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// 1.7, the long-term release of Debian 13.
+    V1_7,
+    /// 2.1, of Debian's next release.
+    V2_1,
+}
+
+impl Version {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::V1_7, Self::V2_1];
+
+    /// As on the command line: `1.7`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V1_7 => "1.7",
+            Self::V2_1 => "2.1",
+        }
+    }
+}
+
+impl std::str::FromStr for Version {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|version| version.name() == text)
+            .ok_or_else(|| format!("containerd {text} is not one of 1.7, 2.1"))
+    }
+}
+
+/// Name of the image that holds a pod's namespaces with handler runc.
+pub const PAUSE: &str = "localhost/pause:1";
+
+/// containerd's configuration for a node in `dir`.
+pub fn containerd(version: Version, dir: &Path) -> String {
+    let dir = dir.display();
+    let common = format!(
+        r#"root = "{dir}/root"
+state = "{dir}/state"
+[grpc]
+address = "{dir}/c.sock"
+[ttrpc]
+address = "{dir}/c.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+path = "{dir}/opt"
+[plugins."io.containerd.nri.v1.nri"]
+disable = true
+[plugins."io.containerd.grpc.v1.cri"]
+stream_server_address = "127.0.0.1"
+stream_server_port = "0"
+disable_tcp_service = false
+"#
+    );
+    match version {
+        Version::V1_7 => {
+            let cri = r#"plugins."io.containerd.grpc.v1.cri""#;
+            format!(
+                "version = 2\n{common}sandbox_image = \"{PAUSE}\"\nrestrict_oom_score_adj = true\n\
+                 [{cri}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{dir}/cni\"\n\
+                 [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n{}",
+                runtimes(&format!("{cri}.containerd.runtimes"), version, &dir.to_string())
+            )
+        }
+        Version::V2_1 => {
+            let cri = r#"plugins."io.containerd.cri.v1.runtime""#;
+            format!(
+                "version = 3\n{common}\
+                 [plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = \"{PAUSE}\"\n\
+                 [{cri}]\nrestrict_oom_score_adj = true\n\
+                 [{cri}.cni]\nbin_dirs = [\"/usr/lib/cni\"]\nconf_dir = \"{dir}/cni\"\n\
+                 [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n{}",
+                runtimes(&format!("{cri}.containerd.runtimes"), version, &dir.to_string())
+            )
+        }
+    }
+}
+
+fn runtimes(section: &str, version: Version, dir: &str) -> String {
+    let shim = paths::shim();
+    let joey = |name: &str, more: &str| {
+        format!(
+            "[{section}.{name}]\nruntime_type = \"io.containerd.joey.v2\"\nruntime_path = \"{}\"\n\
+             pod_annotations = [\"io.joey.*\"]\n{more}\
+             [{section}.{name}.options]\nConfigPath = \"{dir}/joey.toml\"\n",
+            shim.display()
+        )
+    };
+    let mut text = format!("[{section}.runc]\nruntime_type = \"io.containerd.runc.v2\"\n");
+    text += &joey("joey", "");
+    if version == Version::V2_1 {
+        text += &joey("joey-sandboxed", "sandboxer = \"shim\"\n");
+    }
+    text
+}
+
+/// A bridge network with IPv4 and IPv6 addresses.
+pub fn cni(dir: &Path) -> String {
+    serde_json::json!({
+        "cniVersion": "0.4.0",
+        "name": "joey-test",
+        "plugins": [{
+            "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false,
+            "hairpinMode": true,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": dir.join("ipam"),
+                "ranges": [
+                    [{ "subnet": "10.88.0.0/16", "gateway": "10.88.0.1" }],
+                    [{ "subnet": "fd88::/64", "gateway": "fd88::1" }]
+                ],
+                "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }]
+            }
+        }]
+    })
+    .to_string()
+}
+
+/// Joey's configuration: every folder moved below the node's.
+pub fn joey(dir: &Path) -> String {
+    let guest = paths::guest();
+    format!(
+        "state_dir = \"{0}/joey\"\nrun_dir = \"{0}/jrun\"\nguest_dir = \"{1}\"\n",
+        dir.display(),
+        guest.display()
+    )
+}

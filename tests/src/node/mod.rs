@@ -1,0 +1,282 @@
+//! A test node: a private containerd with its own namespaces, folders, network and images.
+//!
+//! Everything is below one folder and one pid namespace. `Node::up` starts it, `down` ends it and names
+//! what was left behind. A node made by `cargo xtask node up` outlives the command; one made by the tests
+//! ends with the test runner even if that is killed.
+
+pub mod cgroups;
+pub mod config;
+pub mod holder;
+pub mod traces;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use self::config::Version;
+use self::traces::Traces;
+use crate::cri::Cri;
+use crate::{image, paths};
+
+/// Where all nodes live: short, as sockets' paths have little room.
+const NODES: &str = "/tmp/joey-node";
+
+/// A running node.
+pub struct Node {
+    /// The containerd release it runs.
+    pub version: Version,
+    /// Connection to its containerd.
+    pub cri: Cri,
+    dir: PathBuf,
+    holder: u32,
+    holder_child: Mutex<Option<Child>>,
+    containerd: Mutex<Option<Child>>,
+}
+
+/// How a node is started.
+pub struct Options<'a> {
+    /// The containerd release.
+    pub version: Version,
+    /// Short name; names folder and cgroup.
+    pub name: &'a str,
+    /// The `joey-node` binary, which is also the holder.
+    pub tool: &'a Path,
+    /// End the node with this process.
+    pub tied: bool,
+}
+
+impl Node {
+    /// Starts a node and imports the standard images.
+    pub fn up(options: &Options<'_>) -> Result<Self> {
+        let dir = folder(options.name);
+        if dir.join("holder").exists() {
+            bail!("node {} is up already: end it with `cargo xtask node down`", options.name);
+        }
+        for folder in ["cni", "jrun", "joey", "logs"] {
+            fs::create_dir_all(dir.join(folder))?;
+        }
+        fs::write(dir.join("config.toml"), config::containerd(options.version, &dir))?;
+        fs::write(dir.join("cni/10-joey.conflist"), config::cni(&dir))?;
+        fs::write(dir.join("joey.toml"), config::joey(&dir))?;
+        fs::write(dir.join("version"), options.version.name())?;
+        let child = holder::spawn(options.tool, options.tied)?;
+        fs::write(dir.join("holder"), child.id().to_string())?;
+        let node = Self {
+            version: options.version,
+            cri: Cri::connect(&dir.join("c.sock"))?,
+            holder: child.id(),
+            holder_child: Mutex::new(Some(child)),
+            containerd: Mutex::new(None),
+            dir,
+        };
+        node.start_containerd()?;
+        for archive in image::standard(&node.dir.join("images"), config::PAUSE)? {
+            node.import(&archive)?;
+        }
+        Ok(node)
+    }
+
+    /// Finds a node that an earlier command started.
+    pub fn attach(name: &str) -> Result<Self> {
+        let dir = folder(name);
+        let read = |file: &str| fs::read_to_string(dir.join(file));
+        let holder = read("holder").map_err(|_| anyhow!("no node {name} is up"))?.trim().parse()?;
+        Ok(Self {
+            version: read("version")?.trim().parse().map_err(|error: String| anyhow!(error))?,
+            cri: Cri::connect(&dir.join("c.sock"))?,
+            holder,
+            holder_child: Mutex::new(None),
+            containerd: Mutex::new(None),
+            dir,
+        })
+    }
+
+    /// The node's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The CRI socket, for any client.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("c.sock")
+    }
+
+    /// Pid of the process that keeps the node's namespaces.
+    pub fn holder(&self) -> u32 {
+        self.holder
+    }
+
+    /// The cgroup below which the node's pods are.
+    pub fn cgroup(&self) -> String {
+        let name = self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        format!("/joey-node-{name}")
+    }
+
+    /// Starts containerd (again) and waits until it serves the runtime interface.
+    pub fn start_containerd(&self) -> Result<()> {
+        let bin = paths::deps().join(format!("containerd-{}/usr/bin", self.version.name()));
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("containerd.log"))
+            .context("open containerd's log")?;
+        let mut command = Command::new(bin.join("containerd"));
+        command
+            .arg("--config")
+            .arg(self.dir.join("config.toml"))
+            .env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display()))
+            .env("JOEY_CONFIG", self.dir.join("joey.toml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let child = holder::spawn_inside(self.holder, command)?;
+        fs::write(self.dir.join("containerd"), child.id().to_string())?;
+        *lock(&self.containerd) = Some(child);
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            // The version answers before the CRI plugin is ready; a list of images does not.
+            match self.cri.images() {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > end => {
+                    return Err(error.context(format!("containerd did not come up: {}", self.log())));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+
+    /// Pid of containerd.
+    pub fn containerd_pid(&self) -> Result<u32> {
+        Ok(fs::read_to_string(self.dir.join("containerd"))?.trim().parse()?)
+    }
+
+    /// Ends containerd with SIGKILL, as a crash would.
+    pub fn kill_containerd(&self) -> Result<()> {
+        let pid = self.containerd_pid()?;
+        crate::process::kill(pid)?;
+        if let Some(mut child) = lock(&self.containerd).take() {
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Last lines of containerd's log.
+    pub fn log(&self) -> String {
+        let text = fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(12)..].join("\n")
+    }
+
+    /// Imports an image archive.
+    pub fn import(&self, archive: &Path) -> Result<()> {
+        let bin = paths::deps().join(format!("containerd-{}/usr/bin", self.version.name()));
+        let mut command = Command::new(bin.join("ctr"));
+        command.arg("--address").arg(self.socket()).args(["-n", "k8s.io", "images", "import"]);
+        if self.version == Version::V2_1 {
+            command.arg("--local");
+        }
+        command.arg(archive).stdin(Stdio::null());
+        let output = self.run_inside(command)?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            bail!("import {}: {}\n{text}", archive.display(), output.status);
+        }
+        Ok(())
+    }
+
+    /// Runs a command in the node's namespaces to its end.
+    pub fn run_inside(&self, mut command: Command) -> Result<std::process::Output> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Ok(holder::spawn_inside(self.holder, command)?.wait_with_output()?)
+    }
+
+    /// Runs `joey` with this node's configuration; returns its standard output.
+    pub fn joey(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new(paths::joey());
+        command.args(arguments).env("JOEY_CONFIG", self.dir.join("joey.toml"));
+        command.stdin(Stdio::null());
+        let output = self.run_inside(command)?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            bail!("joey {}: {}\n{text}", arguments.join(" "), output.status);
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs `work` on a thread in the node's network, where pods' addresses can be reached.
+    pub fn in_network<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        holder::in_network(self.holder, work)
+    }
+
+    /// What exists on the node now.
+    pub fn traces(&self) -> Traces {
+        Traces::take(self.holder, &self.dir, &self.cgroup())
+    }
+
+    /// Processes that run on the node, by pid and command line.
+    pub fn processes(&self) -> Vec<(u32, String)> {
+        let pids = traces::processes(self.holder);
+        pids.into_iter().filter_map(|pid| Some((pid, traces::command(pid)?))).collect()
+    }
+
+    /// Removes all pods, stops containerd, ends the namespaces, removes the files; returns leaks by name.
+    pub fn down(&self) -> Result<Vec<String>> {
+        let mut leaks = Vec::new();
+        for pod in self.cri.pods().unwrap_or_default() {
+            let removed = self.cri.stop_pod(&pod).and_then(|()| self.cri.remove_pod(&pod));
+            if let Err(error) = removed {
+                leaks.push(format!("pod {pod} could not be removed: {error:#}"));
+            }
+        }
+        if let Ok(pid) = self.containerd_pid() {
+            crate::process::terminate(pid, Duration::from_secs(10))?;
+        }
+        if let Some(mut child) = lock(&self.containerd).take() {
+            child.wait()?;
+        }
+        let end = Instant::now() + Duration::from_secs(5);
+        while !traces::processes(self.holder).is_empty() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        leaks.extend(self.leaks_at_end());
+        crate::process::terminate(self.holder, Duration::ZERO)?;
+        if let Some(mut child) = lock(&self.holder_child).take() {
+            child.wait()?;
+        }
+        cgroups::purge(&self.cgroup());
+        fs::remove_dir_all(&self.dir)
+            .with_context(|| format!("remove {}", self.dir.display()))?;
+        Ok(leaks)
+    }
+
+    fn leaks_at_end(&self) -> Vec<String> {
+        let harmless = |name: &str| {
+            // What the node itself set up; the bridge stays after its last pod.
+            name.starts_with("mount /") && !name.contains(&*self.dir.to_string_lossy())
+                && !name.contains("netns/")
+                || name.starts_with("BPF object")
+                || name.starts_with("network device") && !name.contains("veth")
+                || name.starts_with("cgroup") && !name.contains("/pod-")
+        };
+        let traces = self.traces();
+        traces.names().filter(|name| !harmless(name)).map(str::to_owned).collect()
+    }
+}
+
+/// Names of the nodes that are up.
+pub fn names() -> Vec<String> {
+    let entries = fs::read_dir(NODES).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(NODES).join(name)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

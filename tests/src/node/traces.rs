@@ -1,0 +1,139 @@
+//! What exists on a node at one moment, so that what a test left behind can be named.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::cgroups;
+
+/// Names of everything a pod can leave behind.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Traces(BTreeSet<String>);
+
+impl Traces {
+    /// Looks at the node that `holder` keeps.
+    pub fn take(holder: u32, dir: &Path, cgroup: &str) -> Self {
+        let mut found = BTreeSet::new();
+        for process in processes(holder) {
+            // A kernel-side zombie or an exiting process without a name is on its way out.
+            if let Some(name) = command(process) {
+                found.insert(format!("process {process}: {name}"));
+            }
+        }
+        let mounts = fs::read_to_string(format!("/proc/{holder}/mountinfo")).unwrap_or_default();
+        for line in mounts.lines() {
+            if let Some(target) = line.split(' ').nth(4) {
+                found.insert(format!("mount {target}"));
+            }
+        }
+        let links = fs::read_to_string(format!("/proc/{holder}/net/dev")).unwrap_or_default();
+        for line in links.lines().skip(2) {
+            if let Some((name, _)) = line.split_once(':') {
+                found.insert(format!("network device {}", name.trim()));
+            }
+        }
+        let root = PathBuf::from(format!("/proc/{holder}/root"));
+        for (what, folder) in [
+            ("network namespace", root.join("run/netns")),
+            ("socket", root.join("run/containerd/s")),
+            ("BPF object", root.join("sys/fs/bpf")),
+            ("address lease", dir.join("ipam/joey-test")),
+            ("sandbox record", dir.join("jrun/sandboxes")),
+            ("bundle", dir.join("state/io.containerd.runtime.v2.task/k8s.io")),
+        ] {
+            for name in names(&folder) {
+                // host-local keeps its lock and its last address.
+                if !name.starts_with("last_reserved") && name != "lock" {
+                    found.insert(format!("{what} {name}"));
+                }
+            }
+        }
+        for path in cgroups::list(cgroup) {
+            found.insert(format!("cgroup {}", path.display()));
+        }
+        Self(found)
+    }
+
+    /// What is here but was not in `before`.
+    pub fn beyond(&self, before: &Self) -> Vec<String> {
+        self.0.difference(&before.0).cloned().collect()
+    }
+
+    /// All of it.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(String::as_str)
+    }
+}
+
+/// Waits until nothing is left beyond `before`; returns what still is at the deadline.
+pub fn settle(deadline: Duration, before: &Traces, take: impl Fn() -> Traces) -> Vec<String> {
+    let end = Instant::now() + deadline;
+    loop {
+        let left = take().beyond(before);
+        if left.is_empty() || Instant::now() > end {
+            return left;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Processes of the holder's pid namespace and of those nested in it, without the holder.
+pub fn processes(holder: u32) -> Vec<u32> {
+    let Some(depth) = levels(holder).map(|pids| pids.len()) else { return Vec::new() };
+    let Ok(own) = fs::read_link(format!("/proc/{holder}/ns/pid")) else { return Vec::new() };
+    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let inside = |pid: u32| {
+        pid != holder
+            && match fs::read_link(format!("/proc/{pid}/ns/pid")) {
+                Ok(namespace) if namespace == own => true,
+                Ok(_) => levels(pid).is_some_and(|pids| pids.len() > depth) && descends(pid, holder),
+                Err(_) => false,
+            }
+    };
+    pids.filter(|pid| inside(*pid)).collect()
+}
+
+fn levels(pid: u32) -> Option<Vec<u32>> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_whitespace().map(|pid| pid.parse().ok()).collect()
+}
+
+/// Whether `holder`'s namespace is among the ancestors: some parent lives directly in it.
+fn descends(mut pid: u32, holder: u32) -> bool {
+    let own = fs::read_link(format!("/proc/{holder}/ns/pid")).ok();
+    while let Some(parent) = parent(pid).filter(|parent| *parent > 1) {
+        if parent == holder || fs::read_link(format!("/proc/{parent}/ns/pid")).ok() == own {
+            return true;
+        }
+        pid = parent;
+    }
+    false
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+}
+
+/// A process's command line.
+pub fn command(pid: u32) -> Option<String> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let text = String::from_utf8_lossy(&bytes).replace('\0', " ");
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.chars().take(160).collect())
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            found.extend(names(&entry.path()).into_iter().map(|below| format!("{name}/{below}")));
+        }
+        found.push(name);
+    }
+    found
+}
