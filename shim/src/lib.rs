@@ -1,1 +1,6 @@
+//! Joey's shim: everything behind `containerd-shim-joey-v2` and the operator's tool `joey`.
+//!
+//! `docs/architecture.md` draws how the modules hang together.
 
+pub mod bootstrap;
+pub mod log;
