@@ -1,1 +1,100 @@
-fn main() {}
+//! `joey-agent`: PID 1 of a Joey guest. Runs containers for the host, and nothing else.
+//!
+//! Order of work: mounts and kernel modules, the channel to the host, then one event loop. The
+//! process has a single thread for its whole life, so that it may fork a container's process and run
+//! ordinary Rust in it; that is asserted before the loop takes its first call. The end of the channel
+//! is the end of the sandbox: whatever ends the agent ends the machine, and the host sees it.
+
+mod boot;
+mod channel;
+mod fd_io;
+mod identity;
+mod log;
+mod paths;
+mod reap;
+mod rpc;
+mod sandbox;
+mod storage;
+mod sys;
+mod volumes;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use joey_protocol::api;
+use nix::sys::reboot::{RebootMode, reboot};
+
+use crate::log::{info, warning};
+
+/// What ends the agent.
+#[derive(Debug, thiserror::Error)]
+enum AgentError {
+    #[error(transparent)]
+    Boot(#[from] boot::BootError),
+    #[error(transparent)]
+    Channel(#[from] channel::ChannelError),
+    #[error("the event loop: {0}")]
+    Loop(#[from] io::Error),
+    #[error("the calls: {0}")]
+    Calls(#[from] ttrpc::Error),
+    #[error("the agent has {0} threads; it may only fork with one")]
+    Threads(usize),
+}
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        warning!("this program is the init process of a Joey guest; it does nothing elsewhere");
+        return ExitCode::from(2);
+    }
+    let default_hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        default_hook(panic);
+        // A forked child panics for itself alone.
+        if std::process::id() == 1 {
+            end_machine();
+        }
+    }));
+    match work() {
+        Ok(()) => info!("the host closed the channel"),
+        Err(error) => warning!("the agent ends: {error}"),
+    }
+    end_machine();
+    ExitCode::FAILURE
+}
+
+/// Resets the machine, which the VMM was told to take as its end: unlike power-off this needs no
+/// driver.
+fn end_machine() {
+    if let Err(error) = reboot(RebootMode::RB_AUTOBOOT) {
+        warning!("resetting the machine: {error}");
+    }
+}
+
+fn work() -> Result<(), AgentError> {
+    boot::boot()?;
+    let port = channel::open()?;
+    info!("booted");
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(serve(port))
+}
+
+async fn serve(port: OwnedFd) -> Result<(), AgentError> {
+    let calls = fd_io::FdIo::new(port)?;
+    let reaper = reap::Reaper::default();
+    tokio::spawn(reaper.clone().run());
+    let sandbox = Arc::new(sandbox::Sandbox::new());
+    let connection = futures::stream::once(async move { Ok(calls) });
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(ttrpc::r#async::transport::Listener::new(connection))
+        .register_service(api::create_agent(Arc::new(rpc::Service(sandbox))));
+    server.start().await?;
+    let threads = std::fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(AgentError::Threads(threads));
+    }
+    std::future::pending().await
+}

@@ -1,0 +1,305 @@
+//! What makes a clone itself: clock, entropy, machine id, host name, network, sysctls, shared memory.
+//!
+//! A clone wakes with its template's memory: the same generator state, the same clock, no name. All
+//! of this is set before the first container exists, or the sandbox does not start. Order: the clock
+//! first (later steps take time from it), then entropy (nothing random is drawn before), the rest
+//! after; `boot_id`, which the kernel draws at its first reading, is read last, so that no two clones
+//! of a template share it.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use joey_protocol::handshake::VersionMismatch;
+use joey_protocol::{api, handshake, limits};
+use nix::mount::{MsFlags, mount};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+
+use crate::sys;
+
+/// Size of the pod's /dev/shm when the host names none.
+const DEFAULT_SHM_BYTES: u64 = 64 << 20;
+/// Longest host name that Linux takes.
+const HOSTNAME_MAX: usize = 64;
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Why this clone could not become the sandbox.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum IdentityError {
+    /// The host speaks another version.
+    #[error(transparent)]
+    Version(#[from] VersionMismatch),
+    /// A field of the request is not usable.
+    #[error("sandbox request: {field} {problem}")]
+    Invalid {
+        /// Which field.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A sysctl that a pod may not set.
+    #[error(
+        "sysctl {0:?} is not one a pod may set (net.*, kernel.shm*, kernel.msg*, kernel.sem, \
+         fs.mqueue.*)"
+    )]
+    SysctlRefused(String),
+    /// A step failed in the kernel.
+    #[error("setting the sandbox's {step}: {source}")]
+    Step {
+        /// Which step.
+        step: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl IdentityError {
+    /// Whether the request, not the guest, is at fault.
+    pub(crate) fn is_callers(&self) -> bool {
+        matches!(
+            self,
+            Self::Version(_) | Self::Invalid { .. } | Self::SysctlRefused(_)
+        )
+    }
+}
+
+fn step<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> IdentityError {
+    let step = step.into();
+    move |source| IdentityError::Step {
+        step,
+        source: source.into(),
+    }
+}
+
+/// Gives this clone its identity; on any error the sandbox must not start.
+pub(crate) fn assume(
+    request: &api::StartSandboxRequest,
+) -> Result<api::StartSandboxResponse, IdentityError> {
+    check(request)?;
+    let mut phases = Phases::default();
+    phases.measure("clock", || set_clock(request.wall_clock_ns))?;
+    phases.measure("entropy", || set_entropy(&request.entropy))?;
+    phases.measure("names", || set_names(request))?;
+    phases.measure("sysctls", || set_sysctls(request))?;
+    phases.measure("shared memory", || set_shared_memory(request.shm_bytes))?;
+    let boot_id = fs::read_to_string(BOOT_ID).map_err(step("boot id"))?;
+    Ok(api::StartSandboxResponse {
+        phases: phases.0,
+        boot_id: boot_id.trim().to_owned(),
+        ..Default::default()
+    })
+}
+
+/// Everything that can be wrong with the request itself, before anything is changed.
+fn check(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
+    let invalid = |field, problem: String| Err(IdentityError::Invalid { field, problem });
+    handshake::check("host", request.protocol_version)?;
+    if request.entropy.len() != limits::ENTROPY_BYTES {
+        let problem = format!(
+            "has {} bytes, not {}",
+            request.entropy.len(),
+            limits::ENTROPY_BYTES
+        );
+        return invalid("entropy", problem);
+    }
+    if request
+        .entropy
+        .iter()
+        .all(|byte| *byte == request.entropy[0])
+    {
+        return invalid("entropy", "is one byte repeated".to_owned());
+    }
+    if request.machine_id.len() != limits::MACHINE_ID_BYTES {
+        let problem = format!(
+            "has {} bytes, not {}",
+            request.machine_id.len(),
+            limits::MACHINE_ID_BYTES
+        );
+        return invalid("machine_id", problem);
+    }
+    if request.wall_clock_ns <= 0 {
+        return invalid("wall_clock_ns", format!("is {}", request.wall_clock_ns));
+    }
+    let name = request.hostname.as_bytes();
+    if name.len() > HOSTNAME_MAX || name.iter().any(|byte| !byte.is_ascii_graphic()) {
+        return invalid(
+            "hostname",
+            format!("{:?} is not a host name", request.hostname),
+        );
+    }
+    for name in request.sysctls.keys() {
+        sysctl_path(name)?;
+    }
+    Ok(())
+}
+
+#[derive(Default)]
+struct Phases(Vec<api::Phase>);
+
+impl Phases {
+    fn measure<T>(
+        &mut self,
+        name: &str,
+        work: impl FnOnce() -> Result<T, IdentityError>,
+    ) -> Result<T, IdentityError> {
+        let begin = sys::monotonic();
+        let result = work()?;
+        self.0.push(phase(name, sys::monotonic() - begin));
+        Ok(result)
+    }
+}
+
+/// One measured step as the protocol carries it.
+pub(crate) fn phase(name: &str, took: Duration) -> api::Phase {
+    api::Phase {
+        name: name.to_owned(),
+        nanoseconds: u64::try_from(took.as_nanos()).unwrap_or(u64::MAX),
+        ..Default::default()
+    }
+}
+
+fn set_clock(wall_clock_ns: i64) -> Result<(), IdentityError> {
+    let time = TimeSpec::from_duration(Duration::from_nanos(wall_clock_ns.unsigned_abs()));
+    clock_settime(ClockId::CLOCK_REALTIME, time).map_err(step("clock"))
+}
+
+/// The generator of a clone is its template's, so every clone would draw the same bytes until this
+/// has succeeded: mixing in alone may wait for the kernel's own pace, hence the reseed.
+fn set_entropy(entropy: &[u8]) -> Result<(), IdentityError> {
+    let random = OpenOptions::new()
+        .write(true)
+        .open("/dev/urandom")
+        .map_err(step("entropy (opening /dev/urandom)"))?;
+    sys::add_entropy(random.as_fd(), entropy).map_err(step("entropy (RNDADDENTROPY)"))?;
+    sys::reseed(random.as_fd()).map_err(step("entropy (RNDRESEEDCRNG)"))
+}
+
+fn set_names(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
+    let mut id: String = request
+        .machine_id
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    id.push('\n');
+    fs::write("/etc/machine-id", id).map_err(step("machine id"))?;
+    if !request.hostname.is_empty() {
+        nix::unistd::sethostname(&request.hostname).map_err(step("host name"))?;
+    }
+    Ok(())
+}
+
+/// The file of a sysctl that a pod may set in its own namespaces; anything else is refused.
+fn sysctl_path(name: &str) -> Result<PathBuf, IdentityError> {
+    let refused = || IdentityError::SysctlRefused(name.to_owned());
+    // Kubernetes writes dots; a name that has slashes uses dots literally (interface names).
+    let separator = if name.contains('/') { '/' } else { '.' };
+    let mut path = PathBuf::from("/proc/sys");
+    let parts: Vec<&str> = name.split(separator).collect();
+    for part in &parts {
+        let dots = part.chars().all(|c| c == '.');
+        if part.is_empty() || dots || part.contains('\0') {
+            return Err(refused());
+        }
+        path.push(part);
+    }
+    let allowed = match parts.as_slice() {
+        ["net", _, ..] | ["fs", "mqueue", _] => true,
+        ["kernel", leaf] => leaf.starts_with("shm") || leaf.starts_with("msg") || *leaf == "sem",
+        _ => false,
+    };
+    if allowed { Ok(path) } else { Err(refused()) }
+}
+
+fn set_sysctls(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
+    for (name, value) in &request.sysctls {
+        fs::write(sysctl_path(name)?, value).map_err(step(format!("sysctl {name}={value:?}")))?;
+    }
+    Ok(())
+}
+
+fn set_shared_memory(bytes: u64) -> Result<(), IdentityError> {
+    let bytes = if bytes == 0 { DEFAULT_SHM_BYTES } else { bytes };
+    let options = format!("mode=1777,size={bytes}");
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(
+        None::<&str>,
+        "/dev/shm",
+        None::<&str>,
+        flags,
+        Some(options.as_str()),
+    )
+    .map_err(step(format!("/dev/shm of {bytes} bytes")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> api::StartSandboxRequest {
+        api::StartSandboxRequest {
+            protocol_version: limits::PROTOCOL_VERSION,
+            wall_clock_ns: 1,
+            entropy: (0..limits::ENTROPY_BYTES).map(|n| n as u8).collect(),
+            machine_id: vec![1; 16],
+            hostname: "web-0".to_owned(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn sysctls_of_a_pod_only() {
+        for (name, path) in [
+            ("net.ipv4.ip_forward", "/proc/sys/net/ipv4/ip_forward"),
+            (
+                "net/ipv4/conf/eth0.100/rp_filter",
+                "/proc/sys/net/ipv4/conf/eth0.100/rp_filter",
+            ),
+            ("kernel.shm_rmid_forced", "/proc/sys/kernel/shm_rmid_forced"),
+            ("kernel.sem", "/proc/sys/kernel/sem"),
+            ("fs.mqueue.msg_max", "/proc/sys/fs/mqueue/msg_max"),
+        ] {
+            assert_eq!(sysctl_path(name).unwrap(), PathBuf::from(path));
+        }
+        for name in [
+            "",
+            "net",
+            "net.",
+            "net..x",
+            "kernel.core_pattern",
+            "vm.swappiness",
+            "net/../kernel/x",
+            "net/./x",
+            "/net/x",
+            "kernel.random.boot_id",
+            "fs.mqueue.a.b",
+            "net.a\0b",
+        ] {
+            assert!(sysctl_path(name).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn refuses_what_cannot_make_an_identity() {
+        assert!(check(&request()).is_ok());
+        let faults: [fn(&mut api::StartSandboxRequest); 7] = [
+            |r| r.protocol_version += 1,
+            |r| r.entropy.truncate(8),
+            |r| r.entropy.fill(0),
+            |r| r.machine_id.clear(),
+            |r| r.wall_clock_ns = 0,
+            |r| r.hostname = "a b".to_owned(),
+            |r| drop(r.sysctls.insert("vm.swappiness".to_owned(), "1".to_owned())),
+        ];
+        for (index, fault) in faults.iter().enumerate() {
+            let mut request = request();
+            fault(&mut request);
+            assert!(
+                check(&request).is_err_and(|e| e.is_callers()),
+                "fault {index}"
+            );
+        }
+    }
+}

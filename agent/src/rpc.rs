@@ -1,0 +1,77 @@
+//! The calls of `agent.proto`: decode, check, forward, and turn errors into codes.
+//!
+//! Nothing here decides anything. Codes: INVALID_ARGUMENT for a request that can never work,
+//! FAILED_PRECONDITION for one that comes at the wrong time, NOT_FOUND and ALREADY_EXISTS for names,
+//! INTERNAL for what failed in the guest.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use joey_protocol::{api, limits};
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::get_status;
+
+use crate::sandbox::{Sandbox, SandboxError};
+
+/// The service; the host is its only client.
+pub(crate) struct Service(pub(crate) Arc<Sandbox>);
+
+impl From<SandboxError> for ttrpc::Error {
+    fn from(error: SandboxError) -> Self {
+        let mut text = error.to_string();
+        if text.len() > limits::MAX_ERROR_TEXT {
+            let end = (0..=limits::MAX_ERROR_TEXT)
+                .rev()
+                .find(|at| text.is_char_boundary(*at));
+            text.truncate(end.unwrap_or_default());
+        }
+        ttrpc::Error::RpcStatus(get_status(error.code(), text))
+    }
+}
+
+fn reply<T>(result: Result<T, SandboxError>) -> ttrpc::Result<T> {
+    result.map_err(ttrpc::Error::from)
+}
+
+fn done(result: Result<(), SandboxError>) -> ttrpc::Result<api::Empty> {
+    reply(result.map(|()| api::Empty::new()))
+}
+
+#[async_trait]
+impl api::Agent for Service {
+    async fn hello(
+        &self,
+        _: &TtrpcContext,
+        request: api::HelloRequest,
+    ) -> ttrpc::Result<api::HelloResponse> {
+        reply(self.0.hello(&request))
+    }
+
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: api::StartSandboxRequest,
+    ) -> ttrpc::Result<api::StartSandboxResponse> {
+        reply(self.0.start(&request))
+    }
+
+    async fn copy_in(
+        &self,
+        _: &TtrpcContext,
+        request: api::CopyInRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        done(self.0.copy_in(&request))
+    }
+
+    async fn read_file(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReadFileRequest,
+    ) -> ttrpc::Result<api::ReadFileResponse> {
+        let data = reply(self.0.read_file(&request))?;
+        Ok(api::ReadFileResponse {
+            data,
+            ..Default::default()
+        })
+    }
+}

@@ -1,0 +1,194 @@
+//! The single owner of what the guest is: a clone without identity, then one sandbox.
+//!
+//! ```text
+//! Fresh --StartSandbox--> Started        (containers, volumes)
+//!   \--any error--------> Failed         (nothing is served; the host ends the machine)
+//! ```
+//!
+//! Invariant: nothing of a container exists before `Started`. The lock guards only this state and is
+//! never held across an await.
+
+use std::sync::{Mutex, PoisonError};
+
+use joey_protocol::ids::{IdError, VolumeId};
+use joey_protocol::{api, handshake, limits};
+use ttrpc::Code;
+
+use crate::identity::{self, IdentityError};
+use crate::log::{info, warning};
+use crate::storage;
+use crate::volumes::{VOLUMES, VolumeError, Volumes};
+
+/// A call that could not be done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SandboxError {
+    /// The host and the guest image do not fit.
+    #[error(transparent)]
+    Version(#[from] handshake::VersionMismatch),
+    /// Something was asked before StartSandbox succeeded.
+    #[error("the sandbox has no identity yet: StartSandbox must succeed first")]
+    NotStarted,
+    /// StartSandbox came again.
+    #[error("the sandbox was started before; a clone becomes one sandbox, once")]
+    StartedBefore,
+    /// The clone could not become the sandbox.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// A name is not one.
+    #[error(transparent)]
+    Name(#[from] IdError),
+    /// A file could not be put or read.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+}
+
+impl SandboxError {
+    /// The code that says to the host what kind of fault it is.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::Version(_) | Self::NotStarted | Self::StartedBefore => Code::FAILED_PRECONDITION,
+            Self::Identity(error) if error.is_callers() => Code::INVALID_ARGUMENT,
+            Self::Name(_) | Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
+            Self::Identity(_) | Self::Volume(_) => Code::INTERNAL,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Fresh,
+    Started,
+    Failed,
+}
+
+/// The sandbox.
+pub(crate) struct Sandbox {
+    phase: Mutex<Phase>,
+    volumes: Volumes,
+}
+
+impl Sandbox {
+    /// A clone that is nobody yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            phase: Mutex::new(Phase::Fresh),
+            volumes: Volumes::new(VOLUMES),
+        }
+    }
+
+    /// Who the agent is; changes nothing.
+    pub(crate) fn hello(
+        &self,
+        request: &api::HelloRequest,
+    ) -> Result<api::HelloResponse, SandboxError> {
+        handshake::check("host", request.protocol_version)?;
+        let release = nix::sys::utsname::uname()
+            .map(|names| names.release().to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(api::HelloResponse {
+            protocol_version: limits::PROTOCOL_VERSION,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: release,
+            cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
+            memory_bytes: memory_bytes(),
+            disk_slots: storage::count_slots(),
+            ..Default::default()
+        })
+    }
+
+    /// Makes this clone the sandbox; once.
+    pub(crate) fn start(
+        &self,
+        request: &api::StartSandboxRequest,
+    ) -> Result<api::StartSandboxResponse, SandboxError> {
+        let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
+        if *phase != Phase::Fresh {
+            return Err(SandboxError::StartedBefore);
+        }
+        match identity::assume(request) {
+            Ok(response) => {
+                *phase = Phase::Started;
+                info!("sandbox {} started", request.sandbox_id);
+                Ok(response)
+            }
+            Err(error) => {
+                *phase = Phase::Failed;
+                warning!("sandbox {} does not start: {error}", request.sandbox_id);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Refuses whatever comes before the identity.
+    pub(crate) fn require_started(&self) -> Result<(), SandboxError> {
+        match *self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
+            Phase::Started => Ok(()),
+            Phase::Fresh | Phase::Failed => Err(SandboxError::NotStarted),
+        }
+    }
+
+    /// Puts files into a volume.
+    pub(crate) fn copy_in(&self, request: &api::CopyInRequest) -> Result<(), SandboxError> {
+        self.require_started()?;
+        let id = VolumeId::new(&request.volume_id)?;
+        for entry in &request.entries {
+            self.volumes.put(&id, entry)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the beginning of a volume's file.
+    pub(crate) fn read_file(
+        &self,
+        request: &api::ReadFileRequest,
+    ) -> Result<Vec<u8>, SandboxError> {
+        self.require_started()?;
+        let id = VolumeId::new(&request.volume_id)?;
+        Ok(self.volumes.read(&id, &request.path, request.limit)?)
+    }
+}
+
+/// Memory of the guest that the kernel manages.
+pub(crate) fn memory_bytes() -> u64 {
+    nix::sys::sysinfo::sysinfo().map_or(0, |info| info.ram_total())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_served_before_the_identity() {
+        let sandbox = Sandbox::new();
+        let error = sandbox.copy_in(&api::CopyInRequest::new()).unwrap_err();
+        assert_eq!(error.code(), Code::FAILED_PRECONDITION);
+        // A request without entropy: refused before anything of this machine is touched.
+        let request = api::StartSandboxRequest {
+            protocol_version: limits::PROTOCOL_VERSION,
+            ..Default::default()
+        };
+        assert_eq!(
+            sandbox.start(&request).unwrap_err().code(),
+            Code::INVALID_ARGUMENT
+        );
+        let error = sandbox.start(&request).unwrap_err();
+        assert_eq!(
+            error.code(),
+            Code::FAILED_PRECONDITION,
+            "a failed clone stays failed"
+        );
+        assert!(sandbox.require_started().is_err());
+    }
+
+    #[test]
+    fn hello_checks_the_version() {
+        let sandbox = Sandbox::new();
+        assert!(sandbox.hello(&api::HelloRequest::new()).is_err());
+        let request = api::HelloRequest {
+            protocol_version: limits::PROTOCOL_VERSION,
+            ..Default::default()
+        };
+        assert!(sandbox.hello(&request).unwrap().memory_bytes > 0);
+    }
+}

@@ -1,0 +1,277 @@
+//! Which virtio-blk slot serves which container, and what a container's root is made of.
+//!
+//! The host swaps the back end of a slot under the running guest, so a slot may only be reused when
+//! no file system of its former content is mounted, and its cached blocks must be dropped before the
+//! next mount reads it. Mounting itself is the container's own process's work, in its own mount
+//! namespace: the event loop never waits for a disk. Read-only disks may serve several containers at
+//! once.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use joey_protocol::api;
+
+use crate::sys;
+
+/// Slots that a template has: /dev/vda to /dev/vdp.
+const DISK_SLOTS: u32 = 16;
+
+/// A file system that a disk may carry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FileSystem {
+    /// A read-only image.
+    Erofs,
+    /// A disk that may be written.
+    Ext4,
+}
+
+impl FileSystem {
+    /// The kernel's name for it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Erofs => "erofs",
+            Self::Ext4 => "ext4",
+        }
+    }
+}
+
+/// One disk of a container's root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LayerDisk {
+    /// The device node.
+    pub(crate) device: PathBuf,
+    /// What is on it.
+    pub(crate) file_system: FileSystem,
+    /// Mounted writable, as the root itself.
+    pub(crate) writable: bool,
+}
+
+/// What a container's root is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RootfsPlan {
+    /// Lowest first.
+    pub(crate) layers: Vec<LayerDisk>,
+    /// No writable layer on top.
+    pub(crate) read_only: bool,
+    /// Limit of the writable layer.
+    pub(crate) writable_bytes: u64,
+}
+
+/// Why a container cannot have its root.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StorageError {
+    /// The request contradicts itself or exceeds the machine.
+    #[error("root file system: {0}")]
+    Invalid(String),
+    /// The slot still carries another container's file system.
+    #[error(
+        "disk slot {slot} ({}) is still mounted; delete the container that uses it first",
+        device.display()
+    )]
+    Busy {
+        /// The slot.
+        slot: u32,
+        /// Its device node.
+        device: PathBuf,
+    },
+    /// The device does not open, or its cache cannot be dropped.
+    #[error("disk slot {slot} ({}): {source}", device.display())]
+    Device {
+        /// The slot.
+        slot: u32,
+        /// Its device node.
+        device: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Slots in use, each with the number of containers on it.
+#[derive(Debug, Default)]
+pub(crate) struct Slots(HashMap<u32, u32>);
+
+/// Devices of slots: /dev/vda is slot 0.
+fn device(slot: u32) -> Result<PathBuf, StorageError> {
+    match u8::try_from(slot) {
+        Ok(slot) if u32::from(slot) < DISK_SLOTS => {
+            Ok(PathBuf::from(format!("/dev/vd{}", char::from(b'a' + slot))))
+        }
+        _ => Err(StorageError::Invalid(format!(
+            "disk slot {slot} is not one of the machine's {DISK_SLOTS}"
+        ))),
+    }
+}
+
+/// How many disk slots the machine has.
+pub(crate) fn count_slots() -> u32 {
+    let Ok(entries) = fs::read_dir("/sys/block") else {
+        return 0;
+    };
+    let disks = entries
+        .flatten()
+        .filter(|e| e.file_name().as_encoded_bytes().starts_with(b"vd"));
+    u32::try_from(disks.count()).unwrap_or(u32::MAX)
+}
+
+/// Checks the request, purely.
+pub(crate) fn plan(rootfs: &api::Rootfs, memory_bytes: u64) -> Result<RootfsPlan, StorageError> {
+    let invalid = |problem: String| Err(StorageError::Invalid(problem));
+    if rootfs.layers.is_empty() {
+        return invalid("it has no disk".to_owned());
+    }
+    let mut layers = Vec::with_capacity(rootfs.layers.len());
+    for disk in &rootfs.layers {
+        let file_system = match disk.file_system.as_str() {
+            "erofs" => FileSystem::Erofs,
+            "ext4" => FileSystem::Ext4,
+            other => return invalid(format!("{other:?} is not a supported file system")),
+        };
+        if disk.writable && (file_system == FileSystem::Erofs || rootfs.layers.len() > 1) {
+            return invalid(format!(
+                "slot {} cannot be written: not a single ext4",
+                disk.slot
+            ));
+        }
+        let device = device(disk.slot)?;
+        if layers
+            .iter()
+            .any(|layer: &LayerDisk| layer.device == device)
+        {
+            return invalid(format!("slot {} is named twice", disk.slot));
+        }
+        layers.push(LayerDisk {
+            device,
+            file_system,
+            writable: disk.writable,
+        });
+    }
+    let writable_bytes = match rootfs.writable_bytes {
+        0 => memory_bytes / 2,
+        bytes => bytes,
+    };
+    Ok(RootfsPlan {
+        layers,
+        read_only: rootfs.read_only,
+        writable_bytes,
+    })
+}
+
+impl Slots {
+    /// Takes the slots of a root for one container, dropping stale caches of those nobody uses.
+    pub(crate) fn take(&mut self, rootfs: &api::Rootfs) -> Result<(), StorageError> {
+        for disk in &rootfs.layers {
+            let device = device(disk.slot)?;
+            match self.0.get(&disk.slot) {
+                Some(_) if disk.writable => {
+                    return Err(StorageError::Busy {
+                        slot: disk.slot,
+                        device,
+                    });
+                }
+                Some(_) => {}
+                None => refresh(disk.slot, &device)?,
+            }
+        }
+        for disk in &rootfs.layers {
+            *self.0.entry(disk.slot).or_default() += 1;
+        }
+        Ok(())
+    }
+
+    /// Gives them back, when the container's mounts are gone.
+    pub(crate) fn give_back(&mut self, slots: &[u32]) {
+        for slot in slots {
+            if let Some(users) = self.0.get_mut(slot) {
+                *users -= 1;
+                if *users == 0 {
+                    self.0.remove(slot);
+                }
+            }
+        }
+    }
+}
+
+/// Drops cached blocks of a slot's former back end. The exclusive open fails while a file system is
+/// mounted from it, which would otherwise silently serve the old content.
+fn refresh(slot: u32, path: &Path) -> Result<(), StorageError> {
+    let device = || path.to_owned();
+    let disk: File = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|source| match source.raw_os_error() {
+            Some(libc::EBUSY) => StorageError::Busy {
+                slot,
+                device: device(),
+            },
+            _ => StorageError::Device {
+                slot,
+                device: device(),
+                source,
+            },
+        })?;
+    sys::flush_block_device(disk.as_fd()).map_err(|source| StorageError::Device {
+        slot,
+        device: device(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rootfs(disks: &[(u32, &str, bool)]) -> api::Rootfs {
+        let layers = disks.iter().map(|(slot, kind, writable)| api::Disk {
+            slot: *slot,
+            file_system: (*kind).to_owned(),
+            writable: *writable,
+            ..Default::default()
+        });
+        api::Rootfs {
+            layers: layers.collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn plans_layers_in_order_with_a_default_limit() {
+        let plan = plan(&rootfs(&[(0, "erofs", false), (3, "erofs", false)]), 1000).unwrap();
+        assert_eq!(plan.writable_bytes, 500);
+        let devices: Vec<_> = plan
+            .layers
+            .iter()
+            .map(|layer| layer.device.as_path())
+            .collect();
+        assert_eq!(devices, [Path::new("/dev/vda"), Path::new("/dev/vdd")]);
+    }
+
+    #[test]
+    fn refuses_what_no_machine_has() {
+        for disks in [
+            &[][..],
+            &[(DISK_SLOTS, "erofs", false)],
+            &[(u32::MAX, "erofs", false)],
+            &[(0, "xfs", false)],
+            &[(0, "erofs", true)],
+            &[(0, "ext4", true), (1, "erofs", false)],
+            &[(0, "erofs", false), (0, "erofs", false)],
+        ] {
+            assert!(plan(&rootfs(disks), 1).is_err(), "{disks:?}");
+        }
+    }
+
+    #[test]
+    fn slots_are_counted() {
+        let mut slots = Slots::default();
+        slots.0.insert(0, 2);
+        slots.give_back(&[0]);
+        assert_eq!(slots.0.get(&0), Some(&1));
+        slots.give_back(&[0, 5]);
+        assert!(slots.0.is_empty());
+    }
+}

@@ -1,0 +1,211 @@
+//! All `unsafe` of the agent outside the container engine, each call behind a safe function.
+#![allow(unsafe_code)]
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::NixPath;
+
+/// `RNDADDENTROPY`: `_IOW('R', 0x03, int[2])`.
+const RND_ADD_ENTROPY: libc::c_ulong = 0x4008_5203;
+/// `RNDRESEEDCRNG`: `_IO('R', 0x07)`.
+const RND_RESEED_CRNG: libc::c_ulong = 0x5207;
+/// `BLKFLSBUF`: `_IO(0x12, 97)`.
+const BLK_FLUSH_BUFFERS: libc::c_ulong = 0x1261;
+/// Bytes of fresh entropy taken in one call.
+const ENTROPY_MAX: usize = 512;
+
+/// The kernel's `struct rand_pool_info` with room for one call's bytes.
+#[repr(C)]
+struct RandPoolInfo {
+    entropy_count: libc::c_int,
+    buf_size: libc::c_int,
+    buf: [u8; ENTROPY_MAX],
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Time since boot, without what the machine slept.
+pub(crate) fn monotonic() -> Duration {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `now` is a valid, writable timespec for the length of the call.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    if result != 0 {
+        return Duration::ZERO;
+    }
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+}
+
+/// Credits `bytes` to the kernel's generator, eight bits of entropy a byte.
+pub(crate) fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    for chunk in bytes.chunks(ENTROPY_MAX) {
+        let mut info = RandPoolInfo {
+            entropy_count: (chunk.len() * 8) as libc::c_int,
+            buf_size: chunk.len() as libc::c_int,
+            buf: [0; ENTROPY_MAX],
+        };
+        info.buf[..chunk.len()].copy_from_slice(chunk);
+        // SAFETY: `info` has the layout of rand_pool_info and lives through the call, and
+        // buf_size bytes of its buffer are initialised.
+        check(unsafe { libc::ioctl(random.as_raw_fd(), RND_ADD_ENTROPY as _, &info) })?;
+    }
+    Ok(())
+}
+
+/// Makes the kernel's generator take its next bytes from the freshly credited pool.
+pub(crate) fn reseed(random: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the request takes no argument.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RND_RESEED_CRNG as _) }).map(drop)
+}
+
+/// Drops the kernel's cached pages and buffers of a block device.
+pub(crate) fn flush_block_device(device: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the request takes no argument.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), BLK_FLUSH_BUFFERS as _, 0) }).map(drop)
+}
+
+/// Sets a terminal's size, which signals its foreground process group.
+pub(crate) fn set_window_size(pty: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: height,
+        ws_col: width,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: `size` is a valid winsize for the length of the call.
+    check(unsafe { libc::ioctl(pty.as_raw_fd(), libc::TIOCSWINSZ, &size) }).map(drop)
+}
+
+/// Loads a kernel module from an open file.
+pub(crate) fn finit_module(module: &File, parameters: &CStr, flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: the descriptor is open and the parameters are a NUL-terminated string.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_finit_module,
+            module.as_raw_fd(),
+            parameters.as_ptr(),
+            flags,
+        )
+    };
+    check(result as libc::c_int).map(drop)
+}
+
+/// `openat2`: opens a path below `root`, with `resolve` (RESOLVE_*) fencing the way to it.
+pub(crate) fn open_below(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    flags: libc::c_int,
+    mode: libc::mode_t,
+    resolve: u64,
+) -> io::Result<OwnedFd> {
+    // SAFETY: open_how is plain data for which all zeroes is a valid value.
+    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
+    how.flags = (flags | libc::O_CLOEXEC) as u64;
+    how.mode = u64::from(mode);
+    how.resolve = resolve;
+    let result = path.with_nix_path(|path| {
+        // SAFETY: the path is NUL-terminated, `how` is valid and its size is passed along.
+        unsafe {
+            libc::syscall(
+                libc::SYS_openat2,
+                root.as_raw_fd(),
+                path.as_ptr(),
+                &how as *const libc::open_how,
+                size_of::<libc::open_how>(),
+            )
+        }
+    })?;
+    let descriptor = check(result as libc::c_int)?;
+    // SAFETY: the kernel just returned this descriptor; nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Reads into the unfilled part of `buffer` and marks what was read as filled.
+pub(crate) fn read_buf(
+    fd: BorrowedFd<'_>,
+    buffer: &mut tokio::io::ReadBuf<'_>,
+) -> io::Result<usize> {
+    loop {
+        // SAFETY: only bytes written by the kernel are marked as initialised below.
+        let room = unsafe { buffer.unfilled_mut() };
+        // SAFETY: the pointer and length describe writable memory that outlives the call.
+        let count = unsafe { libc::read(fd.as_raw_fd(), room.as_mut_ptr().cast(), room.len()) };
+        if count >= 0 {
+            // SAFETY: the kernel wrote `count` bytes to the start of the unfilled part.
+            unsafe { buffer.assume_init(count as usize) };
+            buffer.advance(count as usize);
+            return Ok(count as usize);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// Sets a descriptor's `O_NONBLOCK`.
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: F_GETFL takes no pointer.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    let flags = flags | libc::O_NONBLOCK;
+    // SAFETY: F_SETFL takes an integer.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) }).map(drop)
+}
+
+/// Runs `child` in a new process and returns its id; the child never returns from here.
+///
+/// The agent has one thread, so the child may use the allocator and ordinary Rust; callers keep
+/// that true (`main` asserts it).
+pub(crate) fn fork(child: impl FnOnce() -> i32) -> io::Result<libc::pid_t> {
+    // SAFETY: the process has a single thread, so no lock can be held by a thread that the child
+    // lacks; the child leaves by _exit and runs no destructor of the parent's.
+    let pid = check(unsafe { libc::fork() })?;
+    if pid == 0 {
+        let status = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101);
+        // SAFETY: _exit never returns and touches no memory of ours.
+        unsafe { libc::_exit(status) }
+    }
+    Ok(pid)
+}
+
+/// Like [`fork`], with the child as the init of a new pid namespace.
+pub(crate) fn fork_pid_namespace(child: impl FnOnce() -> i32) -> io::Result<libc::pid_t> {
+    let flags = libc::CLONE_NEWPID | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM and with no stack this is fork with a new pid namespace; a single
+    // thread makes the C library's own preparations for fork unnecessary, see `fork`.
+    let pid = check(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) } as libc::c_int)?;
+    if pid == 0 {
+        let status = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101);
+        // SAFETY: _exit never returns and touches no memory of ours.
+        unsafe { libc::_exit(status) }
+    }
+    Ok(pid)
+}
+
+/// Closes every descriptor of the process but the standard three.
+pub(crate) fn close_all_descriptors() {
+    // SAFETY: used by children that own nothing they would still use through a descriptor.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+}
+
+/// Makes `fd` the process's standard input, output and error.
+pub(crate) fn use_as_console(fd: &impl AsFd) -> io::Result<()> {
+    for target in 0..=2 {
+        // SAFETY: both are open descriptor numbers; the standard three are not owned elsewhere.
+        check(unsafe { libc::dup2(fd.as_fd().as_raw_fd(), target) })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,298 @@
+//! Small files from the host, kept in guest memory: configuration, secrets, the pod's /etc files.
+//!
+//! A volume lies at `/run/joey/volumes/ID`, as a directory or as one file. Containers get it as a
+//! bind mount and may change it, so everything here resolves paths without trusting what is there.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use joey_protocol::ids::VolumeId;
+use joey_protocol::{api, limits};
+use nix::sys::stat::{Mode, fchmod};
+
+use crate::paths;
+
+/// Where volumes lie.
+pub(crate) const VOLUMES: &str = "/run/joey/volumes";
+/// Largest file that may be copied in: it lives in guest memory.
+const FILE_MAX: u64 = 64 << 20;
+
+/// Why a file could not be put or read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VolumeError {
+    /// The request is not one that can be followed.
+    #[error("volume {volume}: {path:?} {problem}")]
+    Invalid {
+        /// Which volume.
+        volume: String,
+        /// Which file of it.
+        path: String,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// The file system refused.
+    #[error("volume {volume}: {path:?}: {source}")]
+    File {
+        /// Which volume.
+        volume: String,
+        /// Which file of it.
+        path: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// All volumes of the sandbox.
+#[derive(Debug)]
+pub(crate) struct Volumes {
+    root: PathBuf,
+}
+
+impl Volumes {
+    /// Volumes below `root`, which exists.
+    pub(crate) fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Where a volume lies.
+    pub(crate) fn path(&self, id: &VolumeId) -> PathBuf {
+        self.root.join(id.as_str())
+    }
+
+    /// Puts one entry in place.
+    pub(crate) fn put(&self, id: &VolumeId, entry: &api::FileEntry) -> Result<(), VolumeError> {
+        let invalid = |problem| VolumeError::Invalid {
+            volume: id.to_string(),
+            path: entry.path.clone(),
+            problem,
+        };
+        let path = Path::new(&entry.path);
+        if !entry.path.is_empty() && !paths::is_inside(path) {
+            return Err(invalid("does not stay inside the volume"));
+        }
+        let end = entry.offset.checked_add(entry.data.len() as u64);
+        if entry.data.len() > limits::MAX_COPY_IN_CHUNK || end.is_none_or(|end| end > FILE_MAX) {
+            return Err(invalid("is larger than what may be copied into a guest"));
+        }
+        let kind = entry.mode & libc::S_IFMT;
+        if !matches!(kind, libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK) {
+            return Err(invalid("is neither a file nor a directory nor a link"));
+        }
+        if entry.path.is_empty() && kind == libc::S_IFLNK {
+            return Err(invalid("a volume cannot itself be a link"));
+        }
+        let inner = Path::new(id.as_str()).join(path);
+        // Joining an empty path adds a slash, which would name a directory.
+        let inner = if entry.path.is_empty() {
+            Path::new(id.as_str())
+        } else {
+            inner.as_path()
+        };
+        self.write(inner, kind, entry)
+            .map_err(|source| VolumeError::File {
+                volume: id.to_string(),
+                path: entry.path.clone(),
+                source,
+            })
+    }
+
+    fn write(&self, path: &Path, kind: u32, entry: &api::FileEntry) -> io::Result<()> {
+        let root = File::open(&self.root)?;
+        let (parent, name) = paths::make_parents(root.as_fd(), path)?;
+        let directory = parent.as_fd();
+        let file = match kind {
+            libc::S_IFLNK => {
+                let target = Path::new(OsStr::from_bytes(&entry.data));
+                return paths::replace_symlink(directory, name, target, (entry.uid, entry.gid));
+            }
+            libc::S_IFDIR => {
+                paths::make_directory(directory, name)?;
+                File::from(paths::open_entry(directory, name, libc::O_DIRECTORY)?)
+            }
+            _ => {
+                let truncate = if entry.offset == 0 { libc::O_TRUNC } else { 0 };
+                let flags = libc::O_WRONLY | libc::O_CREAT | truncate;
+                let file = File::from(paths::open_entry(directory, name, flags)?);
+                file.write_all_at(&entry.data, entry.offset)?;
+                file
+            }
+        };
+        nix::unistd::fchown(&file, Some(entry.uid.into()), Some(entry.gid.into()))?;
+        fchmod(&file, Mode::from_bits_truncate(entry.mode & 0o7777))?;
+        Ok(())
+    }
+
+    /// Reads the beginning of a file, as a container may have left it.
+    pub(crate) fn read(
+        &self,
+        id: &VolumeId,
+        path: &str,
+        limit: u64,
+    ) -> Result<Vec<u8>, VolumeError> {
+        if !path.is_empty() && !paths::is_inside(Path::new(path)) {
+            return Err(VolumeError::Invalid {
+                volume: id.to_string(),
+                path: path.to_owned(),
+                problem: "does not stay inside the volume",
+            });
+        }
+        let limit = if limit == 0 {
+            limits::MAX_READ_FILE as u64
+        } else {
+            limit
+        };
+        let limit = limit.min(limits::MAX_READ_FILE as u64);
+        self.read_bounded(id, path, limit)
+            .map_err(|source| VolumeError::File {
+                volume: id.to_string(),
+                path: path.to_owned(),
+                source,
+            })
+    }
+
+    fn read_bounded(&self, id: &VolumeId, path: &str, limit: u64) -> io::Result<Vec<u8>> {
+        let root = File::open(&self.root)?;
+        let file = if path.is_empty() {
+            paths::open_entry(root.as_fd(), Path::new(id.as_str()), libc::O_RDONLY)?
+        } else {
+            let flags = libc::O_DIRECTORY | libc::O_RDONLY;
+            let volume = paths::open_entry(root.as_fd(), Path::new(id.as_str()), flags)?;
+            paths::open_to_read(volume.as_fd(), Path::new(path))?
+        };
+        let file = File::from(file);
+        // A container may have put a pipe or a device there; reading those could wait or act.
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a regular file",
+            ));
+        }
+        let mut data = Vec::new();
+        file.take(limit).read_to_end(&mut data)?;
+        Ok(data)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn entry(path: &str, mode: u32, data: &[u8], offset: u64) -> api::FileEntry {
+        let (uid, gid) = (
+            nix::unistd::getuid().as_raw(),
+            nix::unistd::getgid().as_raw(),
+        );
+        let (path, data) = (path.to_owned(), data.to_vec());
+        api::FileEntry {
+            path,
+            mode,
+            data,
+            offset,
+            uid,
+            gid,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn files_directories_links_and_pieces() {
+        let root = tempfile::tempdir().unwrap();
+        let volumes = Volumes::new(root.path());
+        let id = VolumeId::new("v1").unwrap();
+        volumes
+            .put(&id, &entry("", libc::S_IFDIR | 0o711, b"", 0))
+            .unwrap();
+        volumes
+            .put(
+                &id,
+                &entry("..2024/key", libc::S_IFREG | 0o640, b"hello ", 0),
+            )
+            .unwrap();
+        volumes
+            .put(
+                &id,
+                &entry("..2024/key", libc::S_IFREG | 0o640, b"world", 6),
+            )
+            .unwrap();
+        volumes
+            .put(&id, &entry("..data", libc::S_IFLNK, b"..2024", 0))
+            .unwrap();
+        volumes
+            .put(&id, &entry("key", libc::S_IFLNK, b"..data/key", 0))
+            .unwrap();
+        assert_eq!(volumes.read(&id, "key", 0).unwrap(), b"hello world");
+        assert_eq!(volumes.read(&id, "key", 5).unwrap(), b"hello");
+        let mode = fs::metadata(root.path().join("v1"))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o7777, 0o711);
+        volumes
+            .put(&id, &entry("..2024/key", libc::S_IFREG | 0o600, b"new", 0))
+            .unwrap();
+        assert_eq!(volumes.read(&id, "key", 0).unwrap(), b"new");
+    }
+
+    #[test]
+    fn a_volume_can_be_one_file() {
+        let root = tempfile::tempdir().unwrap();
+        let volumes = Volumes::new(root.path());
+        let id = VolumeId::new("hosts").unwrap();
+        volumes
+            .put(&id, &entry("", libc::S_IFREG | 0o644, b"127.0.0.1", 0))
+            .unwrap();
+        assert_eq!(volumes.read(&id, "", 0).unwrap(), b"127.0.0.1");
+        assert!(volumes.read(&id, "x", 0).is_err());
+    }
+
+    #[test]
+    fn refuses_ways_out_and_special_files() {
+        let root = tempfile::tempdir().unwrap();
+        let volumes = Volumes::new(root.path());
+        let id = VolumeId::new("v").unwrap();
+        for path in ["../x", "/etc/passwd", "a/../../b"] {
+            assert!(
+                volumes
+                    .put(&id, &entry(path, libc::S_IFREG, b"", 0))
+                    .is_err()
+            );
+            assert!(volumes.read(&id, path, 0).is_err());
+        }
+        assert!(
+            volumes
+                .put(&id, &entry("", libc::S_IFLNK, b"/", 0))
+                .is_err()
+        );
+        assert!(
+            volumes
+                .put(&id, &entry("dev", libc::S_IFCHR, b"", 0))
+                .is_err()
+        );
+        assert!(
+            volumes
+                .put(&id, &entry("big", libc::S_IFREG, b"x", u64::MAX))
+                .is_err()
+        );
+        volumes
+            .put(&id, &entry("", libc::S_IFDIR | 0o755, b"", 0))
+            .unwrap();
+        let fifo = root.path().join("v/fifo");
+        nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+        assert!(volumes.read(&id, "fifo", 0).is_err());
+        std::os::unix::fs::symlink("/etc/hostname", root.path().join("v/out")).unwrap();
+        assert!(volumes.read(&id, "out", 0).is_err());
+        assert!(
+            volumes
+                .put(&id, &entry("out", libc::S_IFREG, b"x", 0))
+                .is_err()
+        );
+    }
+}
