@@ -20,12 +20,18 @@ pub const STREAM_EVENTS: u32 = 1;
 /// First channel stream for stdio.
 pub const STREAM_FIRST_STDIO: u32 = 16;
 /// Streams that may be open at once on one channel.
-pub const MAX_STREAMS: usize = 4096;
+pub const MAX_STREAMS: usize = 2048;
 
 /// Largest payload of one frame of the multiplexer.
 pub const MAX_FRAME: usize = 64 * 1024;
 /// Bytes that may be under way on one stream, one direction, before the reader takes any.
-pub const WINDOW: u32 = 512 * 1024;
+pub const FIRST_WINDOW: u32 = 64 * 1024;
+/// What that may grow to for a reader that keeps up.
+pub const MAX_WINDOW: u32 = 1024 * 1024;
+/// What all windows together may grow by beyond their first size.
+pub const WINDOW_POOL: u32 = 8 * 1024 * 1024;
+/// Bytes that wait on one stream to be sent.
+pub const SEND_QUEUE: usize = 256 * 1024;
 
 /// Largest ttrpc message (ttrpc's own bound).
 pub const MAX_MESSAGE: usize = 4 * 1024 * 1024;
