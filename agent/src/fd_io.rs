@@ -24,6 +24,24 @@ impl FdIo {
     }
 }
 
+impl FdIo {
+    /// Waits until there is something to read and lets `read` read it; nothing (`Some(0)`) is the
+    /// end, as with any descriptor. `read` must ask the descriptor before it says that it would block.
+    pub(crate) async fn read_with(
+        &self,
+        mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<Option<usize>>,
+    ) -> io::Result<Option<usize>> {
+        loop {
+            let mut guard = self.0.readable().await?;
+            match guard.try_io(|fd| read(fd.get_ref().as_fd())) {
+                Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO) => return Ok(Some(0)),
+                Ok(result) => return result,
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
 impl AsFd for FdIo {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.get_ref().as_fd()

@@ -10,6 +10,7 @@ mod channel;
 mod fd_io;
 mod identity;
 mod log;
+
 mod paths;
 mod reap;
 mod rpc;
@@ -23,7 +24,8 @@ use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use joey_protocol::api;
+use joey_protocol::mux::{Mux, MuxError, OpenError};
+use joey_protocol::{api, limits};
 use nix::sys::reboot::{RebootMode, reboot};
 
 use crate::log::{info, warning};
@@ -37,6 +39,10 @@ enum AgentError {
     Channel(#[from] channel::ChannelError),
     #[error("the event loop: {0}")]
     Loop(#[from] io::Error),
+    #[error("the channel to the host: {0}")]
+    Mux(#[from] MuxError),
+    #[error(transparent)]
+    Stream(#[from] OpenError),
     #[error("the calls: {0}")]
     Calls(#[from] ttrpc::Error),
     #[error("the agent has {0} threads; it may only fork with one")]
@@ -83,10 +89,11 @@ fn work() -> Result<(), AgentError> {
 }
 
 async fn serve(port: OwnedFd) -> Result<(), AgentError> {
-    let calls = fd_io::FdIo::new(port)?;
+    let (mux, driver) = Mux::new(fd_io::FdIo::new(port)?);
     let reaper = reap::Reaper::default();
     tokio::spawn(reaper.clone().run());
     let sandbox = Arc::new(sandbox::Sandbox::new());
+    let calls = mux.open(limits::STREAM_RPC)?;
     let connection = futures::stream::once(async move { Ok(calls) });
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(ttrpc::r#async::transport::Listener::new(connection))
@@ -96,5 +103,5 @@ async fn serve(port: OwnedFd) -> Result<(), AgentError> {
     if threads != 1 {
         return Err(AgentError::Threads(threads));
     }
-    std::future::pending().await
+    driver.await.map_err(AgentError::from)
 }

@@ -133,6 +133,16 @@ pub(crate) fn open_below(
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
+/// Reads into `buffer`; `EINTR` is retried.
+pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match nix::unistd::read(fd, buffer) {
+            Err(nix::Error::EINTR) => {}
+            result => return result.map_err(io::Error::from),
+        }
+    }
+}
+
 /// Reads into the unfilled part of `buffer` and marks what was read as filled.
 pub(crate) fn read_buf(
     fd: BorrowedFd<'_>,
