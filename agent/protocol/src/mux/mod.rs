@@ -21,7 +21,9 @@
 //! Runs on any runtime, in one thread or several; nothing here polls or sleeps.
 
 mod driver;
+mod entry;
 mod frame;
+mod incoming;
 mod state;
 mod stream;
 #[cfg(test)]

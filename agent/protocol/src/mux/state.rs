@@ -9,111 +9,34 @@
 use std::collections::{HashMap, VecDeque};
 use std::task::Waker;
 
+use super::OpenError;
+use super::entry::Stream;
 use super::frame::{Frame, HEADER, Header, Kind, PAYLOAD};
-use super::{OpenError, Violation};
 use crate::limits::{
     FIRST_WINDOW, MAX_STREAMS, MAX_WINDOW, SEND_QUEUE, STREAM_FIRST_STDIO, WINDOW_POOL,
 };
 
 /// Buffers for frames that are kept for the next ones.
 const SPARE_BUFFERS: usize = 4;
-/// Streams that the peer ended before this side opened them, remembered so that opening one late
-/// gives an ended stream and not one that waits for ever.
-const ENDED_BEFORE_OPEN: usize = 256;
 /// A frame with less room than this is not joined by data that is read in place.
 const JOIN: usize = 4096;
-const MAX_CREDIT: u32 = 0x00ff_ffff;
-
-#[derive(Debug, Default)]
-pub(super) struct Stream {
-    opened: bool,
-    dropped: bool,
-    /// Received and not yet handed to the reader.
-    pub(super) received: Vec<u8>,
-    /// Handed to the reader and not yet consumed.
-    pub(super) held: u32,
-    window: u32,
-    /// What the peer may still send.
-    allowance: u32,
-    grant: u32,
-    pub(super) fin_received: bool,
-    stop_wanted: bool,
-    stop_sent: bool,
-    pub(super) reader: Option<Waker>,
-    /// What this side may still put into its queue.
-    credit: u32,
-    queue: VecDeque<Frame>,
-    queued: usize,
-    pub(super) fin_wanted: bool,
-    fin_sent: bool,
-    pub(super) stop_received: bool,
-    pub(super) writer: Option<Waker>,
-}
-
-impl Stream {
-    fn new(id: u32) -> Self {
-        // The fixed streams need no grant first, so that the first call needs no extra round trip.
-        let first = if id < STREAM_FIRST_STDIO {
-            FIRST_WINDOW
-        } else {
-            0
-        };
-        Self {
-            window: FIRST_WINDOW,
-            allowance: first,
-            credit: first,
-            ..Self::default()
-        }
-    }
-
-    fn ended(id: u32) -> Self {
-        Self {
-            fin_received: true,
-            stop_received: true,
-            fin_sent: true,
-            stop_sent: true,
-            ..Self::new(id)
-        }
-    }
-
-    /// How much may be written now.
-    pub(super) fn room(&self) -> usize {
-        (self.credit as usize).min(SEND_QUEUE.saturating_sub(self.queued))
-    }
-
-    fn over(&self) -> bool {
-        self.fin_sent && self.stop_sent && self.fin_received && self.stop_received && self.dropped
-    }
-
-    fn wake_writer(&mut self) {
-        if let Some(writer) = self.writer.take() {
-            writer.wake();
-        }
-    }
-
-    fn wake_reader(&mut self) {
-        if let Some(reader) = self.reader.take() {
-            reader.wake();
-        }
-    }
-}
 
 #[derive(Debug, Default)]
 pub(super) struct State {
-    streams: HashMap<u32, Stream>,
+    pub(super) streams: HashMap<u32, Stream>,
     /// Streams with something in the queue, the fixed ones and the others.
-    urgent: VecDeque<u32>,
-    bulk: VecDeque<u32>,
+    pub(super) urgent: VecDeque<u32>,
+    pub(super) bulk: VecDeque<u32>,
     /// Streams with a credit, FIN or STOP to send.
-    control: Vec<u32>,
-    connecting: bool,
+    pub(super) control: Vec<u32>,
+    pub(super) connecting: bool,
     /// The first frame of the connecting side is still to be sent.
     start: bool,
     /// The peer has sent something.
-    heard: bool,
-    in_flight: Option<u32>,
+    pub(super) heard: bool,
+    pub(super) in_flight: Option<u32>,
     spare: Vec<Vec<u8>>,
-    ended: VecDeque<u32>,
+    pub(super) ended: VecDeque<u32>,
     pub(super) pool_used: u32,
     pub(super) driver: Option<Waker>,
     /// Why the channel is lost.
@@ -124,6 +47,7 @@ impl State {
     /// The side that connects says so with its first frame.
     pub(super) fn connecting() -> Self {
         Self {
+            connecting: true,
             start: true,
             ..Self::default()
         }
@@ -202,7 +126,7 @@ impl State {
         }
     }
 
-    fn forget_if_over(&mut self, id: u32) {
+    pub(super) fn forget_if_over(&mut self, id: u32) {
         if self.streams.get(&id).is_some_and(Stream::over) {
             self.streams.remove(&id);
         }
@@ -414,148 +338,6 @@ impl State {
             self.forget_if_over(id);
         }
         frames
-    }
-
-    /// Takes the header of a frame from the peer.
-    pub(super) fn header(&mut self, header: Header) -> Result<(), Violation> {
-        let Header {
-            stream: id,
-            kind,
-            length,
-        } = header;
-        let first = !std::mem::replace(&mut self.heard, true);
-        if kind == Kind::Start {
-            return if first && !self.connecting {
-                Ok(())
-            } else {
-                self.restart()
-            };
-        }
-        if !self.streams.contains_key(&id) && self.streams.len() >= MAX_STREAMS {
-            return Err(Violation::TooManyStreams { stream: id });
-        }
-        let stream = self.streams.entry(id).or_insert_with(|| Stream::new(id));
-        match kind {
-            Kind::Data => {
-                if stream.fin_received {
-                    return Err(Violation::AfterEnd {
-                        stream: id,
-                        what: "data",
-                    });
-                }
-                if length > stream.allowance {
-                    let window = stream.allowance;
-                    return Err(Violation::Window {
-                        stream: id,
-                        length,
-                        window,
-                    });
-                }
-                stream.allowance -= length;
-            }
-            Kind::Credit => {
-                if stream.stop_received {
-                    return Err(Violation::AfterEnd {
-                        stream: id,
-                        what: "credit",
-                    });
-                }
-                if stream.credit + length > MAX_CREDIT {
-                    return Err(Violation::Credit {
-                        stream: id,
-                        credit: stream.credit,
-                        length,
-                    });
-                }
-                stream.credit += length;
-                stream.wake_writer();
-            }
-            Kind::Fin => {
-                if std::mem::replace(&mut stream.fin_received, true) {
-                    return Err(Violation::AfterEnd {
-                        stream: id,
-                        what: "end of data",
-                    });
-                }
-                stream.wake_reader();
-                self.ended_by_peer(id);
-            }
-            Kind::Stop => {
-                if std::mem::replace(&mut stream.stop_received, true) {
-                    return Err(Violation::AfterEnd {
-                        stream: id,
-                        what: "end of reading",
-                    });
-                }
-                stream.queue.clear();
-                stream.queued = 0;
-                stream.fin_wanted = true;
-                stream.wake_writer();
-                self.control.push(id);
-                self.wake_driver();
-                self.ended_by_peer(id);
-            }
-            Kind::Start => {}
-        }
-        Ok(())
-    }
-
-    /// The peer is done with a stream. If this side never opened it, nobody will answer but here.
-    fn ended_by_peer(&mut self, id: u32) {
-        let Some(stream) = self.streams.get_mut(&id) else {
-            return;
-        };
-        let done = stream.fin_received && stream.stop_received;
-        if done && !stream.opened && stream.received.is_empty() {
-            if self.ended.len() == ENDED_BEFORE_OPEN {
-                self.ended.pop_front();
-            }
-            self.ended.push_back(id);
-            self.close(id);
-        }
-        self.forget_if_over(id);
-    }
-
-    /// Takes payload that [`State::header`] has allowed.
-    pub(super) fn payload(&mut self, id: u32, data: &[u8]) {
-        // A stream closed here has said so; what was under way then is dropped.
-        if let Some(stream) = self.streams.get_mut(&id)
-            && !stream.stop_wanted
-        {
-            stream.received.extend_from_slice(data);
-            stream.wake_reader();
-        }
-    }
-
-    /// A new host on the same guest: a clone of a template. Nothing may be under way; the fixed
-    /// streams begin anew, all others end.
-    fn restart(&mut self) -> Result<(), Violation> {
-        if self.connecting || self.in_flight.is_some() {
-            return Err(Violation::Restart);
-        }
-        self.control.clear();
-        self.urgent.clear();
-        self.bulk.clear();
-        self.ended.clear();
-        self.pool_used = 0;
-        self.streams
-            .retain(|_, stream| stream.opened && !stream.dropped);
-        for (id, stream) in &mut self.streams {
-            stream.wake_reader();
-            stream.wake_writer();
-            let fixed = *id < STREAM_FIRST_STDIO;
-            let anew = if fixed {
-                Stream::new(*id)
-            } else {
-                Stream::ended(*id)
-            };
-            *stream = Stream {
-                opened: true,
-                held: stream.held,
-                ..anew
-            };
-        }
-        Ok(())
     }
 
     /// The channel is gone: readers get what has come and then the end, writers an error.

@@ -70,7 +70,7 @@ impl MuxStream {
         fill: impl FnOnce(&mut [u8]) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let mut state = self.shared.lock();
-        let ended = |stream: &super::state::Stream| stream.fin_wanted || stream.stop_received;
+        let ended = |stream: &super::entry::Stream| stream.fin_wanted || stream.stop_received;
         match state.get(self.id) {
             Some(stream) if !ended(&*stream) => {
                 if stream.room() == 0 {
