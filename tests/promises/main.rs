@@ -1,2 +1,157 @@
-//! Node.
-fn main() {}
+//! Runs every promise on every supported containerd, through the public interfaces only.
+//!
+//! `cargo test -p joey-tests --test promises -- [FILTER…]`; environment: `JOEY_TEST_CONTAINERD` (list of
+//! releases), `JOEY_TEST_HANDLER` (`joey`; `runc` shows that the tests themselves are right). After each
+//! test the node is searched for leftovers; a leftover fails the test.
+#![allow(clippy::print_stdout)]
+
+mod context;
+mod faults;
+mod identity;
+mod input;
+mod io;
+mod lifecycle;
+mod limits;
+mod network;
+mod restart;
+mod security;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use joey_tests::node::config::Version;
+use joey_tests::node::{Node, Options, traces};
+use joey_tests::pod::Pod;
+use joey_tests::{cri, paths};
+
+use crate::context::{Context, Skip, Test};
+
+/// No test may take longer; the whole run ends if one does, since its thread cannot be ended.
+const TEST_LIMIT: Duration = Duration::from_secs(300);
+/// How long a removed pod may take to disappear entirely.
+const SETTLE: Duration = Duration::from_secs(5);
+
+#[derive(Default)]
+struct Tally {
+    passed: usize,
+    failed: Vec<String>,
+    skipped: usize,
+}
+
+fn main() -> ExitCode {
+    let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let handler = std::env::var("JOEY_TEST_HANDLER").unwrap_or_else(|_| "joey".into());
+    let mut tally = Tally::default();
+    for version in versions() {
+        if let Err(error) = run_version(version, &handler, &filters, &mut tally) {
+            println!("FAILED  {} node: {error:#}", version.name());
+            tally.failed.push(format!("{} node", version.name()));
+        }
+    }
+    for name in &tally.failed {
+        println!("failed: {name}");
+    }
+    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed.len(), tally.skipped);
+    if tally.failed.is_empty() && tally.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn versions() -> Vec<Version> {
+    let chosen = std::env::var("JOEY_TEST_CONTAINERD").unwrap_or_else(|_| "1.7,2.1".into());
+    chosen.split(',').filter_map(|name| name.trim().parse().ok()).collect()
+}
+
+fn tests() -> Vec<Test> {
+    [
+        lifecycle::TESTS,
+        io::TESTS,
+        limits::TESTS,
+        security::TESTS,
+        network::TESTS,
+        identity::TESTS,
+        input::TESTS,
+        faults::TESTS,
+        restart::TESTS,
+    ]
+    .concat()
+}
+
+fn run_version(
+    version: Version,
+    handler: &str,
+    filters: &[String],
+    tally: &mut Tally,
+) -> Result<()> {
+    let chosen: Vec<Test> = tests()
+        .into_iter()
+        .filter(|test| filters.is_empty() || filters.iter().any(|f| test.name.contains(f.as_str())))
+        .collect();
+    if chosen.is_empty() {
+        return Ok(());
+    }
+    let name = format!("t{}-{}", version.name(), std::process::id());
+    let tool: PathBuf = paths::binaries().join("joey-node");
+    let node = Node::up(&Options { version, name: &name, tool: &tool, tied: true })?;
+    let result = run_all(&node, handler, &chosen, tally);
+    let left = node.down().context("end the node")?;
+    if !left.is_empty() {
+        println!("FAILED  {} node left behind:\n  {}", version.name(), left.join("\n  "));
+        tally.failed.push(format!("{} leftovers of the node", version.name()));
+    }
+    result
+}
+
+fn run_all(node: &Node, handler: &str, chosen: &[Test], tally: &mut Tally) -> Result<()> {
+    cri::executor()?;
+    // The first pod makes what is per node and stays: bridge, template, pinned programs.
+    let started = Instant::now();
+    Pod::run(node, handler, "warm-up")
+        .and_then(Pod::remove)
+        .with_context(|| format!("first pod with handler {handler}; containerd: {}", node.log()))?;
+    println!("{} first pod: {:.1?}", node.version.name(), started.elapsed());
+    for test in chosen {
+        let label = format!("{} {}", node.version.name(), test.name);
+        let started = Instant::now();
+        let before = node.traces();
+        let outcome = watched(&label, || (test.run)(&Context { node, handler }));
+        let left = traces::settle(SETTLE, &before, || node.traces());
+        let time = started.elapsed();
+        match outcome {
+            Err(error) if error.is::<Skip>() => {
+                println!("SKIPPED {label}: {error}");
+                tally.skipped += 1;
+            }
+            Err(error) => {
+                println!("FAILED  {label} ({time:.1?}): {error:#}");
+                tally.failed.push(label);
+            }
+            Ok(()) if !left.is_empty() => {
+                println!("FAILED  {label} ({time:.1?}): left behind:\n  {}", left.join("\n  "));
+                tally.failed.push(label);
+            }
+            Ok(()) => {
+                println!("passed  {label} ({time:.1?})");
+                tally.passed += 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs the test while another thread watches the clock.
+fn watched(label: &str, test: impl FnOnce() -> Result<()>) -> Result<()> {
+    let (done, watch) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if matches!(watch.recv_timeout(TEST_LIMIT), Err(mpsc::RecvTimeoutError::Timeout)) {
+                println!("FAILED  {label}: hangs; giving up\n0 passed, 1 failed, 0 skipped");
+                std::process::exit(1);
+            }
+        });
+        let outcome = test();
+        drop(done);
+        outcome
+    })
+}

@@ -1,0 +1,92 @@
+//! When a part is killed, the pod ends with a reason and everything of it goes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use joey_tests::pod::{self, Pod, SOON};
+use joey_tests::process;
+
+use crate::context::{Context, Test, same};
+
+pub const TESTS: &[Test] = &[
+    Test { name: "faults::shim_killed", run: shim_killed },
+    Test { name: "faults::vmm_killed", run: vmm_killed },
+    Test { name: "faults::container_killed_inside", run: container_killed_inside },
+    Test { name: "faults::shim_killed_at_every_phase", run: shim_killed_at_every_phase },
+];
+
+fn find(ctx: &Context<'_>, what: &str, part: &str) -> Result<u32> {
+    let found = ctx.node.processes().into_iter().find(|(_, c)| c.contains(what) && c.contains(part));
+    match found {
+        Some((pid, _)) => Ok(pid),
+        None => bail!("no process {what} … {part}; there are {:?}", ctx.node.processes()),
+    }
+}
+
+fn shim_killed(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("shimkill")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    process::kill(find(ctx, "containerd-shim-", &pod.id)?)?;
+    same("exit code", container.wait(SOON)?.exit_code, 255)?;
+    pod.remove()
+}
+
+fn vmm_killed(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = ctx.pod("vmmkill")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    process::kill(vmm(ctx, &pod)?)?;
+    let status = container.wait(SOON)?;
+    same("ended as killed", [137, 255].contains(&status.exit_code), true)?;
+    pod.remove()
+}
+
+/// The VMM is the shim's child.
+fn vmm(ctx: &Context<'_>, pod: &Pod<'_>) -> Result<u32> {
+    find(ctx, "qemu", &pod.id).or_else(|_| find(ctx, "qemu", ""))
+}
+
+fn container_killed_inside(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("inside")?;
+    let container = pod.start(&pod::script("c", "sleep 1000 & wait; sleep 1000"))?;
+    ctx.node.cri.stop(&container.id, Duration::ZERO)?;
+    same("exit code", container.wait(SOON)?.exit_code, 137)?;
+    same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
+    pod.remove()
+}
+
+fn shim_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    for delay in [5, 20, 40, 80, 120, 200] {
+        let config = pod::config(ctx.node, "phase");
+        let outcome = std::thread::scope(|scope| {
+            let starter = scope.spawn(|| {
+                let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
+                let container = pod.start(&pod::script("c", "sleep 1000"))?;
+                container.sh("true")?;
+                pod.remove()
+            });
+            let end = Instant::now() + Duration::from_secs(10);
+            let shim = loop {
+                let found = find(ctx, "containerd-shim-joey", "");
+                if found.is_ok() || Instant::now() > end {
+                    break found;
+                }
+            };
+            std::thread::sleep(Duration::from_millis(delay));
+            if let Ok(pid) = shim {
+                let _ = process::kill(pid);
+            }
+            starter.join()
+        });
+        // It may have won the race; what counts is that it neither hangs nor leaves anything.
+        if outcome.is_err() {
+            bail!("the starting thread panicked");
+        }
+        for pod in ctx.node.cri.pods()? {
+            ctx.node.cri.stop_pod(&pod)?;
+            ctx.node.cri.remove_pod(&pod)?;
+        }
+    }
+    ctx.pod("after")?.remove()
+}

@@ -1,0 +1,89 @@
+//! Limits hold, and what was used is told.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use joey_tests::pod::{self, SOON};
+use k8s_cri::v1::UpdateContainerResourcesRequest;
+
+use crate::context::{Context, Test, same};
+
+pub const TESTS: &[Test] = &[
+    Test { name: "limits::memory_kill_is_told", run: memory_kill_is_told },
+    Test { name: "limits::memory_kill_spares_neighbours", run: memory_kill_spares_neighbours },
+    Test { name: "limits::statistics", run: statistics },
+    Test { name: "limits::cpu_quota", run: cpu_quota },
+    Test { name: "limits::update", run: update },
+];
+
+/// Fills memory: tail keeps what it read as there is no line end.
+const EAT: &str = "dd if=/dev/zero bs=1M count=200 2>/dev/null | tail";
+
+fn limited(name: &str, text: &str, mib: i64) -> k8s_cri::v1::ContainerConfig {
+    let mut config = pod::script(name, text);
+    pod::resources(&mut config).memory_limit_in_bytes = mib << 20;
+    pod::resources(&mut config).memory_swap_limit_in_bytes = mib << 20;
+    config
+}
+
+fn memory_kill_is_told(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("oom")?;
+    let container = pod.start(&limited("c", &format!("exec sh -c '{EAT}'; wait; exit 137"), 24))?;
+    let status = container.wait(SOON)?;
+    same("reason", status.reason.as_str(), "OOMKilled")?;
+    pod.remove()
+}
+
+fn memory_kill_spares_neighbours(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("oomspare")?;
+    let other = pod.start(&pod::script("other", "sleep 1000"))?;
+    pod.start(&limited("c", EAT, 24))?.wait(SOON)?;
+    same("neighbour", other.sh("echo ok")?.text(), "ok")?;
+    pod.remove()
+}
+
+fn statistics(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("stats")?;
+    let container =
+        pod.start(&pod::script("c", "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; echo up; sleep 1000"))?;
+    container.wait_output("up", SOON)?;
+    let stats = ctx.node.cri.stats(&container.id)?;
+    let cpu = stats.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).unwrap_or_default().value;
+    let memory = stats.memory.and_then(|memory| memory.working_set_bytes).unwrap_or_default().value;
+    ensure!(cpu > 20_000_000, "CPU time {cpu} ns");
+    ensure!((4 << 10..256 << 20).contains(&memory), "memory {memory} bytes");
+    pod.remove()
+}
+
+fn cpu_quota(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("quota")?;
+    let mut config = pod::script("c", "while :; do :; done");
+    pod::resources(&mut config).cpu_period = 100_000;
+    pod::resources(&mut config).cpu_quota = 20_000;
+    let container = pod.start(&config)?;
+    let used = || -> Result<u64> {
+        let stats = ctx.node.cri.stats(&container.id)?;
+        Ok(stats.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).unwrap_or_default().value)
+    };
+    std::thread::sleep(Duration::from_millis(500));
+    let before = used()?;
+    std::thread::sleep(Duration::from_secs(2));
+    let share = (used()? - before) as f64 / 2e9;
+    ensure!((0.02..0.4).contains(&share), "used {share:.2} of a CPU with a quota of 0.2");
+    pod.remove()
+}
+
+fn update(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("update")?;
+    let container = pod.start(&limited("c", "sleep 1000", 64))?;
+    let mut resources = pod::resources(&mut pod::script("x", "")).clone();
+    resources.memory_limit_in_bytes = 32 << 20;
+    resources.memory_swap_limit_in_bytes = 32 << 20;
+    ctx.node.cri.update(UpdateContainerResourcesRequest {
+        container_id: container.id.clone(),
+        linux: Some(resources),
+        ..UpdateContainerResourcesRequest::default()
+    })?;
+    same("still runs", container.sh("echo ok")?.text(), "ok")?;
+    pod.remove()
+}
