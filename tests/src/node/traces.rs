@@ -17,7 +17,7 @@ impl Traces {
         let mut found = BTreeSet::new();
         for process in processes(holder) {
             // A kernel-side zombie or an exiting process without a name is on its way out.
-            if let Some(name) = command(process) {
+            if let Some(name) = command(process).filter(|name| !is_containerd(name)) {
                 found.insert(format!("process {process}: {name}"));
             }
         }
@@ -64,6 +64,11 @@ impl Traces {
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
     }
+}
+
+/// containerd itself belongs to the node: a restart is no leak.
+fn is_containerd(command: &str) -> bool {
+    command.split(' ').next().is_some_and(|program| program.ends_with("/containerd"))
 }
 
 /// Waits until nothing is left beyond `before`; returns what still is at the deadline.
