@@ -7,12 +7,30 @@ use k8s_cri::v1::{Mount, PodSandboxConfig};
 use crate::context::{Context, Test, refused, same};
 
 pub const TESTS: &[Test] = &[
-    Test { name: "input::missing_command", run: missing_command },
-    Test { name: "input::bad_annotations", run: bad_annotations },
-    Test { name: "input::long_argument", run: long_argument },
-    Test { name: "input::huge_argument_list", run: huge_argument_list },
-    Test { name: "input::mount_outside_root", run: mount_outside_root },
-    Test { name: "input::odd_host_mount", run: odd_host_mount },
+    Test {
+        name: "input::missing_command",
+        run: missing_command,
+    },
+    Test {
+        name: "input::bad_annotations",
+        run: bad_annotations,
+    },
+    Test {
+        name: "input::long_argument",
+        run: long_argument,
+    },
+    Test {
+        name: "input::huge_argument_list",
+        run: huge_argument_list,
+    },
+    Test {
+        name: "input::mount_outside_root",
+        run: mount_outside_root,
+    },
+    Test {
+        name: "input::odd_host_mount",
+        run: odd_host_mount,
+    },
 ];
 
 fn missing_command(ctx: &Context<'_>) -> Result<()> {

@@ -9,18 +9,39 @@ use sha2::{Digest, Sha256};
 use crate::context::{Context, Test, same};
 
 pub const TESTS: &[Test] = &[
-    Test { name: "io::eight_mib_then_exit", run: eight_mib_then_exit },
-    Test { name: "io::exec_carries_ten_mib", run: exec_carries_ten_mib },
-    Test { name: "io::hundred_mib_through_log", run: hundred_mib_through_log },
-    Test { name: "io::terminal", run: terminal },
-    Test { name: "io::no_stdin_reads_as_end", run: no_stdin },
-    Test { name: "io::silent_reader_of_one_stream_blocks_no_other", run: both_streams },
+    Test {
+        name: "io::eight_mib_then_exit",
+        run: eight_mib_then_exit,
+    },
+    Test {
+        name: "io::exec_carries_ten_mib",
+        run: exec_carries_ten_mib,
+    },
+    Test {
+        name: "io::hundred_mib_through_log",
+        run: hundred_mib_through_log,
+    },
+    Test {
+        name: "io::terminal",
+        run: terminal,
+    },
+    Test {
+        name: "io::no_stdin_reads_as_end",
+        run: no_stdin,
+    },
+    Test {
+        name: "io::silent_reader_of_one_stream_blocks_no_other",
+        run: both_streams,
+    },
 ];
 
 fn eight_mib_then_exit(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("output")?;
     let count = 8 * 1024;
-    let config = pod::script("c", "yes 012345678901234567890123456789012345678901234567890123456789012 | head -c 8388608");
+    let config = pod::script(
+        "c",
+        "yes 012345678901234567890123456789012345678901234567890123456789012 | head -c 8388608",
+    );
     let container = pod.start(&config)?;
     container.wait(SOON)?;
     let expected = count * 1024;
@@ -31,7 +52,11 @@ fn eight_mib_then_exit(ctx: &Context<'_>) -> Result<()> {
     let (stdout, _) = container.logs()?;
     same("bytes", stdout.len(), expected)?;
     let line = b"012345678901234567890123456789012345678901234567890123456789012\n";
-    same("every line", stdout.chunks(64).all(|chunk| chunk == line), true)?;
+    same(
+        "every line",
+        stdout.chunks(64).all(|chunk| chunk == line),
+        true,
+    )?;
     pod.remove()
 }
 
@@ -81,12 +106,16 @@ fn no_stdin(ctx: &Context<'_>) -> Result<()> {
 
 fn both_streams(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("streams")?;
-    let output = pod.script("yes | head -c 1000000 >&2; yes | head -c 1000000; echo >&2; echo end")?;
+    let output =
+        pod.script("yes | head -c 1000000 >&2; yes | head -c 1000000; echo >&2; echo end")?;
     same("stderr", output.stderr.len(), 1_000_001)?;
     same("stdout", output.stdout.len(), 1_000_004)?;
     pod.remove()
 }
 
 fn hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }

@@ -45,7 +45,12 @@ fn main() -> Result<()> {
 
 fn up(version: Version) -> Result<()> {
     let tool = std::env::current_exe()?;
-    let options = Options { version, name: NAME, tool: &tool, tied: false };
+    let options = Options {
+        version,
+        name: NAME,
+        tool: &tool,
+        tied: false,
+    };
     let node = match Node::up(&options) {
         Ok(node) => node,
         Err(error) => {
@@ -60,12 +65,19 @@ fn up(version: Version) -> Result<()> {
     println!("  handlers    joey, runc{}", sandboxed(version));
     println!("  images      {}", node.cri.images()?.join(", "));
     println!("  network     nsenter -t {} -n", node.holder());
-    println!("  log         {}", node.dir().join("containerd.log").display());
+    println!(
+        "  log         {}",
+        node.dir().join("containerd.log").display()
+    );
     Ok(())
 }
 
 fn sandboxed(version: Version) -> &'static str {
-    if version == Version::V2_1 { ", joey-sandboxed" } else { "" }
+    if version == Version::V2_1 {
+        ", joey-sandboxed"
+    } else {
+        ""
+    }
 }
 
 fn down() -> Result<()> {

@@ -12,8 +12,14 @@ fn hierarchies() -> Vec<PathBuf> {
     if root.join("cgroup.controllers").exists() {
         return vec![root.to_path_buf()];
     }
-    let folders = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
-    folders.filter(|p| p.join("cgroup.procs").exists() && !p.is_symlink()).collect()
+    let folders = fs::read_dir(root)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
+    folders
+        .filter(|p| p.join("cgroup.procs").exists() && !p.is_symlink())
+        .collect()
 }
 
 /// Makes the cgroup in every hierarchy.
@@ -45,7 +51,10 @@ fn inherit(parent: &Path, folder: &Path) {
     }
     if let Ok(controllers) = fs::read_to_string(parent.join("cgroup.controllers")) {
         for controller in controllers.split_whitespace() {
-            let _ = fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
+            let _ = fs::write(
+                parent.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            );
         }
     }
 }
@@ -80,7 +89,10 @@ pub fn purge(cgroup: &str) {
 /// All cgroups below one, in all hierarchies.
 pub fn list(cgroup: &str) -> Vec<PathBuf> {
     let folder = |hierarchy: PathBuf| hierarchy.join(cgroup.trim_start_matches('/'));
-    hierarchies().into_iter().flat_map(|hierarchy| below(&folder(hierarchy))).collect()
+    hierarchies()
+        .into_iter()
+        .flat_map(|hierarchy| below(&folder(hierarchy)))
+        .collect()
 }
 
 /// CPU time in nanoseconds that the cgroup's processes used so far.
@@ -91,13 +103,20 @@ pub fn cpu_nanoseconds(cgroup: &str) -> Option<u64> {
         return text.trim().parse().ok();
     }
     let text = fs::read_to_string(root.join(name).join("cpu.stat")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("usage_usec "))?;
-    line.trim().parse::<u64>().ok().map(|microseconds| microseconds * 1000)
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("usage_usec "))?;
+    line.trim()
+        .parse::<u64>()
+        .ok()
+        .map(|microseconds| microseconds * 1000)
 }
 
 fn below(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let Ok(entries) = fs::read_dir(folder) else { return found };
+    let Ok(entries) = fs::read_dir(folder) else {
+        return found;
+    };
     for entry in entries.flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             found.extend(below(&entry.path()));

@@ -54,12 +54,18 @@ impl Node {
     pub fn up(options: &Options<'_>) -> Result<Self> {
         let dir = folder(options.name);
         if dir.join("holder").exists() {
-            bail!("node {} is up already: end it with `cargo xtask node down`", options.name);
+            bail!(
+                "node {} is up already: end it with `cargo xtask node down`",
+                options.name
+            );
         }
         for folder in ["cni", "jrun", "joey", "logs"] {
             fs::create_dir_all(dir.join(folder))?;
         }
-        fs::write(dir.join("config.toml"), config::containerd(options.version, &dir))?;
+        fs::write(
+            dir.join("config.toml"),
+            config::containerd(options.version, &dir),
+        )?;
         fs::write(dir.join("cni/10-joey.conflist"), config::cni(&dir))?;
         fs::write(dir.join("joey.toml"), config::joey(&dir))?;
         fs::write(dir.join("version"), options.version.name())?;
@@ -84,9 +90,15 @@ impl Node {
     pub fn attach(name: &str) -> Result<Self> {
         let dir = folder(name);
         let read = |file: &str| fs::read_to_string(dir.join(file));
-        let holder = read("holder").map_err(|_| anyhow!("no node {name} is up"))?.trim().parse()?;
+        let holder = read("holder")
+            .map_err(|_| anyhow!("no node {name} is up"))?
+            .trim()
+            .parse()?;
         Ok(Self {
-            version: read("version")?.trim().parse().map_err(|error: String| anyhow!(error))?,
+            version: read("version")?
+                .trim()
+                .parse()
+                .map_err(|error: String| anyhow!(error))?,
             cri: Cri::connect(&dir.join("c.sock"))?,
             holder,
             holder_child: Mutex::new(None),
@@ -112,7 +124,12 @@ impl Node {
 
     /// The cgroup below which the node's pods are.
     pub fn cgroup(&self) -> String {
-        let name = self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = self
+            .dir
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         format!("/joey-node-{name}")
     }
 
@@ -128,7 +145,10 @@ impl Node {
         command
             .arg("--config")
             .arg(self.dir.join("config.toml"))
-            .env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display()))
+            .env(
+                "PATH",
+                format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display()),
+            )
             .env("JOEY_CONFIG", self.dir.join("joey.toml"))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -142,7 +162,9 @@ impl Node {
             match self.cri.images() {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() > end => {
-                    return Err(error.context(format!("containerd did not come up: {}", self.log())));
+                    return Err(
+                        error.context(format!("containerd did not come up: {}", self.log()))
+                    );
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
             }
@@ -151,7 +173,9 @@ impl Node {
 
     /// Pid of containerd.
     pub fn containerd_pid(&self) -> Result<u32> {
-        Ok(fs::read_to_string(self.dir.join("containerd"))?.trim().parse()?)
+        Ok(fs::read_to_string(self.dir.join("containerd"))?
+            .trim()
+            .parse()?)
     }
 
     /// Ends containerd with SIGKILL, as a crash would.
@@ -175,7 +199,10 @@ impl Node {
     pub fn import(&self, archive: &Path) -> Result<()> {
         let bin = paths::deps().join(format!("containerd-{}/usr/bin", self.version.name()));
         let mut command = Command::new(bin.join("ctr"));
-        command.arg("--address").arg(self.socket()).args(["-n", "k8s.io", "images", "import"]);
+        command
+            .arg("--address")
+            .arg(self.socket())
+            .args(["-n", "k8s.io", "images", "import"]);
         if self.version == Version::V2_1 {
             command.arg("--local");
         }
@@ -197,7 +224,9 @@ impl Node {
     /// Runs `joey` with this node's configuration; returns its standard output.
     pub fn joey(&self, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new(paths::joey());
-        command.args(arguments).env("JOEY_CONFIG", self.dir.join("joey.toml"));
+        command
+            .args(arguments)
+            .env("JOEY_CONFIG", self.dir.join("joey.toml"));
         command.stdin(Stdio::null());
         let output = self.run_inside(command)?;
         if !output.status.success() {
@@ -220,14 +249,19 @@ impl Node {
     /// Processes that run on the node, by pid and command line.
     pub fn processes(&self) -> Vec<(u32, String)> {
         let pids = traces::processes(self.holder);
-        pids.into_iter().filter_map(|pid| Some((pid, traces::command(pid)?))).collect()
+        pids.into_iter()
+            .filter_map(|pid| Some((pid, traces::command(pid)?)))
+            .collect()
     }
 
     /// Removes all pods, stops containerd, ends the namespaces, removes the files; returns leaks by name.
     pub fn down(&self) -> Result<Vec<String>> {
         let mut leaks = Vec::new();
         for pod in self.cri.pods().unwrap_or_default() {
-            let removed = self.cri.stop_pod(&pod).and_then(|()| self.cri.remove_pod(&pod));
+            let removed = self
+                .cri
+                .stop_pod(&pod)
+                .and_then(|()| self.cri.remove_pod(&pod));
             if let Err(error) = removed {
                 leaks.push(format!("pod {pod} could not be removed: {error:#}"));
             }
@@ -248,29 +282,35 @@ impl Node {
             child.wait()?;
         }
         cgroups::purge(&self.cgroup());
-        fs::remove_dir_all(&self.dir)
-            .with_context(|| format!("remove {}", self.dir.display()))?;
+        fs::remove_dir_all(&self.dir).with_context(|| format!("remove {}", self.dir.display()))?;
         Ok(leaks)
     }
 
     fn leaks_at_end(&self) -> Vec<String> {
         let harmless = |name: &str| {
             // What the node itself set up; the bridge stays after its last pod.
-            name.starts_with("mount /") && !name.contains(&*self.dir.to_string_lossy())
+            name.starts_with("mount /")
+                && !name.contains(&*self.dir.to_string_lossy())
                 && !name.contains("netns/")
                 || name.starts_with("BPF object")
                 || name.starts_with("network device") && !name.contains("veth")
                 || name.starts_with("cgroup") && !name.contains("/pod-")
         };
         let traces = self.traces();
-        traces.names().filter(|name| !harmless(name)).map(str::to_owned).collect()
+        traces
+            .names()
+            .filter(|name| !harmless(name))
+            .map(str::to_owned)
+            .collect()
     }
 }
 
 /// Names of the nodes that are up.
 pub fn names() -> Vec<String> {
     let entries = fs::read_dir(NODES).into_iter().flatten().flatten();
-    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
 }
 
 fn folder(name: &str) -> PathBuf {
@@ -278,5 +318,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

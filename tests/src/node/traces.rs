@@ -40,7 +40,10 @@ impl Traces {
             ("BPF object", root.join("sys/fs/bpf")),
             ("address lease", dir.join("ipam/joey-test")),
             ("sandbox record", dir.join("jrun/sandboxes")),
-            ("bundle", dir.join("state/io.containerd.runtime.v2.task/k8s.io")),
+            (
+                "bundle",
+                dir.join("state/io.containerd.runtime.v2.task/k8s.io"),
+            ),
         ] {
             for name in names(&folder) {
                 // host-local keeps its lock and its last address.
@@ -68,7 +71,10 @@ impl Traces {
 
 /// containerd itself belongs to the node: a restart is no leak.
 fn is_containerd(command: &str) -> bool {
-    command.split(' ').next().is_some_and(|program| program.ends_with("/containerd"))
+    command
+        .split(' ')
+        .next()
+        .is_some_and(|program| program.ends_with("/containerd"))
 }
 
 /// Waits until nothing is left beyond `before`; returns what still is at the deadline.
@@ -85,15 +91,21 @@ pub fn settle(deadline: Duration, before: &Traces, take: impl Fn() -> Traces) ->
 
 /// Processes of the holder's pid namespace and of those nested in it, without the holder.
 pub fn processes(holder: u32) -> Vec<u32> {
-    let Some(depth) = levels(holder).map(|pids| pids.len()) else { return Vec::new() };
-    let Ok(own) = fs::read_link(format!("/proc/{holder}/ns/pid")) else { return Vec::new() };
+    let Some(depth) = levels(holder).map(|pids| pids.len()) else {
+        return Vec::new();
+    };
+    let Ok(own) = fs::read_link(format!("/proc/{holder}/ns/pid")) else {
+        return Vec::new();
+    };
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let inside = |pid: u32| {
         pid != holder
             && match fs::read_link(format!("/proc/{pid}/ns/pid")) {
                 Ok(namespace) if namespace == own => true,
-                Ok(_) => levels(pid).is_some_and(|pids| pids.len() > depth) && descends(pid, holder),
+                Ok(_) => {
+                    levels(pid).is_some_and(|pids| pids.len() > depth) && descends(pid, holder)
+                }
                 Err(_) => false,
             }
     };
@@ -102,8 +114,12 @@ pub fn processes(holder: u32) -> Vec<u32> {
 
 fn levels(pid: u32) -> Option<Vec<u32>> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
-    line.split_whitespace().map(|pid| pid.parse().ok()).collect()
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_whitespace()
+        .map(|pid| pid.parse().ok())
+        .collect()
 }
 
 /// Whether `holder`'s namespace is among the ancestors: some parent lives directly in it.
@@ -120,7 +136,12 @@ fn descends(mut pid: u32, holder: u32) -> bool {
 
 fn parent(pid: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("PPid:"))?
+        .trim()
+        .parse()
+        .ok()
 }
 
 /// A process's command line.
@@ -136,7 +157,11 @@ fn names(folder: &Path) -> Vec<String> {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            found.extend(names(&entry.path()).into_iter().map(|below| format!("{name}/{below}")));
+            found.extend(
+                names(&entry.path())
+                    .into_iter()
+                    .map(|below| format!("{name}/{below}")),
+            );
         }
         found.push(name);
     }

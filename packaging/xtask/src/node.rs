@@ -1,0 +1,57 @@
+//! Builds what a test node needs and hands over to `joey-node`.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::command::{command, repository, run, target};
+use crate::deps;
+
+/// How the binaries under test are built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// Quick to build.
+    Debug,
+    /// As delivered.
+    Release,
+}
+
+impl Profile {
+    fn folder(self) -> PathBuf {
+        target().join(match self {
+            Self::Debug => "debug",
+            Self::Release => "release",
+        })
+    }
+}
+
+/// Builds shim, tool and harness.
+pub fn build(profile: Profile) -> Result<()> {
+    let mut build = command(
+        "cargo",
+        &["build", "--quiet", "-p", "joey-shim", "-p", "joey-tests"],
+    );
+    build.arg("--bins");
+    if profile == Profile::Release {
+        build.arg("--release");
+    }
+    run(&mut build)
+}
+
+/// Says where everything is, for the harness.
+pub fn environment(command: &mut Command, profile: Profile) {
+    command
+        .env("JOEY_DEPS", deps::folder())
+        .env("JOEY_BIN", profile.folder())
+        .env("JOEY_GUEST", repository().join("target/guest"));
+}
+
+/// Runs `joey-node` with these arguments, after all it needs was built.
+pub fn run_tool(arguments: &[String]) -> Result<()> {
+    deps::install()?;
+    build(Profile::Release)?;
+    let mut tool = Command::new(Profile::Release.folder().join("joey-node"));
+    environment(tool.args(arguments), Profile::Release);
+    run(&mut tool)
+}
