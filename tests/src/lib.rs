@@ -4,6 +4,7 @@
 //! The tests themselves are in `promises/`, one file per promise; each runs on every supported containerd
 //! through the public interfaces only, the way a kubelet and an operator use Joey.
 
+pub mod bench;
 pub mod cri;
 pub mod image;
 pub mod node;

@@ -1,8 +1,15 @@
 //! The test node's command: `up`, `down`, `status`; `hold` is the node's own first process.
 #![allow(clippy::print_stdout)]
 
-use anyhow::{Result, bail};
+#[path = "joey-node/demo.rs"]
+mod demo;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use joey_tests::bench;
 use joey_tests::node::config::Version;
 use joey_tests::node::{Node, Options, holder, names};
 
@@ -25,10 +32,36 @@ enum Command {
     Down,
     /// Show what runs
     Status,
+    /// Measure
+    Bench {
+        #[command(subcommand)]
+        bench: Bench,
+    },
+    /// Start a pod from a real image and show its timeline
+    Demo,
     #[command(hide = true)]
     Hold {
         #[arg(long)]
         tied: bool,
+    },
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Joey beside runc, from RunPodSandbox to RemovePodSandbox
+    Start {
+        /// Pods of each handler
+        #[arg(long, default_value_t = 50)]
+        runs: usize,
+        /// Where to write the figures; the picture goes beside it
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// containerd release
+        #[arg(long, default_value = "2.1")]
+        containerd: Version,
+        /// Handlers to compare
+        #[arg(long, value_delimiter = ',', default_value = "joey,runc")]
+        handlers: Vec<String>,
     },
 }
 
@@ -40,6 +73,21 @@ fn main() -> Result<()> {
         Command::Up { containerd } => up(containerd),
         Command::Down => down(),
         Command::Status => status(),
+        Command::Bench {
+            bench:
+                Bench::Start {
+                    runs,
+                    json,
+                    containerd,
+                    handlers,
+                },
+        } => {
+            let handlers: Vec<&str> = handlers.iter().map(String::as_str).collect();
+            with_node(containerd, "bench", |node| {
+                bench_start(node, &handlers, runs, json.as_deref())
+            })
+        }
+        Command::Demo => with_node(Version::V2_1, "demo", demo::run),
     }
 }
 
@@ -108,5 +156,44 @@ fn status() -> Result<()> {
             println!("  {pid:>8} {command}");
         }
     }
+    Ok(())
+}
+
+/// Runs `work` on a node of its own, which is ended whatever happens.
+fn with_node(version: Version, name: &str, work: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
+    let tool = std::env::current_exe()?;
+    let name = format!("{name}-{}", std::process::id());
+    let node = Node::up(&Options {
+        version,
+        name: &name,
+        tool: &tool,
+        tied: true,
+    })?;
+    let result = work(&node).with_context(|| format!("containerd's last words:\n{}", node.log()));
+    let leaks = node.down()?;
+    result?;
+    if !leaks.is_empty() {
+        bail!("left behind by the node's pods:\n  {}", leaks.join("\n  "));
+    }
+    println!("node is down; nothing left behind");
+    Ok(())
+}
+
+fn bench_start(node: &Node, handlers: &[&str], runs: usize, json: Option<&Path>) -> Result<()> {
+    let report = bench::start(node, handlers, runs, &mut |text| println!("{text}"))?;
+    println!("\n{}", report.table());
+    let default = joey_tests::paths::repository().join("target/bench/start.json");
+    let json = json.unwrap_or(&default);
+    if let Some(folder) = json.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    fs::write(json, serde_json::to_string_pretty(&report)? + "\n")?;
+    let picture = json.with_extension("svg");
+    fs::write(&picture, bench::plot::svg(&report))?;
+    println!(
+        "figures: {}\npicture: {}",
+        json.display(),
+        picture.display()
+    );
     Ok(())
 }

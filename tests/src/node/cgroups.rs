@@ -40,6 +40,20 @@ pub fn make(cgroup: &str) -> Result<()> {
     Ok(())
 }
 
+/// Puts a process where its CPU time, and that of its children, is counted.
+pub fn count_cpu(cgroup: &str, pid: u32) -> Result<()> {
+    make(cgroup)?;
+    let name = cgroup.trim_start_matches('/');
+    let root = Path::new("/sys/fs/cgroup");
+    let versioned = [root.join("cpuacct").join(name), root.join(name)];
+    let folder = versioned
+        .iter()
+        .find(|folder| folder.join("cgroup.procs").exists());
+    let folder = folder.with_context(|| format!("no cgroup {cgroup} that counts CPU time"))?;
+    fs::write(folder.join("cgroup.procs"), pid.to_string())
+        .with_context(|| format!("put {pid} into {}", folder.display()))
+}
+
 /// A new cpuset (v1) is empty and takes no process; controllers (v2) must be switched on by the parent.
 fn inherit(parent: &Path, folder: &Path) {
     for file in ["cpuset.cpus", "cpuset.mems"] {

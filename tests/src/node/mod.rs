@@ -155,6 +155,7 @@ impl Node {
             .stderr(log);
         let child = holder::spawn_inside(self.holder, command)?;
         fs::write(self.dir.join("containerd"), child.id().to_string())?;
+        cgroups::count_cpu(&format!("{}/system", self.cgroup()), child.id())?;
         *lock(&self.containerd) = Some(child);
         let end = Instant::now() + Duration::from_secs(30);
         loop {

@@ -1,0 +1,187 @@
+//! `bench start`: the same pod, alternately with each handler, through the same containerd and network.
+
+pub mod plot;
+pub mod stats;
+
+use std::collections::HashSet;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use std::os::fd::AsFd;
+
+use self::stats::{Report, Samples};
+use crate::node::{Node, cgroups};
+use crate::pod::{self, Pod, SOON};
+use crate::process;
+
+/// Pods of the run that starts them all at once.
+const TOGETHER: usize = 20;
+
+/// Measures and returns the report; `progress` is told what happens.
+pub fn start(
+    node: &Node,
+    handlers: &[&str],
+    runs: usize,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report> {
+    let mut samples = Samples::default();
+    for handler in handlers {
+        progress(&format!("warming up {handler}"));
+        // Twice: the first makes what is made once a node, the second finds all caches filled.
+        for _ in 0..2 {
+            one(node, handler, &mut Samples::default())
+                .with_context(|| format!("first pod with handler {handler}"))?;
+        }
+    }
+    for run in 1..=runs {
+        for handler in handlers {
+            one(node, handler, &mut samples)?;
+        }
+        if run % 10 == 0 || run == runs {
+            progress(&format!("{run} of {runs} runs"));
+        }
+    }
+    for handler in handlers {
+        progress(&format!("{TOGETHER} pods at once with {handler}"));
+        together(node, handler, &mut samples)?;
+    }
+    Ok(samples.report(
+        "start",
+        &machine(),
+        handlers[0],
+        handlers[handlers.len() - 1],
+    ))
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+/// One pod's life, each call timed.
+fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
+    let before: HashSet<u32> = node.processes().into_iter().map(|(pid, _)| pid).collect();
+    let cpu_before = cgroups::cpu_nanoseconds(&node.cgroup());
+    let mut timed = |metric: &str, time: Duration| {
+        samples.add(handler, metric, "ms", milliseconds(time));
+    };
+    let start = Instant::now();
+    let pod = Pod::run(node, handler, "bench")?;
+    timed("run_pod_sandbox", start.elapsed());
+
+    let start = Instant::now();
+    let container = pod.create(&pod::script("main", "echo up; exec sleep 1000"))?;
+    timed("create_container", start.elapsed());
+
+    let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    watch.add_watch(pod.config.log_directory.as_str(), AddWatchFlags::IN_MODIFY)?;
+    let start = Instant::now();
+    let first_byte = std::thread::scope(|scope| -> Result<Duration> {
+        let watcher = scope.spawn(|| first_change(&watch, start));
+        node.cri.start(&container.id)?;
+        timed("start_container", start.elapsed());
+        watcher
+            .join()
+            .map_err(|_| anyhow!("the log's watcher panicked"))?
+    })?;
+    timed("first_byte", first_byte);
+
+    let start = Instant::now();
+    container.exec(&["true"])?;
+    timed("exec", start.elapsed());
+    let memory = memory_of_new(node, &before);
+
+    let start = Instant::now();
+    node.cri.stop_pod(&pod.id)?;
+    timed("stop_pod", start.elapsed());
+    let start = Instant::now();
+    node.cri.remove_pod(&pod.id)?;
+    timed("remove_pod", start.elapsed());
+    if let (Some(before), Some(after)) = (cpu_before, cgroups::cpu_nanoseconds(&node.cgroup())) {
+        timed(
+            "host_cpu",
+            Duration::from_nanos(after.saturating_sub(before)),
+        );
+    }
+    for (metric, kib) in memory {
+        samples.add(handler, metric, "MiB", kib as f64 / 1024.0);
+    }
+    pod.remove()
+}
+
+/// When the container's log first changed.
+fn first_change(watch: &Inotify, start: Instant) -> Result<Duration> {
+    let mut polled = [PollFd::new(watch.as_fd(), PollFlags::POLLIN)];
+    let limit = PollTimeout::try_from(SOON)?;
+    if poll(&mut polled, limit)? == 0 {
+        return Err(anyhow!("the container printed nothing within {SOON:?}"));
+    }
+    Ok(start.elapsed())
+}
+
+/// Memory of the processes that came with the pod, in KiB: private in all and of the shim, and PSS.
+fn memory_of_new(node: &Node, before: &HashSet<u32>) -> Vec<(&'static str, u64)> {
+    let (mut all, mut shim, mut shares) = (0, 0, 0);
+    for (pid, command) in node.processes() {
+        if before.contains(&pid) {
+            continue;
+        }
+        let memory = process::memory(pid).unwrap_or_default();
+        all += memory.private;
+        shares += memory.proportional;
+        if command.contains("containerd-shim-") {
+            shim += memory.private;
+        }
+    }
+    vec![
+        ("private_memory", all),
+        ("shim_private_memory", shim),
+        ("pss_memory", shares),
+    ]
+}
+
+/// Starts pods all at once; a sample is one pod's time to a started container.
+fn together(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
+    let began = Instant::now();
+    let outcomes: Vec<Result<(Pod<'_>, Duration)>> = std::thread::scope(|scope| {
+        let one = move |number: usize| {
+            let start = Instant::now();
+            let pod = Pod::run(node, handler, &format!("bench{number}"))?;
+            pod.start(&pod::container("main", &["sleep", "1000"]))?;
+            Ok((pod, start.elapsed()))
+        };
+        let threads: Vec<_> = (0..TOGETHER).map(|n| scope.spawn(move || one(n))).collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined
+            .map(|r| r.unwrap_or_else(|_| Err(anyhow!("panicked"))))
+            .collect()
+    });
+    let all = began.elapsed();
+    for outcome in outcomes {
+        let (pod, time) = outcome?;
+        samples.add(handler, "20_at_once_each", "ms", milliseconds(time));
+        pod.remove()?;
+    }
+    samples.add(handler, "20_at_once_all", "ms", milliseconds(all));
+    Ok(())
+}
+
+/// The machine in a line: processor, count, kernel.
+fn machine() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let model = model.map_or("unknown processor", |(_, name)| name.trim());
+    let count = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let kvm = fs::metadata("/dev/kvm").is_ok();
+    let mode = if kvm {
+        "/dev/kvm present"
+    } else {
+        "no /dev/kvm: software emulation"
+    };
+    format!("{count} × {model}, Linux {}, {mode}", kernel.trim())
+}
