@@ -3,4 +3,6 @@
 //! `docs/architecture.md` draws how the modules hang together.
 
 pub mod bootstrap;
+pub mod guest;
 pub mod log;
+pub mod stdio;

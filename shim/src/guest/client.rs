@@ -1,0 +1,234 @@
+//! Calls to the agent: each with its deadline, each reply checked.
+//!
+//! Deadlines are the host's alone: the guest is not told, so that it never stops half-way through
+//! the creation of a container because the host was slow.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use joey_protocol::agent_ttrpc::AgentClient;
+use joey_protocol::api;
+use joey_protocol::limits::deadline;
+use tokio::time::timeout;
+use ttrpc::Code;
+use ttrpc::context::Context;
+
+use super::{Alive, Lost, checks};
+
+/// After a call failed on the channel, how long to wait for the channel's own reason.
+const REASON: Duration = Duration::from_secs(1);
+
+/// Why a call failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum GuestError {
+    /// The agent says no.
+    #[error("{call} failed in the guest: {message}")]
+    Refused {
+        /// The call.
+        call: &'static str,
+        /// The kind of error, as ttrpc has them.
+        code: Code,
+        /// The agent's words.
+        message: String,
+    },
+    /// No answer in time.
+    #[error("the guest did not answer {call} within {} s", .deadline.as_secs())]
+    Timeout {
+        /// The call.
+        call: &'static str,
+        /// Its deadline.
+        deadline: Duration,
+    },
+    /// The channel is gone.
+    #[error("{call} has no answer, the channel to the guest is lost: {reason}")]
+    Lost {
+        /// The call.
+        call: &'static str,
+        /// Why it is gone.
+        reason: Arc<str>,
+    },
+    /// The request is too large, or the reply is not one.
+    #[error("{call} could not be sent or its reply not be read: {reason}")]
+    Transport {
+        /// The call.
+        call: &'static str,
+        /// What ttrpc says.
+        reason: String,
+    },
+    /// A reply that an honest agent does not give.
+    #[error("the guest's reply to {call} is refused: {reason}")]
+    BadReply {
+        /// The call.
+        call: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl GuestError {
+    /// The kind of error for containerd.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Refused { code, .. } => *code,
+            Self::Timeout { .. } => Code::DEADLINE_EXCEEDED,
+            Self::Lost { .. } => Code::UNAVAILABLE,
+            Self::Transport { .. } | Self::BadReply { .. } => Code::INTERNAL,
+        }
+    }
+
+    /// Whether the guest says that the thing is not there.
+    pub fn is_not_found(&self) -> bool {
+        self.code() == Code::NOT_FOUND
+    }
+}
+
+/// Calls to the agent. Clones share the channel.
+#[derive(Clone)]
+pub struct Client {
+    agent: AgentClient,
+    lost: Lost,
+    _alive: Arc<Alive>,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Client").field("lost", &self.lost).finish_non_exhaustive()
+    }
+}
+
+/// One method: name, request, reply, deadline and the check of the reply.
+macro_rules! call {
+    ($(#[$doc:meta])* $name:ident($request:ident) -> $reply:ident, $deadline:ident, $check:expr) => {
+        $(#[$doc])*
+        pub async fn $name(&self, request: &api::$request) -> Result<api::$reply, GuestError> {
+            let call = stringify!($name);
+            let answer = self.agent.$name(Context::default(), request);
+            let reply = self.answer(call, deadline::$deadline, answer).await?;
+            let check: fn(&api::$reply) -> Result<(), String> = $check;
+            check(&reply).map_err(|reason| GuestError::BadReply { call, reason })?;
+            Ok(reply)
+        }
+    };
+    ($(#[$doc:meta])* $name:ident($request:ident), $deadline:ident) => {
+        $(#[$doc])*
+        pub async fn $name(&self, request: &api::$request) -> Result<(), GuestError> {
+            let answer = self.agent.$name(Context::default(), request);
+            self.answer(stringify!($name), deadline::$deadline, answer).await.map(drop)
+        }
+    };
+}
+
+impl Client {
+    pub(super) fn new(agent: AgentClient, lost: Lost, alive: Arc<Alive>) -> Self {
+        Self { agent, lost, _alive: alive }
+    }
+
+    /// Asks who is there and checks that it speaks this version. `wait`: a clone answers within
+    /// [`deadline::HELLO`], a cold boot within [`deadline::HELLO_COLD`].
+    pub async fn hello(&self, wait: Duration) -> Result<api::HelloResponse, GuestError> {
+        let call = "hello";
+        let mut request = api::HelloRequest::new();
+        request.protocol_version = joey_protocol::limits::PROTOCOL_VERSION;
+        let answer = self.agent.hello(Context::default(), &request);
+        let reply = self.answer(call, wait, answer).await?;
+        checks::hello(&reply).map_err(|reason| GuestError::BadReply { call, reason })?;
+        Ok(reply)
+    }
+
+    /// Reads a file of a volume back.
+    pub async fn read_file(&self, request: &api::ReadFileRequest) -> Result<Vec<u8>, GuestError> {
+        let call = "read_file";
+        let answer = self.agent.read_file(Context::default(), request);
+        let reply = self.answer(call, deadline::COPY, answer).await?;
+        checks::file(&reply, request.limit)
+            .map_err(|reason| GuestError::BadReply { call, reason })?;
+        Ok(reply.data)
+    }
+
+    call! {
+        /// Turns the guest into this sandbox.
+        start_sandbox(StartSandboxRequest) -> StartSandboxResponse, START_SANDBOX,
+        checks::start_sandbox
+    }
+    call! {
+        /// Puts files into a volume.
+        copy_in(CopyInRequest), COPY
+    }
+    call! {
+        /// Creates a container up to its first instruction.
+        create_container(CreateContainerRequest) -> CreateContainerResponse, CREATE, checks::created
+    }
+    call! {
+        /// Creates a further process of a container.
+        create_exec(CreateExecRequest), CREATE
+    }
+    call! {
+        /// Runs a created process.
+        start(ProcessRequest) -> StartResponse, START, checks::started
+    }
+    call! {
+        /// Sends a signal.
+        signal(SignalRequest), QUICK
+    }
+    call! {
+        /// Sets the size of a terminal.
+        resize_pty(ResizePtyRequest), QUICK
+    }
+    call! {
+        /// Frees a process or a container.
+        delete(ProcessRequest), DELETE
+    }
+    call! {
+        /// Changes the limits of a container.
+        update(UpdateRequest), QUICK
+    }
+    call! {
+        /// Freezes a container.
+        pause(ContainerRequest), FREEZE
+    }
+    call! {
+        /// Thaws a container.
+        resume(ContainerRequest), FREEZE
+    }
+    call! {
+        /// Reads a container's counters.
+        stats(ContainerRequest) -> StatsResponse, QUICK, checks::stats
+    }
+    call! {
+        /// Lists a container's processes.
+        processes(ContainerRequest) -> ProcessesResponse, QUICK, checks::processes
+    }
+
+    async fn answer<T>(
+        &self,
+        call: &'static str,
+        deadline: Duration,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, GuestError> {
+        let mut lost = self.lost.clone();
+        let answered = tokio::select! {
+            biased;
+            answered = timeout(deadline, answer) => answered,
+            reason = lost.wait() => return Err(GuestError::Lost { call, reason }),
+        };
+        let error = match answered {
+            Ok(Ok(reply)) => return Ok(reply),
+            Ok(Err(ttrpc::Error::RpcStatus(status))) => {
+                let code = status.code.enum_value_or(Code::UNKNOWN);
+                let message = checks::error_text(&status.message);
+                return Err(GuestError::Refused { call, code, message });
+            }
+            Ok(Err(error)) => error,
+            Err(_) => return Err(GuestError::Timeout { call, deadline }),
+        };
+        // ttrpc may notice the end before the channel's task has said why.
+        let closed = matches!(
+            error,
+            ttrpc::Error::Socket(_) | ttrpc::Error::LocalClosed | ttrpc::Error::RemoteClosed
+        );
+        if closed && let Ok(reason) = timeout(REASON, lost.wait()).await {
+            return Err(GuestError::Lost { call, reason });
+        }
+        Err(GuestError::Transport { call, reason: checks::error_text(&error.to_string()) })
+    }
+}
