@@ -18,8 +18,24 @@ pub const TESTS: &[Test] = &[
         run: exec_carries_ten_mib,
     },
     Test {
-        name: "io::hundred_mib_through_log",
-        run: hundred_mib_through_log,
+        name: "io::twenty_mib_through_log",
+        run: twenty_mib_through_log,
+    },
+    Test {
+        name: "io::exec_carries_hundred_mib",
+        run: exec_carries_hundred_mib,
+    },
+    Test {
+        name: "io::exec_with_stdin",
+        run: exec_with_stdin,
+    },
+    Test {
+        name: "io::exec_with_terminal",
+        run: exec_with_terminal,
+    },
+    Test {
+        name: "io::attach",
+        run: attach,
     },
     Test {
         name: "io::terminal",
@@ -73,17 +89,81 @@ fn exec_carries_ten_mib(ctx: &Context<'_>) -> Result<()> {
     pod.remove()
 }
 
-fn hundred_mib_through_log(ctx: &Context<'_>) -> Result<()> {
+fn twenty_mib_through_log(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("bulk")?;
     // Lines, as the log is made of lines; the count shows that none is lost or doubled.
     let start = Instant::now();
-    let container = pod.start(&pod::script("c", "yes 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde | head -c 104857600; echo; echo done"))?;
+    let container = pod.start(&pod::script("c", "yes 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde | head -c 20971520; echo; echo done"))?;
     let status = container.wait(Duration::from_secs(120))?;
     same("exit code", status.exit_code, 0)?;
     container.wait_output("\ndone", SOON)?;
+    let rate = 20.0 / start.elapsed().as_secs_f64();
+    println!("        20 MiB through the log at {rate:.0} MiB/s");
+    same("bytes", container.logs()?.0.len(), 20_971_520 + 6)?;
+    pod.remove()
+}
+
+fn exec_carries_hundred_mib(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("execlive")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    // A pattern without end in little memory; the digest is made inside and outside.
+    let text = "yes 0123456789abcdefghijklmnopqrstu | head -c 104857600";
+    let digest = container
+        .sh(&format!("{text} | sha256sum | cut -d' ' -f1"))?
+        .text();
+    let start = Instant::now();
+    let output = container.exec_live(&["sh", "-c", text], false)?.finish()?;
     let rate = 100.0 / start.elapsed().as_secs_f64();
-    println!("        100 MiB through the log at {rate:.0} MiB/s");
-    same("bytes", container.logs()?.0.len(), 104_857_600 + 6)?;
+    println!("        100 MiB through exec at {rate:.0} MiB/s");
+    same("bytes", output.stdout.len(), 100 << 20)?;
+    same("digest", hex(&output.stdout), digest)?;
+    pod.remove()
+}
+
+fn exec_with_stdin(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("execstdin")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    let text = "read a; echo got $a; echo bad >&2; read b; echo got $b; exit 9";
+    let mut session = container.exec_live(&["sh", "-c", text], false)?;
+    session.send(b"one\n")?;
+    session.wait_for("got one")?;
+    session.send(b"two\n")?;
+    let output = session.finish()?;
+    same("stdout", output.text(), "got one\ngot two")?;
+    same("stderr", output.stderr.as_slice(), b"bad\n")?;
+    same("exit code", output.code, 9)?;
+    pod.remove()
+}
+
+fn exec_with_terminal(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("exectty")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    let mut session = container.exec_live(&["sh"], true)?;
+    session.resize(93, 31)?;
+    session.send(b"tty; sleep 0.3; stty size\n")?;
+    session.wait_for("/dev/pts/")?;
+    session.wait_for("31 93")?;
+    session.send(b"sleep 1000\n")?;
+    std::thread::sleep(Duration::from_millis(300));
+    session.send(b"\x03")?;
+    session.send(b"exit 4\n")?;
+    same("exit code", session.finish()?.code, 4)?;
+    pod.remove()
+}
+
+fn attach(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("attach")?;
+    let mut config = pod::script("c", "while read line; do echo got $line; done; echo ended");
+    config.stdin = true;
+    let container = pod.start(&config)?;
+    let mut session = container.attach(false)?;
+    session.send(b"one\n")?;
+    session.wait_for("got one")?;
+    session.send(b"two\n")?;
+    session.wait_for("got two")?;
+    container.wait_output("got two", SOON)?;
+    drop(session);
+    same("lives on", container.sh("echo ok")?.text(), "ok")?;
     pod.remove()
 }
 

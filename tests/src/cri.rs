@@ -9,11 +9,11 @@ use anyhow::{Context, Result, anyhow};
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
-    ContainerConfig, ContainerStats, ContainerStatsRequest, ContainerStatus,
-    ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ListContainersRequest,
-    ListImagesRequest, ListPodSandboxRequest, PodSandboxConfig, PodSandboxStatus,
-    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    AttachRequest, ContainerConfig, ContainerStats, ContainerStatsRequest, ContainerStatus,
+    ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest,
+    ListContainersRequest, ListImagesRequest, ListPodSandboxRequest, PodSandboxConfig,
+    PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
     UpdateContainerResourcesRequest, VersionRequest,
 };
 use tokio::runtime::Runtime;
@@ -279,6 +279,31 @@ impl Cri {
             stderr: answer.stderr,
             code: answer.exit_code,
         })
+    }
+
+    /// URL at which a command in a container can be talked to; stdin is open.
+    pub fn exec_url(&self, container: &str, command: &[&str], tty: bool) -> Result<String> {
+        let request = ExecRequest {
+            container_id: container.into(),
+            cmd: command.iter().map(ToString::to_string).collect(),
+            tty,
+            stdin: true,
+            stdout: true,
+            stderr: !tty,
+        };
+        Ok(wait("Exec", self.runtime.clone().exec(request))?.url)
+    }
+
+    /// URL at which a container's first process can be talked to.
+    pub fn attach_url(&self, container: &str, tty: bool) -> Result<String> {
+        let request = AttachRequest {
+            container_id: container.into(),
+            stdin: true,
+            tty,
+            stdout: true,
+            stderr: !tty,
+        };
+        Ok(wait("Attach", self.runtime.clone().attach(request))?.url)
     }
 
     /// Changes a running container's limits.

@@ -11,4 +11,5 @@ pub mod node;
 pub mod paths;
 pub mod pod;
 pub mod process;
+pub mod stream;
 mod sys;

@@ -17,6 +17,7 @@ use k8s_cri::v1::{
 use crate::cri::Output;
 use crate::image;
 use crate::node::{Node, cgroups};
+use crate::stream::Session;
 
 /// How long tests wait for what should come quickly.
 pub const SOON: Duration = Duration::from_secs(30);
@@ -299,6 +300,16 @@ impl Container<'_> {
     /// Runs a shell command in it.
     pub fn sh(&self, text: &str) -> Result<Output> {
         self.exec(&["sh", "-c", text])
+    }
+
+    /// Runs a command in it and talks to it.
+    pub fn exec_live(&self, command: &[&str], tty: bool) -> Result<Session> {
+        Session::open(self.node, &self.node.cri.exec_url(&self.id, command, tty)?)
+    }
+
+    /// Talks to its first process.
+    pub fn attach(&self, tty: bool) -> Result<Session> {
+        Session::open(self.node, &self.node.cri.attach_url(&self.id, tty)?)
     }
 
     /// Stops and removes it.

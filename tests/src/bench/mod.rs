@@ -177,11 +177,18 @@ fn machine() -> String {
     let model = model.map_or("unknown processor", |(_, name)| name.trim());
     let count = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let kvm = fs::metadata("/dev/kvm").is_ok();
-    let mode = if kvm {
-        "/dev/kvm present"
+    // What counts is whether the processor virtualises, not whether the device node is there.
+    let virtual_cpu = info
+        .lines()
+        .find(|line| line.starts_with("flags"))
+        .is_some_and(|line| {
+            line.split_whitespace()
+                .any(|flag| flag == "vmx" || flag == "svm")
+        });
+    let mode = if virtual_cpu && fs::metadata("/dev/kvm").is_ok() {
+        "KVM"
     } else {
-        "no /dev/kvm: software emulation"
+        "no usable KVM: software emulation"
     };
     format!("{count} × {model}, Linux {}, {mode}", kernel.trim())
 }
