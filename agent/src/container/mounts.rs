@@ -1,0 +1,170 @@
+//! A container's mounts, made below its root before the root becomes `/`.
+//!
+//! Every mount is built detached, with its attributes, and then attached to a descriptor that was
+//! opened below the root: no path is looked up twice, and none can lead out of the root.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use oci_spec::runtime::Mount;
+
+use super::mount_options::{self, Options};
+use super::paths::{self, Missing};
+use super::sys::{self, MountAttr};
+use super::{Error, Kind};
+
+const RESOLVE_NO_SYMLINKS: u64 = 0x04;
+
+fn bad(mount: &Mount, why: impl std::fmt::Display) -> Error {
+    Error::failed(format!("mounting {:?}: {why}", mount.destination()))
+}
+
+/// Makes all mounts of the specification, in its order. Gives whether `/dev` is to become
+/// read-only once it is filled.
+pub(crate) fn mount_all(root: BorrowedFd<'_>, mounts: &[Mount]) -> Result<bool, Error> {
+    let mut read_only_dev = false;
+    for mount in mounts {
+        let options = mount.options().as_deref().unwrap_or(&[]);
+        let mut options = mount_options::parse(options).map_err(|why| {
+            let text = format!("mounting {:?}: {why}", mount.destination());
+            Error::new(Kind::Unsupported, text)
+        })?;
+        if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+            let text = format!(
+                "mounting {:?}: ID-mapped mounts are not available in a VM pod",
+                mount.destination()
+            );
+            return Err(Error::new(Kind::Unsupported, text));
+        }
+        let bind = options.bind || mount.typ().as_deref() == Some("bind");
+        if is_dev(mount) && !bind && options.read_only() {
+            read_only_dev = true;
+            options = options.without_read_only();
+        }
+        match bind {
+            true => bind_mount(root, mount, &options)?,
+            false => new_mount(root, mount, &options)?,
+        }
+    }
+    Ok(read_only_dev)
+}
+
+fn is_dev(mount: &Mount) -> bool {
+    mount.destination().components().eq(Path::new("/dev").components())
+}
+
+/// Whether the container brings the guest's or a volume's directory as its `/dev`.
+pub(crate) fn brings_own_dev(mounts: &[Mount]) -> bool {
+    mounts.iter().filter(|mount| is_dev(mount)).any(|mount| {
+        let named = |option: &String| option == "bind" || option == "rbind";
+        mount.typ().as_deref() == Some("bind")
+            || mount.options().iter().flatten().any(named)
+    })
+}
+
+/// Opens the mount point, creating what is missing.
+fn target(root: BorrowedFd<'_>, mount: &Mount, missing: Missing) -> Result<OwnedFd, Error> {
+    let path = paths::relative(mount.destination())
+        .map_err(|why| Error::new(Kind::Invalid, bad(mount, why).to_string()))?;
+    let Some(path) = path else {
+        let text = bad(mount, "the root itself cannot be a mount's destination").to_string();
+        return Err(Error::new(Kind::Invalid, text));
+    };
+    paths::open_or_create(root, &path, missing)
+        .map_err(|error| bad(mount, format!("making its mount point: {error}")))
+}
+
+fn bind_mount(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<(), Error> {
+    let source = mount.source().as_deref().unwrap_or(Path::new(""));
+    if !source.is_absolute() {
+        return Err(bad(mount, format!("source {source:?} is not an absolute path")));
+    }
+    let opened = open_path(source).map_err(|error| bad(mount, format!("{source:?}: {error}")))?;
+    let is_directory = File::from(opened.try_clone().map_err(|error| bad(mount, error))?)
+        .metadata()
+        .map_err(|error| bad(mount, format!("{source:?}: {error}")))?
+        .is_dir();
+    let target = target(root, mount, if is_directory { Missing::Directory } else { Missing::File })?;
+    let copy = sys::clone_tree(opened.as_fd(), Path::new(""), options.recursive)
+        .map_err(|error| bad(mount, format!("binding {source:?}: {error}")))?;
+    finish(mount, copy.as_fd(), options, target.as_fd())
+}
+
+fn open_path(path: &Path) -> io::Result<OwnedFd> {
+    use nix::fcntl::{OFlag, open};
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    Ok(open(path, flags, nix::sys::stat::Mode::empty())?)
+}
+
+fn new_mount(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<(), Error> {
+    let named = mount.typ().as_deref().unwrap_or("");
+    // The guest has cgroup v2 alone, whatever the host has.
+    let kind = if named == "cgroup" { "cgroup2" } else { named };
+    if kind.is_empty() || kind == "none" {
+        return Err(bad(mount, "it has neither a type nor the option bind"));
+    }
+    let name = CString::new(kind).map_err(|_| bad(mount, "NUL in the type"))?;
+    let fs = sys::fs_open(&name).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENODEV) => {
+            let text = bad(mount, format!("unknown file system type {kind:?}")).to_string();
+            Error::new(Kind::Unsupported, text)
+        }
+        _ => bad(mount, format!("file system type {kind:?}: {error}")),
+    })?;
+    // Options for a version 1 cgroup mean nothing to version 2.
+    let data = if kind == "cgroup2" { &[][..] } else { &options.data };
+    for option in data {
+        set_option(fs.as_fd(), option)
+            .map_err(|error| bad(mount, format!("option {option:?}: {error}")))?;
+    }
+    if let Some(source) = mount.source().as_deref().and_then(Path::to_str) {
+        let source = CString::new(source).map_err(|_| bad(mount, "NUL in the source"))?;
+        sys::fs_set(fs.as_fd(), c"source", Some(&source)).map_err(|error| bad(mount, error))?;
+    }
+    let made = sys::fs_mount(fs.as_fd(), 0)
+        .map_err(|error| bad(mount, format!("file system of type {kind:?}: {error}")))?;
+    let target = match kind {
+        "proc" | "sysfs" => plain_target(root, mount)?,
+        _ => target(root, mount, Missing::Directory)?,
+    };
+    finish(mount, made.as_fd(), options, target.as_fd())
+}
+
+/// The kernel's own file systems are never mounted through a link that the image brought.
+fn plain_target(root: BorrowedFd<'_>, mount: &Mount) -> Result<OwnedFd, Error> {
+    drop(target(root, mount, Missing::Directory)?);
+    let path = paths::relative(mount.destination()).ok().flatten().unwrap_or_default();
+    sys::open_at2(root, &path, libc::O_PATH | libc::O_DIRECTORY, 0, RESOLVE_NO_SYMLINKS)
+        .map_err(|error| bad(mount, format!("it must be a directory, not a link: {error}")))
+}
+
+fn set_option(fs: BorrowedFd<'_>, option: &str) -> io::Result<()> {
+    match option.split_once('=') {
+        Some((key, value)) => sys::fs_set(fs, &CString::new(key)?, Some(&CString::new(value)?)),
+        None => sys::fs_set(fs, &CString::new(option)?, None),
+    }
+}
+
+/// Attributes, then the place, then what needs a place: the propagation.
+fn finish(
+    mount: &Mount,
+    made: BorrowedFd<'_>,
+    options: &Options,
+    target: BorrowedFd<'_>,
+) -> Result<(), Error> {
+    let set = |attributes: &MountAttr, recursive: bool| match *attributes == MountAttr::default() {
+        true => Ok(()),
+        false => sys::set_mount_attributes(made, attributes, recursive)
+            .map_err(|error| bad(mount, format!("setting its attributes: {error}"))),
+    };
+    set(&options.attributes, false)?;
+    set(&options.recursive_attributes, true)?;
+    sys::attach(made, target).map_err(|error| bad(mount, error))?;
+    if let Some((propagation, recursive)) = options.propagation {
+        set(&MountAttr { propagation, ..MountAttr::default() }, recursive)?;
+    }
+    Ok(())
+}
