@@ -206,6 +206,7 @@ pub fn nginx(folder: &Path) -> Result<PathBuf> {
         events {}\nhttp { access_log /dev/stdout; server { listen 80; listen [::]:80; root /www; } }\n";
     let settings_layer = Layer::default()
         .directory("etc", 0o755)?
+        .file("usr/bin/busybox", 0o755, &busybox()?)?
         .file("etc/joey-nginx.conf", 0o644, configuration.as_bytes())?
         .file(
             "etc/passwd",

@@ -54,7 +54,7 @@ fn live(node: &Node, shown: bool) -> Result<()> {
         let page = answer.lines().last().unwrap_or_default();
         println!("  the pod at {address} says: {page}");
         let kernel = container
-            .exec(&["/bin/uname", "-r"])
+            .exec(&["/usr/bin/busybox", "uname", "-r"])
             .map(|output| output.text());
         println!(
             "  its kernel: {}",
