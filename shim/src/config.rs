@@ -1,0 +1,298 @@
+//! The node's configuration: defaults, then the file, then the runtime's options, checked once.
+//!
+//! A [`Config`] that exists is valid: everything behind it reads fields and never checks again.
+//! The file is `/etc/joey/config.toml`, moved by `JOEY_CONFIG` and, above that, by the runtime
+//! options' `ConfigPath`. A file somebody named must exist; the default one need not.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use protobuf::CodedInputStream;
+use serde::Deserialize;
+
+/// Where the file is when nobody says otherwise.
+pub const DEFAULT_FILE: &str = "/etc/joey/config.toml";
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("read configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Not TOML, an unknown key or a value of the wrong type; TOML's message names the key.
+    #[error("configuration {origin}: {message}")]
+    Parse {
+        /// File, or the runtime's options.
+        origin: String,
+        /// What TOML says, with the line and the known keys.
+        message: String,
+    },
+    /// A value that cannot be used.
+    #[error("configuration key {key} = {value:?}: {reason}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// What it was.
+        value: String,
+        /// What it must be.
+        reason: &'static str,
+    },
+    /// The runtime options are no `runtimeoptions.v1.Options`.
+    #[error("runtime options of type {type_url:?}: {reason}")]
+    Options {
+        /// Their declared type.
+        type_url: String,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// The checked configuration of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// What outlives a reboot: templates, images, the guest.
+    pub state_dir: PathBuf,
+    /// What does not: sockets, logs and records of running sandboxes.
+    pub run_dir: PathBuf,
+    /// Kernel and initramfs of the guest; `None`: `state_dir/guest`, see [`Config::guest_dir`].
+    pub guest_dir: Option<PathBuf>,
+    /// QEMU; `None`: searched for.
+    pub qemu: Option<PathBuf>,
+    /// Where the wire's program is pinned.
+    pub bpf_dir: PathBuf,
+    /// The operator's tool; `None`: beside the running program, see [`Config::joey`].
+    pub joey: Option<PathBuf>,
+    /// `mkfs.erofs`; `None`: searched for in `PATH`.
+    pub mkfs_erofs: Option<PathBuf>,
+    /// First uid and gid of the VMMs' jails.
+    pub jail_first_id: u32,
+    /// How many uids there are.
+    pub jail_ids: u32,
+    /// Most bytes of cached images, in MiB; the cache also keeps below a fifth of its file system.
+    pub image_cache_mib: u64,
+    /// vCPUs of a pod that asks for nothing.
+    pub default_vcpus: u32,
+    /// Memory of a pod that asks for nothing, guest overhead not counted.
+    pub default_memory_mib: u32,
+    /// Added to a pod's memory for the guest's kernel and agent.
+    pub guest_overhead_mib: u32,
+    /// vCPU counts a sandbox can have, ascending.
+    pub template_vcpus: Vec<u32>,
+    /// Memory sizes a sandbox can have, ascending.
+    pub template_memory_mib: Vec<u32>,
+    /// How long a sandbox may take to start.
+    pub start_timeout_seconds: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_dir: "/var/lib/joey".into(),
+            run_dir: "/run/joey".into(),
+            guest_dir: None,
+            qemu: None,
+            bpf_dir: "/sys/fs/bpf/joey".into(),
+            joey: None,
+            mkfs_erofs: None,
+            jail_first_id: 1_900_000_000,
+            jail_ids: 65_536,
+            image_cache_mib: 20 * 1024,
+            default_vcpus: 1,
+            default_memory_mib: 128,
+            guest_overhead_mib: 64,
+            template_vcpus: vec![1, 2, 4, 8],
+            template_memory_mib: vec![128, 256, 512, 1024, 2048, 4096, 8192, 16384],
+            start_timeout_seconds: 60,
+        }
+    }
+}
+
+impl Config {
+    /// Reads, merges and checks; `options` are what containerd passed for the runtime, if anything.
+    pub fn load(options: Option<&Any>) -> Result<Self, ConfigError> {
+        let options = options.map(decode).transpose()?.unwrap_or_default();
+        let from_env = std::env::var_os("JOEY_CONFIG").map(PathBuf::from);
+        let named = options.path.map(PathBuf::from).or(from_env);
+        let must_exist = named.is_some();
+        let path = named.unwrap_or_else(|| DEFAULT_FILE.into());
+        let mut table = read(&path, must_exist)?;
+        if !options.body.is_empty() {
+            let origin = "in the runtime's options";
+            // Checked alone too, so that an unknown key is blamed on the right place.
+            parse::<Self>(&options.body, origin)?;
+            table.extend(parse::<toml::Table>(&options.body, origin)?);
+        }
+        let config: Self =
+            table
+                .try_into()
+                .map_err(|error: toml::de::Error| ConfigError::Parse {
+                    origin: path.display().to_string(),
+                    message: error.to_string(),
+                })?;
+        config.check()
+    }
+
+    /// Where the guest's kernel and initramfs are.
+    pub fn guest_dir(&self) -> PathBuf {
+        self.guest_dir
+            .clone()
+            .unwrap_or_else(|| self.state_dir.join("guest"))
+    }
+
+    /// The operator's tool, which does the heavy once-per-node work.
+    pub fn joey(&self) -> io::Result<PathBuf> {
+        match &self.joey {
+            Some(path) => Ok(path.clone()),
+            None => Ok(std::env::current_exe()?.with_file_name("joey")),
+        }
+    }
+
+    fn check(self) -> Result<Self, ConfigError> {
+        let paths = [
+            ("state_dir", Some(&self.state_dir)),
+            ("run_dir", Some(&self.run_dir)),
+            ("bpf_dir", Some(&self.bpf_dir)),
+            ("guest_dir", self.guest_dir.as_ref()),
+            ("qemu", self.qemu.as_ref()),
+            ("joey", self.joey.as_ref()),
+            ("mkfs_erofs", self.mkfs_erofs.as_ref()),
+        ];
+        for (key, path) in paths {
+            if let Some(path) = path.filter(|path| !path.is_absolute()) {
+                return refuse(key, path, "must be an absolute path");
+            }
+        }
+        for (key, sizes) in [
+            ("template_vcpus", &self.template_vcpus),
+            ("template_memory_mib", &self.template_memory_mib),
+        ] {
+            if sizes.is_empty() || sizes[0] == 0 || !sizes.is_sorted_by(|a, b| a < b) {
+                return refuse(key, sizes, "must be positive sizes in ascending order");
+            }
+        }
+        if self.default_vcpus == 0 || self.template_vcpus.last() < Some(&self.default_vcpus) {
+            return refuse(
+                "default_vcpus",
+                self.default_vcpus,
+                "must fit the largest template",
+            );
+        }
+        let whole = self.default_memory_mib.checked_add(self.guest_overhead_mib);
+        if self.default_memory_mib == 0
+            || whole.is_none_or(|mib| self.template_memory_mib.last() < Some(&mib))
+        {
+            let reason = "with guest_overhead_mib added must fit the largest template";
+            return refuse("default_memory_mib", self.default_memory_mib, reason);
+        }
+        let end = self.jail_first_id.checked_add(self.jail_ids);
+        if self.jail_first_id == 0 || self.jail_ids == 0 || end.is_none() {
+            return refuse(
+                "jail_first_id",
+                self.jail_first_id,
+                "no usable range without root",
+            );
+        }
+        if self.start_timeout_seconds == 0 {
+            return refuse("start_timeout_seconds", 0, "must be at least 1");
+        }
+        Ok(self)
+    }
+}
+
+fn refuse<T>(
+    key: &'static str,
+    value: impl std::fmt::Debug,
+    reason: &'static str,
+) -> Result<T, ConfigError> {
+    Err(ConfigError::Value {
+        key,
+        value: format!("{value:?}"),
+        reason,
+    })
+}
+
+fn read(path: &Path, must_exist: bool) -> Result<toml::Table, ConfigError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => parse(&text, &path.display().to_string()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !must_exist => {
+            Ok(toml::Table::new())
+        }
+        Err(source) => Err(ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(text: &str, origin: &str) -> Result<T, ConfigError> {
+    toml::from_str(text).map_err(|error| ConfigError::Parse {
+        origin: origin.to_owned(),
+        message: error.to_string(),
+    })
+}
+
+#[derive(Debug, Default)]
+struct Options {
+    path: Option<String>,
+    body: String,
+}
+
+/// Decodes `runtimeoptions.v1.Options`: 1 `type_url`, 2 `config_path`, 3 `config_body`.
+fn decode(any: &Any) -> Result<Options, ConfigError> {
+    let bad = |reason: String| ConfigError::Options {
+        type_url: any.type_url.clone(),
+        reason,
+    };
+    if !any.type_url.ends_with("runtimeoptions.v1.Options") {
+        return Err(bad(
+            "only runtimeoptions.v1.Options is understood".to_owned()
+        ));
+    }
+    let mut options = Options::default();
+    let mut input = CodedInputStream::from_bytes(&any.value);
+    while let Some(tag) = input
+        .read_raw_tag_or_eof()
+        .map_err(|e| bad(e.to_string()))?
+    {
+        // Every field is a string: the tag's low bits are wire type 2.
+        if tag & 7 != 2 {
+            return Err(bad(format!("field tag {tag} is no string")));
+        }
+        let text = input.read_string().map_err(|e| bad(e.to_string()))?;
+        match tag >> 3 {
+            2 if !text.is_empty() => options.path = Some(text),
+            3 => options.body = text,
+            _ => {}
+        }
+    }
+    Ok(options)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid() {
+        Config::default().check().unwrap();
+    }
+
+    #[test]
+    fn unknown_key_is_named_with_its_file() {
+        let error = parse::<Config>("defualt_vcpus = 1", "/x.toml")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("defualt_vcpus") && error.contains("/x.toml"),
+            "{error}"
+        );
+    }
+}
