@@ -66,7 +66,13 @@ fn rule(rule: &LinuxDeviceCgroup) -> Result<Rule, Error> {
     };
     let number = |number: Option<i64>| number.and_then(|number| u32::try_from(number).ok());
     let (major, minor) = (number(rule.major()), number(rule.minor()));
-    Ok(Rule { allow: rule.allow(), kind, major, minor, access: bits })
+    Ok(Rule {
+        allow: rule.allow(),
+        kind,
+        major,
+        minor,
+        access: bits,
+    })
 }
 
 /// Rules in the order of trying; `None` when everything is allowed anyway.
@@ -78,7 +84,12 @@ fn rules(resources: &LinuxResources) -> Result<Option<Vec<Rule>>, Error> {
         minor,
         access: ALL,
     });
-    let listed = resources.devices().iter().flatten().map(rule).collect::<Result<Vec<_>, _>>()?;
+    let listed = resources
+        .devices()
+        .iter()
+        .flatten()
+        .map(rule)
+        .collect::<Result<Vec<_>, _>>()?;
     let mut tried: Vec<Rule> = default.collect();
     for rule in listed.into_iter().rev() {
         tried.push(rule);
@@ -126,7 +137,10 @@ fn program(rules: &[Rule]) -> Vec<EbpfInstruction> {
             return program;
         }
     }
-    program.extend([instruction(MOV_K, 0, 0, 0, 0), instruction(EXIT, 0, 0, 0, 0)]);
+    program.extend([
+        instruction(MOV_K, 0, 0, 0, 0),
+        instruction(EXIT, 0, 0, 0, 0),
+    ]);
     program
 }
 
@@ -140,7 +154,11 @@ fn block(program: &mut Vec<EbpfInstruction>, rule: &Rule) {
         tests.push((MOV_X, 1, 3, 0));
         tests.push((AND_K, 1, 0, rule.access));
         // Allowed only if all that is asked for is; denied if any of it is.
-        tests.push(if rule.allow { (JNE_X, 1, 3, 0) } else { (JEQ_K, 1, 0, 0) });
+        tests.push(if rule.allow {
+            (JNE_X, 1, 3, 0)
+        } else {
+            (JEQ_K, 1, 0, 0)
+        });
     }
     tests.extend(rule.major.map(|major| (JNE_K, 4, 0, major)));
     tests.extend(rule.minor.map(|minor| (JNE_K, 5, 0, minor)));
@@ -156,7 +174,9 @@ fn block(program: &mut Vec<EbpfInstruction>, rule: &Rule) {
 
 /// Puts the policy on a cgroup that has none yet.
 pub(crate) fn attach(cgroup: BorrowedFd<'_>, resources: &LinuxResources) -> Result<(), Error> {
-    let Some(rules) = rules(resources)? else { return Ok(()) };
+    let Some(rules) = rules(resources)? else {
+        return Ok(());
+    };
     let bad = |what: &str, error| Error::failed(format!("{what} the device policy: {error}"));
     let loaded = sys::load_device_program(&program(&rules)).map_err(|e| bad("loading", e))?;
     sys::attach_device_program(cgroup, loaded.as_fd()).map_err(|e| bad("attaching", e))
@@ -185,7 +205,10 @@ mod tests {
 
     #[test]
     fn a_privileged_container_needs_no_program() {
-        assert_eq!(parsed(r#"{"devices":[{"allow":false},{"allow":true,"access":"rwm"}]}"#), None);
+        assert_eq!(
+            parsed(r#"{"devices":[{"allow":false},{"allow":true,"access":"rwm"}]}"#),
+            None
+        );
         assert_eq!(parsed("{}").unwrap().len(), DEFAULT.len());
     }
 }

@@ -139,9 +139,16 @@ impl Link {
 
     /// Lets a ready child exec; returns when it has, or with the reason why it could not.
     pub(crate) async fn go(self) -> Result<(), Error> {
-        let sent = send(self.socket.get_ref().as_raw_fd(), &[READY], MsgFlags::MSG_NOSIGNAL);
+        let sent = send(
+            self.socket.get_ref().as_raw_fd(),
+            &[READY],
+            MsgFlags::MSG_NOSIGNAL,
+        );
         if sent.is_err() {
-            return Err(Error::new(Kind::NotRunning, "the process has ended before its start"));
+            return Err(Error::new(
+                Kind::NotRunning,
+                "the process has ended before its start",
+            ));
         }
         let (message, _) = self.receive().await?;
         match message.split_first() {
@@ -154,7 +161,9 @@ impl Link {
 impl ChildLink {
     /// Takes over the child's end at descriptor `fd`.
     pub(crate) fn adopt(fd: RawFd) -> ChildLink {
-        ChildLink { socket: super::sys::adopt(fd) }
+        ChildLink {
+            socket: super::sys::adopt(fd),
+        }
     }
 
     fn send(&self, message: &[u8], terminal: Option<RawFd>) -> nix::Result<()> {
@@ -172,7 +181,10 @@ impl ChildLink {
         for step in steps {
             message.extend_from_slice(&(step.as_nanos() as u64).to_le_bytes());
         }
-        if self.send(&message, terminal.as_ref().map(AsRawFd::as_raw_fd)).is_err() {
+        if self
+            .send(&message, terminal.as_ref().map(AsRawFd::as_raw_fd))
+            .is_err()
+        {
             return false;
         }
         drop(terminal);

@@ -39,7 +39,11 @@ pub(crate) fn relative(path: &Path) -> Result<Option<PathBuf>, String> {
             }
         }
     }
-    Ok(if clean.as_os_str().is_empty() { None } else { Some(clean) })
+    Ok(if clean.as_os_str().is_empty() {
+        None
+    } else {
+        Some(clean)
+    })
 }
 
 /// Opens an existing path (`O_PATH`) below `root`, following links inside it.
@@ -96,7 +100,9 @@ pub(crate) fn create_directories(
     let mut so_far = PathBuf::new();
     let mut directory = root.try_clone_to_owned()?;
     for component in path.components() {
-        let Component::Normal(name) = component else { continue };
+        let Component::Normal(name) = component else {
+            continue;
+        };
         so_far.push(name);
         directory = match open_with(root, &so_far, libc::O_PATH | libc::O_DIRECTORY) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
