@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
 use crate::sys;
 
@@ -20,7 +20,7 @@ impl FdIo {
     /// Makes the descriptor non-blocking and registers it with the event loop.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         sys::set_nonblocking(fd.as_fd())?;
-        AsyncFd::new(fd).map(Self)
+        sys::register(fd, Interest::READABLE | Interest::WRITABLE).map(Self)
     }
 }
 

@@ -6,16 +6,23 @@
 //! is the end of the sandbox: whatever ends the agent ends the machine, and the host sees it.
 
 mod boot;
+mod calls;
 mod channel;
+mod container;
+mod containers;
+mod events;
 mod fd_io;
 mod identity;
 mod log;
-
+mod oom;
 mod paths;
+mod pod_pid;
 mod reap;
+mod rootfs;
 mod rpc;
 mod sandbox;
 mod storage;
+mod streams;
 mod sys;
 mod volumes;
 
@@ -73,9 +80,8 @@ fn main() -> ExitCode {
 /// Resets the machine, which the VMM was told to take as its end: unlike power-off this needs no
 /// driver.
 fn end_machine() {
-    if let Err(error) = reboot(RebootMode::RB_AUTOBOOT) {
-        warning!("resetting the machine: {error}");
-    }
+    let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
+    warning!("resetting the machine: {error}");
 }
 
 fn work() -> Result<(), AgentError> {
@@ -92,7 +98,9 @@ async fn serve(port: OwnedFd) -> Result<(), AgentError> {
     let (mux, driver) = Mux::new(fd_io::FdIo::new(port)?);
     let reaper = reap::Reaper::default();
     tokio::spawn(reaper.clone().run());
-    let sandbox = Arc::new(sandbox::Sandbox::new());
+    let (events, queue) = events::Events::new();
+    tokio::spawn(events::run(queue, mux.open(limits::STREAM_EVENTS)?));
+    let sandbox = Arc::new(sandbox::Sandbox::new(mux.clone(), reaper, events));
     let calls = mux.open(limits::STREAM_RPC)?;
     let connection = futures::stream::once(async move { Ok(calls) });
     let mut server = ttrpc::r#async::Server::new()

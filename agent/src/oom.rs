@@ -1,38 +1,42 @@
 //! Memory kills of a container: noticed by the kernel's notice of its cgroup's `memory.events`.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
-struct Notices(Inotify);
+use crate::sys;
 
-impl AsRawFd for Notices {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
-    }
+/// How many processes of the cgroup the kernel has killed for memory; 0 once the cgroup is gone.
+pub(crate) fn kills(cgroup: &Path) -> u64 {
+    let events = std::fs::read_to_string(cgroup.join("memory.events")).unwrap_or_default();
+    events
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill "))
+        .and_then(|count| count.trim().parse().ok())
+        .unwrap_or(0)
 }
+
+/// Size of an inotify event without a name: watch, mask, cookie, length, four bytes each.
+const NOTE: usize = 16;
 
 /// Calls `check` whenever the counters of `cgroup` change; ends with the cgroup.
 pub(crate) async fn watch(cgroup: &Path, mut check: impl FnMut()) -> io::Result<()> {
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
     let flags = AddWatchFlags::IN_MODIFY;
     inotify.add_watch(&cgroup.join("memory.events"), flags)?;
-    let notices = AsyncFd::with_interest(Notices(inotify), Interest::READABLE)?;
+    let notices = sys::register(OwnedFd::from(inotify), Interest::READABLE)?;
     // What happened before the watch was set.
     check();
     loop {
         let mut ready = notices.readable().await?;
-        let read = ready.try_io(|notices| notices.get_ref().0.read_events().map_err(Into::into));
-        match read {
-            Ok(Ok(events)) => {
-                if events
-                    .iter()
-                    .any(|event| event.mask.contains(AddWatchFlags::IN_IGNORED))
-                {
+        let mut notes = [0; 64 * NOTE];
+        match ready.try_io(|notices| sys::read(notices.get_ref().as_fd(), &mut notes)) {
+            Ok(Ok(length)) => {
+                let mut masks = notes[..length].chunks_exact(NOTE).map(|note| &note[4..8]);
+                if masks.any(|mask| mask == AddWatchFlags::IN_IGNORED.bits().to_ne_bytes()) {
                     return Ok(());
                 }
                 check();
@@ -58,8 +62,9 @@ mod tests {
         let path = cgroup.path().to_owned();
         let task = tokio::spawn(async move { watch(&path, || drop(sender.send(()))).await });
         calls.recv().await.unwrap();
-        fs::write(&file, "oom_kill 1\n").unwrap();
+        fs::write(&file, "oom 3\noom_kill 1\noom_group_kill 0\n").unwrap();
         calls.recv().await.unwrap();
+        assert_eq!(kills(cgroup.path()), 1);
         fs::remove_file(&file).unwrap();
         task.await.unwrap().unwrap();
     }

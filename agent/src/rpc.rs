@@ -74,4 +74,98 @@ impl api::Agent for Service {
             ..Default::default()
         })
     }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateContainerRequest,
+    ) -> ttrpc::Result<api::CreateContainerResponse> {
+        let sandbox = Arc::clone(&self.0);
+        reply(self.0.to_the_end(sandbox.create_container(request)).await)
+    }
+
+    async fn create_exec(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateExecRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        done(self.0.to_the_end(sandbox.create_exec(request)).await)
+    }
+
+    async fn start(
+        &self,
+        _: &TtrpcContext,
+        request: api::ProcessRequest,
+    ) -> ttrpc::Result<api::StartResponse> {
+        let sandbox = Arc::clone(&self.0);
+        reply(self.0.to_the_end(sandbox.start_process(request)).await)
+    }
+
+    async fn signal(
+        &self,
+        _: &TtrpcContext,
+        request: api::SignalRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        done(self.0.signal(&request).await)
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: api::ResizePtyRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        done(self.0.resize(&request))
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: api::ProcessRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        done(self.0.to_the_end(sandbox.delete(request)).await)
+    }
+
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        done(self.0.update(&request).await)
+    }
+
+    async fn pause(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        done(self.0.to_the_end(sandbox.freeze(request, true)).await)
+    }
+
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        done(self.0.to_the_end(sandbox.freeze(request, false)).await)
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::StatsResponse> {
+        reply(self.0.stats(&request).await)
+    }
+
+    async fn processes(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::ProcessesResponse> {
+        reply(self.0.processes(&request).await)
+    }
 }

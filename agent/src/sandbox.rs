@@ -8,15 +8,24 @@
 //! Invariant: nothing of a container exists before `Started`. The lock guards only this state and is
 //! never held across an await.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
 use joey_protocol::ids::{IdError, VolumeId};
+use joey_protocol::mux::Mux;
 use joey_protocol::{api, handshake, limits};
 use ttrpc::Code;
 
+use crate::container::Kind;
+use crate::containers::Containers;
+use crate::events::Events;
 use crate::identity::{self, IdentityError};
 use crate::log::{info, warning};
-use crate::storage;
+use crate::pod_pid::PodPidNamespace;
+use crate::reap::Reaper;
+use crate::storage::{self, SharedSlots, StorageError};
+use crate::streams::StdioError;
 use crate::volumes::{VOLUMES, VolumeError, Volumes};
 
 /// A call that could not be done.
@@ -40,6 +49,56 @@ pub(crate) enum SandboxError {
     /// A file could not be put or read.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// The request cannot be followed.
+    #[error("{0}")]
+    Invalid(String),
+    /// There is no such thing.
+    #[error("there is no {kind} {id:?} in this sandbox")]
+    Unknown {
+        /// What was looked for.
+        kind: &'static str,
+        /// Its name.
+        id: String,
+    },
+    /// The name is taken.
+    #[error("there is a {kind} {id:?} in this sandbox already, or it is being removed")]
+    Exists {
+        /// What was to be made.
+        kind: &'static str,
+        /// Its name.
+        id: String,
+    },
+    /// A signal came too late.
+    #[error("process {0} has ended")]
+    Ended(i32),
+    /// A signal could not be sent.
+    #[error("sending signal {signal} to process {pid}: {error}")]
+    Signal {
+        /// The process.
+        pid: i32,
+        /// The signal.
+        signal: i32,
+        /// The kernel's answer.
+        error: nix::Error,
+    },
+    /// A terminal's size could not be set.
+    #[error("resizing the process's terminal: {0}")]
+    Resize(io::Error),
+    /// The pod's pid namespace could not be made.
+    #[error("the pod's shared pid namespace: {0}")]
+    PodPid(io::Error),
+    /// The container cannot have its root.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The process cannot have its stdio.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// The engine could not do it.
+    #[error(transparent)]
+    Engine(crate::container::Error),
+    /// The agent ends.
+    #[error("the call was cut off")]
+    Cancelled,
 }
 
 impl SandboxError {
@@ -49,7 +108,28 @@ impl SandboxError {
             Self::Version(_) | Self::NotStarted | Self::StartedBefore => Code::FAILED_PRECONDITION,
             Self::Identity(error) if error.is_callers() => Code::INVALID_ARGUMENT,
             Self::Name(_) | Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
-            Self::Identity(_) | Self::Volume(_) => Code::INTERNAL,
+            Self::Invalid(_) | Self::Storage(StorageError::Invalid(_)) => Code::INVALID_ARGUMENT,
+            Self::Unknown { .. } | Self::Ended(_) => Code::NOT_FOUND,
+            Self::Exists { .. } => Code::ALREADY_EXISTS,
+            Self::Storage(StorageError::Busy { .. }) => Code::FAILED_PRECONDITION,
+            Self::Resize(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                Code::FAILED_PRECONDITION
+            }
+            Self::Stdio(StdioError::File(_)) => Code::INTERNAL,
+            Self::Stdio(_) => Code::INVALID_ARGUMENT,
+            Self::Engine(error) => match error.kind {
+                Kind::Invalid => Code::INVALID_ARGUMENT,
+                Kind::Unsupported => Code::UNIMPLEMENTED,
+                Kind::NotRunning => Code::FAILED_PRECONDITION,
+                Kind::Failed => Code::INTERNAL,
+            },
+            Self::Identity(_)
+            | Self::Volume(_)
+            | Self::Signal { .. }
+            | Self::Resize(_)
+            | Self::PodPid(_)
+            | Self::Storage(_)
+            | Self::Cancelled => Code::INTERNAL,
         }
     }
 }
@@ -64,16 +144,48 @@ enum Phase {
 /// The sandbox.
 pub(crate) struct Sandbox {
     phase: Mutex<Phase>,
-    volumes: Volumes,
+    pod_pid: Mutex<Option<PodPidNamespace>>,
+    /// Small files from the host.
+    pub(crate) volumes: Volumes,
+    /// The containers.
+    pub(crate) containers: Containers,
+    /// The disks in use.
+    pub(crate) slots: SharedSlots,
+    /// The channel, for stdio.
+    pub(crate) mux: Mux,
+    /// The sole waiter.
+    pub(crate) reaper: Reaper,
+    /// What the host is told.
+    pub(crate) events: Events,
 }
 
 impl Sandbox {
     /// A clone that is nobody yet.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(mux: Mux, reaper: Reaper, events: Events) -> Self {
         Self {
             phase: Mutex::new(Phase::Fresh),
+            pod_pid: Mutex::default(),
             volumes: Volumes::new(VOLUMES),
+            containers: Containers::default(),
+            slots: SharedSlots::default(),
+            mux,
+            reaper,
+            events,
         }
+    }
+
+    /// The pod's shared pid namespace, made when first asked for, and anew when its init was killed.
+    pub(crate) fn pod_pid(&self) -> Result<OwnedFd, SandboxError> {
+        let mut pod = self.pod_pid.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(descriptor) = pod.as_ref().and_then(PodPidNamespace::descriptor) {
+            return descriptor.map_err(SandboxError::PodPid);
+        }
+        let made = PodPidNamespace::new(&self.reaper).map_err(SandboxError::PodPid)?;
+        let descriptor = made.descriptor();
+        *pod = Some(made);
+        descriptor
+            .unwrap_or(Err(io::ErrorKind::Interrupted.into()))
+            .map_err(SandboxError::PodPid)
     }
 
     /// Who the agent is; changes nothing.
@@ -158,9 +270,14 @@ pub(crate) fn memory_bytes() -> u64 {
 mod tests {
     use super::*;
 
+    fn sandbox() -> Sandbox {
+        let (mux, _driver) = Mux::new(tokio::io::empty());
+        Sandbox::new(mux, Reaper::default(), Events::new().0)
+    }
+
     #[test]
     fn nothing_is_served_before_the_identity() {
-        let sandbox = Sandbox::new();
+        let sandbox = sandbox();
         let error = sandbox.copy_in(&api::CopyInRequest::new()).unwrap_err();
         assert_eq!(error.code(), Code::FAILED_PRECONDITION);
         // A request without entropy: refused before anything of this machine is touched.
@@ -183,7 +300,7 @@ mod tests {
 
     #[test]
     fn hello_checks_the_version() {
-        let sandbox = Sandbox::new();
+        let sandbox = sandbox();
         assert!(sandbox.hello(&api::HelloRequest::new()).is_err());
         let request = api::HelloRequest {
             protocol_version: limits::PROTOCOL_VERSION,

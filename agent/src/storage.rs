@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use joey_protocol::api;
 
@@ -160,9 +161,43 @@ pub(crate) fn plan(rootfs: &api::Rootfs, memory_bytes: u64) -> Result<RootfsPlan
     })
 }
 
+/// The sandbox's slots.
+pub(crate) type SharedSlots = Arc<Mutex<Slots>>;
+
+/// One container's use of its slots, until dropped: when the container's mounts are gone.
+#[derive(Debug)]
+pub(crate) struct SlotClaim {
+    slots: SharedSlots,
+    taken: Vec<u32>,
+}
+
+impl SlotClaim {
+    /// Takes the slots of a container's root.
+    pub(crate) fn take(slots: &SharedSlots, rootfs: &api::Rootfs) -> Result<Self, StorageError> {
+        slots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take(rootfs)?;
+        let taken = rootfs.layers.iter().map(|disk| disk.slot).collect();
+        Ok(Self {
+            slots: Arc::clone(slots),
+            taken,
+        })
+    }
+}
+
+impl Drop for SlotClaim {
+    fn drop(&mut self) {
+        self.slots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .give_back(&self.taken);
+    }
+}
+
 impl Slots {
     /// Takes the slots of a root for one container, dropping stale caches of those nobody uses.
-    pub(crate) fn take(&mut self, rootfs: &api::Rootfs) -> Result<(), StorageError> {
+    fn take(&mut self, rootfs: &api::Rootfs) -> Result<(), StorageError> {
         for disk in &rootfs.layers {
             let device = device(disk.slot)?;
             match self.0.get(&disk.slot) {
@@ -183,7 +218,7 @@ impl Slots {
     }
 
     /// Gives them back, when the container's mounts are gone.
-    pub(crate) fn give_back(&mut self, slots: &[u32]) {
+    fn give_back(&mut self, slots: &[u32]) {
         for slot in slots {
             if let Some(users) = self.0.get_mut(slot) {
                 *users -= 1;

@@ -9,6 +9,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::NixPath;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// `RNDADDENTROPY`: `_IOW('R', 0x03, int[2])`.
 const RND_ADD_ENTROPY: libc::c_ulong = 0x4008_5203;
@@ -164,6 +166,21 @@ pub(crate) fn read_buf(
             return Err(error);
         }
     }
+}
+
+/// Registers what owns a non-blocking descriptor with the event loop.
+pub(crate) fn register<T: AsRawFd + Into<OwnedFd>>(
+    fd: T,
+    interest: Interest,
+) -> io::Result<AsyncFd<T>> {
+    // SAFETY: what turns into an OwnedFd owns its descriptor: open, and the same, while it lives.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// Sends a signal by number: real-time signals have no name.
+pub(crate) fn kill(pid: nix::unistd::Pid, signal: libc::c_int) -> nix::Result<()> {
+    // SAFETY: kill takes two integers.
+    nix::errno::Errno::result(unsafe { libc::kill(pid.as_raw(), signal) }).map(drop)
 }
 
 /// Sets a descriptor's `O_NONBLOCK`.

@@ -84,13 +84,21 @@ fn rules(resources: &LinuxResources) -> Result<Option<Vec<Rule>>, Error> {
         minor,
         access: ALL,
     });
+    // Making a node gives no access by itself, and unpacking an archive may need it.
+    let make = [BLOCK, CHAR].map(|kind| Rule {
+        allow: true,
+        kind: Some(kind),
+        major: None,
+        minor: None,
+        access: MKNOD,
+    });
     let listed = resources
         .devices()
         .iter()
         .flatten()
         .map(rule)
         .collect::<Result<Vec<_>, _>>()?;
-    let mut tried: Vec<Rule> = default.collect();
+    let mut tried: Vec<Rule> = default.chain(make).collect();
     for rule in listed.into_iter().rev() {
         tried.push(rule);
         if rule.is_for_everything() {
@@ -198,8 +206,8 @@ mod tests {
             {"allow":true,"type":"c","major":10,"minor":229,"access":"rw"}]}"#,
         )
         .unwrap();
-        assert_eq!(rules.len(), DEFAULT.len() + 2);
-        assert_eq!(rules[DEFAULT.len()].minor, Some(229));
+        assert_eq!(rules.len(), DEFAULT.len() + 4);
+        assert_eq!(rules[DEFAULT.len() + 2].minor, Some(229));
         assert!(rules.last().unwrap().is_for_everything());
     }
 
@@ -209,6 +217,6 @@ mod tests {
             parsed(r#"{"devices":[{"allow":false},{"allow":true,"access":"rwm"}]}"#),
             None
         );
-        assert_eq!(parsed("{}").unwrap().len(), DEFAULT.len());
+        assert_eq!(parsed("{}").unwrap().len(), DEFAULT.len() + 2);
     }
 }

@@ -1,0 +1,339 @@
+//! What the sandbox does with containers: each call from its checked request to its effect.
+//!
+//! A call that has begun to change things is run as a task of its own, so that a host that gives up
+//! waiting does not leave a container half made: the task goes on to one of its ends.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use joey_protocol::ids::{ContainerId, ExecId, VolumeId};
+use joey_protocol::{api, limits};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as OciProcess, Spec};
+use serde_json::from_slice;
+
+use crate::boot::CGROUP_ROOT;
+use crate::container::{Container, CreateRequest, Error as EngineError};
+use crate::containers::{ContainerEntry, Process};
+use crate::identity::phase;
+use crate::sandbox::{Sandbox, SandboxError, memory_bytes};
+use crate::storage::{self, SlotClaim};
+use crate::{streams, sys};
+
+/// How a mount's source names a volume.
+const VOLUME_SOURCE: &str = "joey-volume:";
+/// How a mount's source names the pod's shared memory.
+const SHM_SOURCE: &str = "joey-shm:";
+/// Longest signal number of Linux.
+const SIGNAL_MAX: u32 = 64;
+
+fn engine(error: EngineError) -> SandboxError {
+    SandboxError::Engine(error)
+}
+
+fn gone(id: &str) -> SandboxError {
+    SandboxError::Unknown {
+        kind: "container",
+        id: id.to_owned(),
+    }
+}
+
+impl Sandbox {
+    /// Runs a call to its end even when its caller is gone.
+    pub(crate) async fn to_the_end<T: Send + 'static>(
+        self: &Arc<Self>,
+        call: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
+    ) -> Result<T, SandboxError> {
+        tokio::spawn(call)
+            .await
+            .unwrap_or(Err(SandboxError::Cancelled))
+    }
+
+    /// Makes a container, up to its command.
+    pub(crate) async fn create_container(
+        self: Arc<Self>,
+        request: api::CreateContainerRequest,
+    ) -> Result<api::CreateContainerResponse, SandboxError> {
+        self.require_started()?;
+        let id = ContainerId::new(&request.container_id)?;
+        let spec = self.read_spec(&request.spec)?;
+        let rootfs = request.rootfs.get_or_default();
+        let plan = storage::plan(rootfs, memory_bytes())?;
+        let reservation = self.containers.reserve(id.as_str())?;
+        let slots = SlotClaim::take(&self.slots, rootfs)?;
+        let shared_pid = if shares_pid(&spec) {
+            Some(self.pod_pid()?)
+        } else {
+            None
+        };
+        let (ends, io) = streams::prepare(&self.mux, request.stdio.get_or_default())?;
+        let begin = sys::monotonic();
+        let mut container = Container::create(CreateRequest {
+            id: id.as_str(),
+            cgroup_root: Path::new(CGROUP_ROOT),
+            spec,
+            rootfs: &plan,
+            io,
+            shared_pid: shared_pid.as_ref(),
+        })
+        .await
+        .map_err(engine)?;
+        let child = self.reaper.adopted(Pid::from_raw(container.pid));
+        let mut phases: Vec<_> = container
+            .phases
+            .iter()
+            .map(|(name, took)| phase(name, *took))
+            .collect();
+        phases.push(phase("container", sys::monotonic() - begin));
+        let pumps = ends.run(container.pty_master.take())?;
+        let pid = child.pid().as_raw().unsigned_abs();
+        let init = Process::new(child, pumps);
+        let events = self.events.clone();
+        reservation.keep(ContainerEntry::watched(
+            id.as_str(),
+            container,
+            init,
+            slots,
+            events,
+        ));
+        Ok(api::CreateContainerResponse {
+            pid,
+            phases,
+            ..Default::default()
+        })
+    }
+
+    /// Parses a specification and puts guest paths in place of what names the host's volumes.
+    fn read_spec(&self, json: &[u8]) -> Result<Spec, SandboxError> {
+        if json.len() > limits::MAX_SPEC {
+            return Err(SandboxError::Invalid(format!(
+                "the specification has {} bytes, at most {} are allowed",
+                json.len(),
+                limits::MAX_SPEC
+            )));
+        }
+        let mut spec: Spec = parse("specification", json)?;
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        for mount in &mut mounts {
+            let Some(source) = mount.source().as_ref().and_then(|source| source.to_str()) else {
+                continue;
+            };
+            if source == SHM_SOURCE {
+                mount.set_source(Some("/dev/shm".into()));
+            } else if let Some(id) = source.strip_prefix(VOLUME_SOURCE) {
+                let path = self.volumes.path(&VolumeId::new(id)?);
+                if !path.exists() {
+                    return Err(SandboxError::Invalid(format!(
+                        "volume {id} was not copied into the guest"
+                    )));
+                }
+                mount.set_source(Some(path));
+            }
+        }
+        spec.set_mounts(Some(mounts));
+        Ok(spec)
+    }
+
+    /// Prepares a further process.
+    pub(crate) async fn create_exec(
+        self: Arc<Self>,
+        request: api::CreateExecRequest,
+    ) -> Result<(), SandboxError> {
+        let container = self.containers.get(&request.container_id)?;
+        let id = ExecId::new(&request.exec_id)?;
+        let process: OciProcess = parse("process", &request.process)?;
+        container.reserve_exec(id.as_str())?;
+        let made = self
+            .make_exec(&container, &process, request.stdio.get_or_default())
+            .await;
+        let (made, result) = match made {
+            Ok(made) => (Some(made), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        container.keep_exec(id.as_str(), made);
+        result
+    }
+
+    async fn make_exec(
+        &self,
+        container: &ContainerEntry,
+        process: &OciProcess,
+        stdio: &api::Stdio,
+    ) -> Result<(crate::container::Exec, Process), SandboxError> {
+        let (ends, io) = streams::prepare(&self.mux, stdio)?;
+        let guard = container.engine.lock().await;
+        let running = guard.as_ref().ok_or_else(|| gone(container.id()))?;
+        let mut exec = running.exec(process, io).await.map_err(engine)?;
+        let child = self.reaper.adopted(Pid::from_raw(exec.pid));
+        drop(guard);
+        let pumps = ends.run(exec.pty_master.take())?;
+        Ok((exec, Process::new(child, pumps)))
+    }
+
+    /// Runs what was created.
+    pub(crate) async fn start_process(
+        self: Arc<Self>,
+        request: api::ProcessRequest,
+    ) -> Result<api::StartResponse, SandboxError> {
+        let container = self.containers.get(&request.container_id)?;
+        let begin = sys::monotonic();
+        let pid = if request.exec_id.is_empty() {
+            let mut guard = container.engine.lock().await;
+            let engine_side = guard.as_mut().ok_or_else(|| gone(&request.container_id))?;
+            engine_side.start().await.map_err(engine)?;
+            container.init.child.pid()
+        } else {
+            let exec = container.exec(&request.exec_id)?;
+            exec.start().await.map_err(engine)?;
+            exec.process.child.pid()
+        };
+        Ok(api::StartResponse {
+            pid: pid.as_raw().unsigned_abs(),
+            phases: vec![phase("exec", sys::monotonic() - begin)],
+            ..Default::default()
+        })
+    }
+
+    /// Sends a signal to one process or to all of a container.
+    pub(crate) async fn signal(&self, request: &api::SignalRequest) -> Result<(), SandboxError> {
+        let container = self.containers.get(&request.container_id)?;
+        if request.signal > SIGNAL_MAX {
+            return Err(SandboxError::Invalid(format!(
+                "there is no signal {}",
+                request.signal
+            )));
+        }
+        let number = request.signal as i32;
+        if request.all {
+            let signal = Signal::try_from(number).map_err(|_| {
+                SandboxError::Invalid(format!("signal {number} cannot go to a whole container"))
+            })?;
+            return match container.engine.lock().await.as_ref() {
+                Some(running) => running.kill_all(signal).map_err(engine),
+                None => Err(gone(&request.container_id)),
+            };
+        }
+        if request.exec_id.is_empty() {
+            container.init.signal(number)
+        } else {
+            container.exec(&request.exec_id)?.process.signal(number)
+        }
+    }
+
+    /// Sets the size of a terminal.
+    pub(crate) fn resize(&self, request: &api::ResizePtyRequest) -> Result<(), SandboxError> {
+        let container = self.containers.get(&request.container_id)?;
+        if request.exec_id.is_empty() {
+            container.init.resize(request.width, request.height)
+        } else {
+            container
+                .exec(&request.exec_id)?
+                .process
+                .resize(request.width, request.height)
+        }
+    }
+
+    /// Forgets an exec, or removes a container with all it has.
+    pub(crate) async fn delete(
+        self: Arc<Self>,
+        request: api::ProcessRequest,
+    ) -> Result<(), SandboxError> {
+        if !request.exec_id.is_empty() {
+            return self
+                .containers
+                .get(&request.container_id)?
+                .delete_exec(&request.exec_id);
+        }
+        let (entry, reservation) = self.containers.take(&request.container_id)?;
+        let engine_side = entry.engine.lock().await.take();
+        if let Some(container) = engine_side {
+            match container.destroy().await {
+                Ok(()) => {}
+                Err(error) => {
+                    entry.unwatch();
+                    return Err(engine(error));
+                }
+            }
+        }
+        entry.unwatch();
+        // The mounts go with the last process; the slots are free when the name is.
+        entry.init.child.wait().await;
+        drop(entry);
+        drop(reservation);
+        Ok(())
+    }
+
+    /// Changes a container's limits.
+    pub(crate) async fn update(&self, request: &api::UpdateRequest) -> Result<(), SandboxError> {
+        let resources: LinuxResources = parse("resources", &request.resources)?;
+        let container = self.containers.get(&request.container_id)?;
+        let guard = container.engine.lock().await;
+        let running = guard.as_ref().ok_or_else(|| gone(&request.container_id))?;
+        running.update(&resources).map_err(engine)
+    }
+
+    /// Stops a container's processes, or lets them go on.
+    pub(crate) async fn freeze(
+        self: Arc<Self>,
+        request: api::ContainerRequest,
+        frozen: bool,
+    ) -> Result<(), SandboxError> {
+        let container = self.containers.get(&request.container_id)?;
+        let mut guard = container.engine.lock().await;
+        let running = guard.as_mut().ok_or_else(|| gone(&request.container_id))?;
+        running.freeze(frozen).await.map_err(engine)
+    }
+
+    /// What a container uses.
+    pub(crate) async fn stats(
+        &self,
+        request: &api::ContainerRequest,
+    ) -> Result<api::StatsResponse, SandboxError> {
+        let container = self.containers.get(&request.container_id)?;
+        let guard = container.engine.lock().await;
+        let running = guard.as_ref().ok_or_else(|| gone(&request.container_id))?;
+        running.stats().map_err(engine)
+    }
+
+    /// A container's processes.
+    pub(crate) async fn processes(
+        &self,
+        request: &api::ContainerRequest,
+    ) -> Result<api::ProcessesResponse, SandboxError> {
+        let container = self.containers.get(&request.container_id)?;
+        let guard = container.engine.lock().await;
+        let running = guard.as_ref().ok_or_else(|| gone(&request.container_id))?;
+        let pids = running.pids().map_err(engine)?;
+        let processes = pids
+            .into_iter()
+            .take(limits::MAX_PROCESSES)
+            .map(|pid| api::ProcessInfo {
+                pid,
+                exec_id: container.exec_of(pid),
+                ..Default::default()
+            })
+            .collect();
+        Ok(api::ProcessesResponse {
+            processes,
+            ..Default::default()
+        })
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, SandboxError> {
+    from_slice(json).map_err(|error| SandboxError::Invalid(format!("the {what}: {error}")))
+}
+
+/// Whether a container joins the pod's pid namespace: its own namespace list names one by path.
+fn shares_pid(spec: &Spec) -> bool {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    namespaces.is_some_and(|namespaces| {
+        namespaces.iter().any(|namespace| {
+            namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some()
+        })
+    })
+}

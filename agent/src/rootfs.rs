@@ -1,0 +1,97 @@
+//! Mounts a container's root from its disks, inside the container's own process.
+//!
+//! ```text
+//! /run/joey/root = overlay( lower: the image layers, top first;  upper: a tmpfs of limited size )
+//! ```
+//!
+//! Runs in the forked child in its own private mount namespace, with which every mount here goes
+//! away. There is an upper layer even below a read-only root: mount points that the image lacks are
+//! made there, before the engine makes the root read-only. A single disk that may be written is the
+//! root itself.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+
+use crate::container::RootSource;
+use crate::storage::{LayerDisk, RootfsPlan};
+
+const ROOT: &str = "/run/joey/root";
+const LAYERS: &str = "/run/joey/layers";
+const UPPER: &str = "/run/joey/upper";
+/// Enough for the mount points of a read-only root.
+const READ_ONLY_UPPER: u64 = 1 << 20;
+
+impl RootSource for RootfsPlan {
+    fn mount(&self) -> Result<PathBuf, String> {
+        let root = directory(ROOT)?;
+        if let [disk] = self.layers.as_slice()
+            && disk.writable
+        {
+            attach(disk, &root)?;
+            return Ok(root);
+        }
+        let mut lower = Vec::with_capacity(self.layers.len());
+        for (index, disk) in self.layers.iter().enumerate() {
+            let target = directory(format!("{LAYERS}/{index}"))?;
+            attach(disk, &target)?;
+            lower.push(index.to_string());
+        }
+        lower.reverse();
+        let bytes = if self.read_only {
+            READ_ONLY_UPPER
+        } else {
+            self.writable_bytes
+        };
+        let upper = directory(UPPER)?;
+        let options = format!("mode=755,size={bytes}");
+        attempt("tmpfs", &upper, "tmpfs", MsFlags::empty(), &options)?;
+        let (upper, work) = (
+            directory(format!("{UPPER}/upper"))?,
+            directory(format!("{UPPER}/work"))?,
+        );
+        // Relative names: the options of one mount have to fit into a page.
+        std::env::set_current_dir(LAYERS).map_err(|error| format!("{LAYERS}: {error}"))?;
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            lower.join(":"),
+            upper.display(),
+            work.display()
+        );
+        let result = attempt("overlay", &root, "overlay", MsFlags::empty(), &options);
+        std::env::set_current_dir("/").map_err(|error| format!("/: {error}"))?;
+        result.map(|()| root)
+    }
+}
+
+fn directory(path: impl Into<PathBuf>) -> Result<PathBuf, String> {
+    let path = path.into();
+    fs::create_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(path)
+}
+
+fn attach(disk: &LayerDisk, target: &Path) -> Result<(), String> {
+    let flags = if disk.writable {
+        MsFlags::MS_NOATIME
+    } else {
+        MsFlags::MS_RDONLY
+    };
+    let device = disk.device.display().to_string();
+    attempt(&device, target, disk.file_system.name(), flags, "")
+}
+
+fn attempt(
+    source: &str,
+    target: &Path,
+    kind: &str,
+    flags: MsFlags,
+    options: &str,
+) -> Result<(), String> {
+    mount(Some(source), target, Some(kind), flags, Some(options)).map_err(|error| {
+        format!(
+            "mounting {kind} from {source} on {} ({options}): {error}",
+            target.display()
+        )
+    })
+}
