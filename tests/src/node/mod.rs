@@ -52,6 +52,7 @@ pub struct Options<'a> {
 impl Node {
     /// Starts a node and imports the standard images.
     pub fn up(options: &Options<'_>) -> Result<Self> {
+        sweep();
         let dir = folder(options.name);
         if dir.join("holder").exists() {
             bail!(
@@ -303,6 +304,21 @@ impl Node {
             .filter(|name| !harmless(name))
             .map(str::to_owned)
             .collect()
+    }
+}
+
+/// Removes what nodes left whose runner was killed: their processes and mounts went with the holder.
+fn sweep() {
+    for name in names() {
+        let holder = fs::read_to_string(folder(&name).join("holder")).unwrap_or_default();
+        if holder
+            .trim()
+            .parse()
+            .is_ok_and(|pid| !crate::process::alive(pid))
+        {
+            cgroups::purge(&format!("/joey-node-{name}"));
+            let _ = fs::remove_dir_all(folder(&name));
+        }
     }
 }
 
