@@ -49,9 +49,17 @@ pub fn environment(command: &mut Command, profile: Profile) {
 
 /// Runs `joey-node` with these arguments, after all it needs was built.
 pub fn run_tool(arguments: &[String]) -> Result<()> {
-    deps::install()?;
-    build(Profile::Release)?;
-    let mut tool = Command::new(Profile::Release.folder().join("joey-node"));
+    let tool = Profile::Release.folder().join("joey-node");
+    // A node can always be looked at and ended, even while the source does not compile.
+    let needs_nothing = matches!(
+        arguments.first().map(String::as_str),
+        Some("down" | "status")
+    );
+    if !(needs_nothing && tool.exists()) {
+        deps::install()?;
+        build(Profile::Release)?;
+    }
+    let mut tool = Command::new(tool);
     environment(tool.args(arguments), Profile::Release);
     run(&mut tool)
 }
