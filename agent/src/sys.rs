@@ -196,6 +196,7 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
 ///
 /// The agent has one thread, so the child may use the allocator and ordinary Rust; callers keep
 /// that true (`main` asserts it).
+#[cfg(test)]
 pub(crate) fn fork(child: impl FnOnce() -> i32) -> io::Result<libc::pid_t> {
     // SAFETY: the process has a single thread, so no lock can be held by a thread that the child
     // lacks; the child leaves by _exit and runs no destructor of the parent's.
@@ -208,11 +209,13 @@ pub(crate) fn fork(child: impl FnOnce() -> i32) -> io::Result<libc::pid_t> {
     Ok(pid)
 }
 
-/// Like [`fork`], with the child as the init of a new pid namespace.
+/// Forks with the child as the init of a new pid namespace; the child never returns from here.
+///
+/// The agent has one thread, so the child may use the allocator and ordinary Rust.
 pub(crate) fn fork_pid_namespace(child: impl FnOnce() -> i32) -> io::Result<libc::pid_t> {
     let flags = libc::CLONE_NEWPID | libc::SIGCHLD;
     // SAFETY: without CLONE_VM and with no stack this is fork with a new pid namespace; a single
-    // thread makes the C library's own preparations for fork unnecessary, see `fork`.
+    // thread makes the C library's own preparations for fork unnecessary.
     let pid = check(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) } as libc::c_int)?;
     if pid == 0 {
         let status = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101);
