@@ -110,7 +110,8 @@ async fn replies_out_of_bounds_are_refused() {
 #[tokio::test]
 async fn a_guest_that_does_not_answer_is_given_up() {
     let (channel, guest) = guest(PROTOCOL_VERSION).await;
-    let wait = channel.client.pause(&api::ContainerRequest::new());
+    let request = api::ContainerRequest::new();
+    let wait = channel.client.pause(&request);
     tokio::time::pause();
     let error = wait.await.unwrap_err();
     assert!(matches!(error, GuestError::Timeout { call: "pause", .. }), "{error}");

@@ -1,0 +1,162 @@
+//! The tasks that copy between files of the host and streams of the channel.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use joey_protocol::mux::MuxStream;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
+use tokio::net::unix::pipe;
+use tokio::sync::{Notify, watch};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+
+use super::logger::Logger;
+
+/// How long output may stand still after its process ended before nobody waits for it any more: a
+/// grandchild may keep the other end open for ever.
+pub const DRAIN: Duration = Duration::from_secs(2);
+
+/// Where output goes.
+#[derive(Debug)]
+pub(super) enum Sink {
+    Pipe(pipe::Sender),
+    File(File),
+}
+
+impl Sink {
+    async fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => pipe.write(data).await,
+            // The page cache takes it; a thread for this would cost more than it saves.
+            Self::File(file) => file.write(data),
+        }
+    }
+}
+
+/// The copying of one process. Dropping it ends all of it.
+#[derive(Debug)]
+pub struct Copies {
+    tasks: Vec<AbortHandle>,
+    close: Option<Arc<Notify>>,
+    outputs: Arc<watch::Sender<usize>>,
+    moved: Arc<AtomicU64>,
+    logger: Option<Logger>,
+}
+
+impl Copies {
+    pub(super) fn new(logger: Option<Logger>) -> Self {
+        Self {
+            tasks: Vec::new(),
+            close: None,
+            outputs: Arc::new(watch::Sender::new(0)),
+            moved: Arc::default(),
+            logger,
+        }
+    }
+
+    pub(super) fn add_input(&mut self, fifo: pipe::Receiver, stream: MuxStream) {
+        let close = Arc::new(Notify::new());
+        self.close = Some(close.clone());
+        let task = tokio::spawn(async move {
+            if let Err(error) = input(fifo, stream, &close).await
+                && error.kind() != io::ErrorKind::BrokenPipe
+            {
+                tracing::warn!("copying stdin: {error}");
+            }
+        });
+        self.tasks.push(task.abort_handle());
+    }
+
+    pub(super) fn add_output(&mut self, stream: MuxStream, sink: Sink) {
+        self.outputs.send_modify(|count| *count += 1);
+        let outputs = self.outputs.clone();
+        let moved = self.moved.clone();
+        let task = tokio::spawn(async move {
+            if let Err(error) = output(stream, sink, &moved).await {
+                tracing::warn!("copying output: {error}");
+            }
+            outputs.send_modify(|count| *count -= 1);
+        });
+        self.tasks.push(task.abort_handle());
+    }
+
+    /// Ends the process's stdin after what is in the FIFO now (CloseIO). Further calls do nothing.
+    pub fn close_stdin(&self) {
+        if let Some(close) = &self.close {
+            // Kept until the task looks: it may be writing.
+            close.notify_one();
+        }
+    }
+
+    /// A future that waits until all output has been passed on, or nothing moved for `idle`
+    /// ([`DRAIN`]): whether all was passed on. Independent of this value's life.
+    pub fn drained(&self, idle: Duration) -> impl Future<Output = bool> + Send + use<> {
+        let mut outputs = self.outputs.subscribe();
+        let counter = self.moved.clone();
+        async move {
+            let mut moved = counter.load(Ordering::Relaxed);
+            loop {
+                if timeout(idle, outputs.wait_for(|count| *count == 0)).await.is_ok() {
+                    return *outputs.borrow() == 0;
+                }
+                let now = counter.load(Ordering::Relaxed);
+                if now == moved {
+                    return false;
+                }
+                moved = now;
+            }
+        }
+    }
+}
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+        if let Some(logger) = self.logger.take() {
+            logger.finish();
+        }
+    }
+}
+
+async fn output(mut stream: MuxStream, mut sink: Sink, moved: &AtomicU64) -> io::Result<()> {
+    loop {
+        let data = stream.fill_buf().await?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let count = sink.write(data).await?;
+        if count == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        stream.consume(count);
+        moved.fetch_add(count as u64, Ordering::Relaxed);
+    }
+}
+
+async fn input(fifo: pipe::Receiver, mut stream: MuxStream, close: &Notify) -> io::Result<()> {
+    let mut closing = false;
+    loop {
+        stream.writable().await?;
+        match stream.write_with(|buffer| fifo.try_read(buffer)) {
+            // The last writer is gone.
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if closing {
+                    break;
+                }
+                tokio::select! {
+                    ready = fifo.readable() => ready?,
+                    () = close.notified() => closing = true,
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    stream.shutdown().await
+}
