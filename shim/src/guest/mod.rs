@@ -68,7 +68,12 @@ impl GuestChannel {
             _alive: alive.clone(),
         };
         let client = Client::new(agent, lost.clone(), alive);
-        Ok(Self { client, events: event_receiver, streams, lost })
+        Ok(Self {
+            client,
+            events: event_receiver,
+            streams,
+            lost,
+        })
     }
 }
 

@@ -99,7 +99,10 @@ impl Copies {
         async move {
             let mut moved = counter.load(Ordering::Relaxed);
             loop {
-                if timeout(idle, outputs.wait_for(|count| *count == 0)).await.is_ok() {
+                if timeout(idle, outputs.wait_for(|count| *count == 0))
+                    .await
+                    .is_ok()
+                {
                     return *outputs.borrow() == 0;
                 }
                 let now = counter.load(Ordering::Relaxed);
@@ -142,7 +145,12 @@ async fn input(fifo: pipe::Receiver, mut stream: MuxStream, close: &Notify) -> i
     let mut closing = false;
     loop {
         stream.writable().await?;
-        match stream.write_with(|buffer| fifo.try_read(buffer)) {
+        // The runtime may not yet know of what is in the FIFO; the last look asks the kernel.
+        let read = |buffer: &mut [u8]| match closing {
+            false => fifo.try_read(buffer),
+            true => Ok(nix::unistd::read(&fifo, buffer)?),
+        };
+        match stream.write_with(read) {
             // The last writer is gone.
             Ok(0) => break,
             Ok(_) => {}

@@ -1,5 +1,6 @@
 //! Moves bytes between the channel and the state.
 
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -62,9 +63,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
             self.output_end = end;
         }
         let rest = &self.output[self.written..self.output_end];
-        let count = ready!(Pin::new(&mut self.io).poll_write(cx, rest)).map_err(MuxError::Write)?;
+        let count = match ready!(Pin::new(&mut self.io).poll_write(cx, rest)) {
+            Ok(count) => count,
+            // What the peer sent before it went is still to be read; reading then finds the end.
+            Err(error) if gone(&error) => rest.len(),
+            Err(error) => return Poll::Ready(Err(MuxError::Write(error))),
+        };
         if count == 0 {
-            return Poll::Ready(Err(MuxError::Write(std::io::ErrorKind::WriteZero.into())));
+            return Poll::Ready(Err(MuxError::Write(io::ErrorKind::WriteZero.into())));
         }
         self.written += count;
         Poll::Ready(Ok(true))
@@ -72,7 +78,12 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
 
     fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
         let mut buffer = ReadBuf::new(&mut self.input);
-        ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer)).map_err(MuxError::Read)?;
+        match ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer)) {
+            Ok(()) => {}
+            // A peer that went without reading everything: for us no other end than a close.
+            Err(error) if gone(&error) => {}
+            Err(error) => return Poll::Ready(Err(MuxError::Read(error))),
+        }
         let data = buffer.filled();
         if data.is_empty() {
             let inside = self.parser.header_length > 0 || self.parser.payload > 0;
@@ -101,6 +112,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         cx.waker().wake_by_ref();
         Poll::Pending
     }
+}
+
+fn gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 impl Parser {
