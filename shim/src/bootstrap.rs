@@ -67,7 +67,7 @@ pub enum BootstrapError {
     },
     /// A message of containerd's could not be read or written.
     #[error("message exchanged with containerd: {0}")]
-    Message(#[from] containerd_shim::protos::protobuf::Error),
+    Message(#[from] protobuf::Error),
 }
 
 fn io_error(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> BootstrapError {
@@ -325,6 +325,24 @@ pub fn print(answer: &[u8]) -> Result<(), BootstrapError> {
     out.write_all(answer)
         .and_then(|()| out.flush())
         .map_err(io_error("write answer to", Path::new("standard output")))
+}
+
+/// What `-info` prints: containerd's RuntimeInfo.
+///
+/// # Errors
+/// The message cannot be encoded (it always can).
+pub fn runtime_info() -> Result<Vec<u8>, BootstrapError> {
+    use containerd_shim::protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+    let info = RuntimeInfo {
+        name: RUNTIME_NAME.to_owned(),
+        version: Some(RuntimeVersion {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    };
+    Ok(info.write_to_bytes()?)
 }
 
 #[cfg(test)]

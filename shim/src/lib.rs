@@ -2,11 +2,17 @@
 //!
 //! `docs/architecture.md` draws how the modules hang together.
 
+pub mod api;
 pub mod bootstrap;
 pub mod config;
 pub mod guest;
 pub mod host;
 pub mod log;
+pub mod rootfs;
+pub mod sandbox;
+pub mod serve;
+pub mod sizing;
 pub mod stdio;
+pub mod sys;
 pub mod vmm;
-mod sys;
+pub mod volumes;

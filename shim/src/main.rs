@@ -1,1 +1,58 @@
-fn main() {}
+//! `containerd-shim-joey-v2`: one process per pod.
+//!
+//! Dispatches containerd's three calls: `-info`, `start` (which forks the server), `delete`.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use joey_shim::bootstrap::{self, Invocation, Start};
+use joey_shim::{config, serve, sys};
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            use std::io::Write as _;
+            // containerd shows what `start` prints on standard error to the operator.
+            let _ = writeln!(std::io::stderr(), "joey: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[OsString]) -> Result<()> {
+    let invocation = Invocation::read(args)?;
+    if invocation.flags.version {
+        return Ok(bootstrap::print(concat!("joey ", env!("CARGO_PKG_VERSION"), "\n").as_bytes())?);
+    }
+    if invocation.flags.info {
+        return Ok(bootstrap::print(&bootstrap::runtime_info()?)?);
+    }
+    match invocation.flags.action.as_str() {
+        "start" => start(invocation),
+        "delete" => {
+            let config = config::Config::load(None)?;
+            Ok(bootstrap::print(&serve::delete(&config, &invocation)?)?)
+        }
+        other => anyhow::bail!(
+            "action {other:?} is not one of start, delete: containerd runs this program, not people"
+        ),
+    }
+}
+
+fn start(invocation: Invocation) -> Result<()> {
+    // Read before the fork, so that containerd gets to see what is wrong with it.
+    let config = config::Config::load(invocation.options.as_ref())?;
+    match bootstrap::start(&invocation)? {
+        Start::Running(answer) => Ok(bootstrap::print(&answer)?),
+        Start::Serve { listener, answer } => {
+            if sys::fork_server().context("fork the shim's server")? {
+                serve::run(config, invocation, listener)
+            } else {
+                Ok(bootstrap::print(&answer)?)
+            }
+        }
+    }
+}

@@ -16,7 +16,7 @@ const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 ///
 /// # Errors
 /// The message cannot be encoded (it always can).
-pub fn pack(stats: &StatsResponse) -> Result<Any, containerd_shim::protos::protobuf::Error> {
+pub fn pack(stats: &StatsResponse) -> Result<Any, protobuf::Error> {
     let mut metrics = Metrics::new();
     metrics.cpu = Some(CPUStat {
         usage_usec: stats.cpu_usage_usec,

@@ -1,0 +1,4 @@
+//! Resources of the node, one module each.
+
+pub mod cgroup;
+pub mod jail;

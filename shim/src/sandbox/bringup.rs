@@ -1,0 +1,280 @@
+//! From nothing to a guest with its identity, in phases that can only advance or fail.
+//!
+//! ```text
+//!   Wanted ── plug ──▶ Wired ── launch ──▶ Launched ── identify ──▶ Guest
+//!      └───────────────┴─────────────────────┴── failure: teardown, every later request is told why
+//! ```
+//!
+//! Each phase notes what it is about to acquire in the record first, so that the same teardown serves
+//! a failed start and a killed shim.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use joey_protocol::api;
+use joey_protocol::limits::{ENTROPY_BYTES, MACHINE_ID_BYTES, PROTOCOL_VERSION, deadline};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use super::disks::Disks;
+use super::record::ProcessId;
+use super::{Guest, Handle, Progress, SandboxError, plan, teardown};
+use crate::guest::GuestChannel;
+use crate::host::cgroup;
+use crate::host::net::{self, Wire};
+use crate::sizing::{self, Sizing};
+use crate::vmm::{self, Vm, VmSpec};
+
+/// What the sandbox is to become, from whichever of containerd's APIs tells it.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    /// The pod's network namespace.
+    pub(super) netns: Option<PathBuf>,
+    /// Host name.
+    pub(super) hostname: String,
+    /// OCI's `cgroupsPath`.
+    pub(super) cgroups_path: Option<String>,
+    /// Pod-wide sysctls.
+    pub(super) sysctls: Vec<(String, String)>,
+    /// The sandbox's annotations: sizes and names.
+    pub(super) annotations: HashMap<String, String>,
+}
+
+impl Wanted {
+    /// Reads the sandbox container's (or a lone container's) specification.
+    pub(super) fn of_spec(spec: &Spec) -> Self {
+        let linux = spec.linux().as_ref();
+        let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
+        let netns = namespaces.and_then(|all| {
+            let network = all.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?;
+            network.path().clone()
+        });
+        Self {
+            netns,
+            hostname: spec.hostname().clone().unwrap_or_default(),
+            cgroups_path: linux
+                .and_then(|linux| linux.cgroups_path().as_ref())
+                .map(|path| path.to_string_lossy().into_owned()),
+            sysctls: plan::sandbox_sysctls(spec),
+            annotations: spec.annotations().clone().unwrap_or_default(),
+        }
+    }
+
+    fn annotation(&self, key: &str) -> Option<&str> {
+        self.annotations.get(key).map(String::as_str)
+    }
+}
+
+/// The pod's interface is joined to a tap (or the pod has none), and the size is known.
+struct Wired {
+    wire: Option<Wire>,
+    sizing: Sizing,
+    cgroups: Vec<PathBuf>,
+}
+
+/// The VM runs.
+struct Launched {
+    wire: Option<Wire>,
+    vm: Arc<dyn Vm>,
+    channel: GuestChannel,
+}
+
+impl Handle {
+    /// Starts the bring-up in a task of its own; once.
+    pub(super) fn bring_up(&self, wanted: Wanted) {
+        let waiting = self.0.progress.send_if_modified(|progress| {
+            let waiting = matches!(progress, Progress::Waiting);
+            if waiting {
+                *progress = Progress::Starting;
+            }
+            waiting
+        });
+        if !waiting {
+            return;
+        }
+        let handle = self.clone();
+        tokio::spawn(async move {
+            let limit = Duration::from_secs(handle.0.config.start_timeout_seconds);
+            let outcome = tokio::time::timeout(limit, handle.phases(&wanted)).await;
+            let id = &handle.0.boot.id;
+            match outcome {
+                Ok(Ok(guest)) => handle.settle(Progress::Ready(guest)),
+                Ok(Err(error)) => handle.give_up(&error.to_string()),
+                Err(_) => handle.give_up(&format!(
+                    "sandbox {id}: it did not start within start_timeout_seconds = {}",
+                    limit.as_secs()
+                )),
+            }
+        });
+    }
+
+    fn settle(&self, progress: Progress) {
+        self.0.progress.send_replace(progress);
+        self.0.timeline.write(&self.directory());
+    }
+
+    /// A start failed: undo it and tell everybody who asks why.
+    fn give_up(&self, reason: &str) {
+        tracing::error!(sandbox = %self.0.boot.id, reason, "sandbox not started");
+        self.settle(Progress::Failed(reason.into()));
+        self.undo();
+    }
+
+    /// Undoes everything but the socket, on which this shim still answers.
+    pub(super) fn undo(&self) {
+        let mut record = {
+            let record = self.0.record.lock();
+            record.unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        };
+        record.socket = PathBuf::new();
+        record.id.clone_from(&self.0.boot.id);
+        if let Err(error) = teardown::undo(&self.0.config.run_dir, &record) {
+            tracing::error!(%error, "clean-up");
+        }
+    }
+
+    async fn phases(&self, wanted: &Wanted) -> Result<Guest, SandboxError> {
+        let wired = self.plug(wanted)?;
+        let launched = self.launch(wired).await?;
+        self.identify(wanted, launched).await
+    }
+
+    /// Size, cgroup and wire.
+    fn plug(&self, wanted: &Wanted) -> Result<Wired, SandboxError> {
+        let id = &self.0.boot.id;
+        let config = &self.0.config;
+        let refuse = |error: &dyn std::fmt::Display| {
+            SandboxError::Refused(format!("sandbox {id}: {error}"))
+        };
+        let sizing = sizing::size(config, &wanted.annotations).map_err(|error| refuse(&error))?;
+        let netns = match &wanted.netns {
+            Some(path) if net::is_host_netns(path) => {
+                return Err(refuse(&"host network (hostNetwork: true) is not supported: the pod's \
+                    network is its virtual machine's own"));
+            }
+            other => other.clone(),
+        };
+        let path = wanted.cgroups_path.clone().unwrap_or_else(|| format!("/joey/{id}"));
+        let cgroups = cgroup::directories(&path).map_err(|error| refuse(&error))?;
+        self.record(|record| {
+            record.id.clone_from(id);
+            record.namespace.clone_from(&self.0.boot.namespace);
+            record.pod = pod_name(wanted);
+            record.shim = ProcessId::of(std::process::id()).ok();
+            record.socket.clone_from(&self.0.boot.socket);
+            record.vcpus = sizing.vcpus;
+            record.memory_mib = sizing.memory_mib;
+            record.netns.clone_from(&netns);
+            record.cgroups.clone_from(&cgroups);
+            record.started_at = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs());
+        })?;
+        cgroup::create(&cgroups)
+            .and_then(|()| cgroup::join(&cgroups))
+            .map_err(|error| SandboxError::host(id, "enter the pod's cgroup", error))?;
+        let start = Instant::now();
+        let wire = netns
+            .as_deref()
+            .map(|netns| Wire::plug(netns, config))
+            .transpose()
+            .map_err(|error| SandboxError::host(id, "join the pod's network to its VM", error))?;
+        self.0.timeline.host("wire", "", start);
+        Ok(Wired { wire, sizing, cgroups })
+    }
+
+    /// The VMM, cloned or booted, and the channel to its agent.
+    async fn launch(&self, wired: Wired) -> Result<Launched, SandboxError> {
+        let id = &self.0.boot.id;
+        let fail = |what| move |error: &dyn std::fmt::Display| SandboxError::host(id, what, error);
+        let procs = cgroup::open(&wired.cgroups)
+            .map_err(|error| fail("open the pod's cgroup")(&error))?;
+        let tap: Option<OwnedFd> = wired
+            .wire
+            .as_ref()
+            .map(Wire::tap_fd)
+            .transpose()
+            .map_err(|error| fail("duplicate the tap")(&error))?;
+        let spec = VmSpec {
+            id: id.clone(),
+            vcpus: wired.sizing.vcpus,
+            memory_mib: wired.sizing.memory_mib,
+            tap,
+            mac: wired.wire.as_ref().map_or([0; 6], Wire::mac),
+            run_dir: self.directory(),
+            cgroup_procs: procs,
+        };
+        let start = Instant::now();
+        let settings = self.0.config.vmm().map_err(|error| fail("configure the VMM")(&error))?;
+        let started =
+            vmm::start(&settings, spec).await.map_err(|error| fail("start the VM")(&error))?;
+        self.0.timeline.host(if started.cloned { "clone" } else { "boot" }, "", start);
+        let vm: Arc<dyn Vm> = started.vm.into();
+        let pid = u32::try_from(vm.pid()).unwrap_or(0);
+        self.table().vmm_pid = pid;
+        self.record(|record| {
+            record.vmm = ProcessId::of(pid).ok();
+            record.cloned = Some(started.cloned);
+        })?;
+        let socket = vm.take_channel().map_err(|error| fail("take the channel")(&error))?;
+        let channel =
+            GuestChannel::connect(socket).map_err(|error| fail("open the channel")(&error))?;
+        if !started.cloned {
+            let start = Instant::now();
+            channel
+                .client
+                .hello(deadline::HELLO_COLD)
+                .await
+                .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
+            self.0.timeline.host("agent", "", start);
+        }
+        Ok(Launched { wire: wired.wire, vm, channel })
+    }
+
+    /// Makes the clone itself. Nothing of it is optional.
+    async fn identify(&self, wanted: &Wanted, launched: Launched) -> Result<Guest, SandboxError> {
+        let id = &self.0.boot.id;
+        let Launched { wire, vm, channel } = launched;
+        let mut secret = [0_u8; ENTROPY_BYTES + MACHINE_ID_BYTES];
+        crate::sys::random(&mut secret)
+            .map_err(|error| SandboxError::host(id, "read the host's entropy", error))?;
+        let (entropy, machine_id) = secret.split_at(ENTROPY_BYTES);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let request = api::StartSandboxRequest {
+            protocol_version: PROTOCOL_VERSION,
+            sandbox_id: id.clone(),
+            hostname: wanted.hostname.clone(),
+            wall_clock_ns: i64::try_from(now.as_nanos()).unwrap_or(i64::MAX),
+            entropy: entropy.to_vec(),
+            machine_id: machine_id.to_vec(),
+            network: wire.as_ref().map(Wire::network).into(),
+            sysctls: wanted.sysctls.iter().cloned().collect(),
+            ..Default::default()
+        };
+        let start = Instant::now();
+        let reply = channel
+            .client
+            .start_sandbox(&request)
+            .await
+            .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
+        self.0.timeline.host("identity", "", start);
+        self.note_phases("", &reply.phases);
+        let guest = Guest {
+            client: channel.client,
+            streams: channel.streams,
+            vm,
+            disks: Arc::new(Disks::default()),
+        };
+        self.watch(guest.clone(), channel.events, channel.lost);
+        Ok(guest)
+    }
+}
+
+/// `namespace/name`, where CRI gave them.
+fn pod_name(wanted: &Wanted) -> Option<String> {
+    let namespace = wanted.annotation("io.kubernetes.cri.sandbox-namespace")?;
+    let name = wanted.annotation("io.kubernetes.cri.sandbox-name")?;
+    Some(format!("{namespace}/{name}"))
+}

@@ -1,0 +1,304 @@
+//! Creating and deleting containers: plan → images → disks → files → guest, and the way back.
+//!
+//! What a creation has acquired is collected in [`Acquired`], and given back by [`Handle::release`]:
+//! when a later step fails and when the container is deleted.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+use std::time::{Instant, SystemTime};
+
+use joey_protocol::api;
+use joey_protocol::ids::ContainerId;
+use oci_spec::runtime::Spec;
+
+use super::plan::{self, Plan};
+use super::state::{self, Operation, Process, Status};
+use super::{CreateTask, Deleted, Guest, Handle, SandboxError, SandboxEvent, StdioPaths};
+use crate::stdio::{Copies, Request, StdinEnd, Stdio};
+use crate::{rootfs, volumes};
+
+/// A container of the pod.
+pub(crate) struct Container {
+    pub(super) process: Process,
+    pub(super) bundle: PathBuf,
+    pub(super) stdio: StdioPaths,
+    pub(super) copies: Option<Copies>,
+    pub(super) execs: HashMap<String, Exec>,
+    pub(super) acquired: Acquired,
+}
+
+/// A further process of a container.
+pub(crate) struct Exec {
+    pub(super) process: Process,
+    pub(super) stdio: StdioPaths,
+    pub(super) copies: Option<Copies>,
+}
+
+/// What a container holds in VM and guest.
+#[derive(Clone, Default)]
+pub(crate) struct Acquired {
+    slots: Vec<u32>,
+    /// Whether the guest knows the container.
+    in_guest: bool,
+    /// Files that are written back to the host when the container ends.
+    pub(super) write_back: Vec<plan::WriteBack>,
+}
+
+impl Handle {
+    /// Creates a container, or notes the sandbox's own task, for which there is no process.
+    ///
+    /// # Errors
+    /// [`SandboxError`]; nothing is left behind.
+    pub async fn create(&self, task: CreateTask) -> Result<u32, SandboxError> {
+        ContainerId::new(&task.id)?;
+        let spec = Spec::load(task.bundle.join("config.json"))
+            .map_err(|error| SandboxError::host(&task.id, "read config.json", error))?;
+        if plan::is_sandbox(&spec) {
+            return self.create_pause(task).await;
+        }
+        {
+            let mut table = self.table();
+            if table.process(&task.id, None).is_some() {
+                return Err(SandboxError::Exists { what: "container", id: task.id });
+            }
+            let container = Container {
+                process: Process::new(),
+                bundle: task.bundle.clone(),
+                stdio: task.stdio.clone(),
+                copies: None,
+                execs: HashMap::new(),
+                acquired: Acquired::default(),
+            };
+            table.containers.insert(task.id.clone(), container);
+        }
+        let mut acquired = Acquired::default();
+        match self.build(&task, &spec, &mut acquired).await {
+            Ok((pid, copies)) => {
+                self.created(&task, pid, copies, acquired)?;
+                self.emit(SandboxEvent::Created { task, pid });
+                Ok(pid)
+            }
+            Err(error) => {
+                self.release(&task.id, acquired).await;
+                self.table().containers.remove(&task.id);
+                Err(error)
+            }
+        }
+    }
+
+    /// Enters what was built into the table, unless the sandbox ended meanwhile.
+    fn created(
+        &self,
+        task: &CreateTask,
+        pid: u32,
+        copies: Copies,
+        acquired: Acquired,
+    ) -> Result<(), SandboxError> {
+        let mut table = self.table();
+        let container = table
+            .containers
+            .get_mut(&task.id)
+            .ok_or_else(|| self.not_found("container", &task.id))?;
+        container.process.created(pid);
+        container.copies = Some(copies);
+        container.acquired = acquired;
+        Ok(())
+    }
+
+    async fn build(
+        &self,
+        task: &CreateTask,
+        spec: &Spec,
+        acquired: &mut Acquired,
+    ) -> Result<(u32, Copies), SandboxError> {
+        let id = &task.id;
+        let config = &self.0.config;
+        let start = Instant::now();
+        let mut plan = self.plan(id, spec)?;
+        let stdio = Stdio::open(Request {
+            namespace: &self.0.boot.namespace,
+            container: id,
+            stdin: &task.stdio.stdin,
+            stdout: &task.stdio.stdout,
+            stderr: &task.stdio.stderr,
+            terminal: task.stdio.terminal,
+            stdin_end: StdinEnd::CloseIo,
+        })
+        .await
+        .map_err(|error| SandboxError::Refused(format!("container {id}: {error}")))?;
+        let images = rootfs::prepare(id, &task.rootfs, config)
+            .await
+            .map_err(|error| SandboxError::host(id, "prepare the root file system", error))?;
+        self.0.timeline.host("image", id, start);
+        let guest = self.guest().await?;
+        let start = Instant::now();
+        let mut rootfs = api::Rootfs { read_only: plan.read_only_root, ..Default::default() };
+        for image in images {
+            let (file_system, writable) = (image.file_system, image.writable);
+            let slot = guest
+                .disks
+                .attach(guest.vm.as_ref(), image)
+                .await
+                .map_err(|error| SandboxError::host(id, "attach the root file system", error))?;
+            acquired.slots.push(slot);
+            rootfs.layers.push(api::Disk {
+                slot,
+                file_system: file_system.name().to_owned(),
+                writable,
+                ..Default::default()
+            });
+        }
+        self.0.timeline.host("disk", id, start);
+        let start = Instant::now();
+        volumes::copy_in(&guest.client, &plan.volumes)
+            .await
+            .map_err(|error| SandboxError::host(id, "copy files into the guest", error))?;
+        self.0.timeline.host("files", id, start);
+        acquired.write_back = std::mem::take(&mut plan.write_back);
+        let request = api::CreateContainerRequest {
+            container_id: id.clone(),
+            spec: plan.spec,
+            rootfs: Some(rootfs).into(),
+            ..Default::default()
+        };
+        self.create_in_guest(&guest, request, stdio, acquired).await
+    }
+
+    fn plan(&self, id: &str, spec: &Spec) -> Result<Plan, SandboxError> {
+        let vmm_pid = self.table().vmm_pid;
+        let pod_files = self.0.pod_files.lock().unwrap_or_else(PoisonError::into_inner);
+        let facts = plan::Facts { vmm_pid, pod_files: &pod_files, look: &look };
+        Plan::new(spec, &facts)
+            .map_err(|refusal| SandboxError::Refused(format!("container {id}: {refusal}")))
+    }
+
+    async fn create_in_guest(
+        &self,
+        guest: &Guest,
+        mut request: api::CreateContainerRequest,
+        stdio: Stdio,
+        acquired: &mut Acquired,
+    ) -> Result<(u32, Copies), SandboxError> {
+        let id = request.container_id.clone();
+        let (message, copies) = stdio
+            .attach(|| guest.streams.open())
+            .map_err(|error| SandboxError::host(&id, "open stdio streams", error))?;
+        request.stdio = Some(message).into();
+        let start = Instant::now();
+        acquired.in_guest = true;
+        let reply = guest
+            .client
+            .create_container(&request)
+            .await
+            .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
+        self.0.timeline.host("container", &id, start);
+        self.note_phases(&id, &reply.phases);
+        Ok((reply.pid, copies))
+    }
+
+    /// Adds what the guest measured.
+    pub(super) fn note_phases(&self, container: &str, phases: &[api::Phase]) {
+        let steps = phases
+            .iter()
+            .map(|phase| (phase.name.as_str(), std::time::Duration::from_nanos(phase.nanoseconds)));
+        self.0.timeline.guest(container, steps);
+    }
+
+    /// Gives back what a container held. Failures are logged: with a dead guest they are normal.
+    async fn release(&self, id: &str, acquired: Acquired) {
+        let Ok(guest) = self.guest().await else { return };
+        if acquired.in_guest {
+            let request = api::ProcessRequest { container_id: id.to_owned(), ..Default::default() };
+            match guest.client.delete(&request).await {
+                Err(error) if !error.is_not_found() => {
+                    tracing::warn!(container = id, %error, "container not deleted in the guest");
+                }
+                _ => {}
+            }
+        }
+        for slot in acquired.slots {
+            guest.disks.release(guest.vm.as_ref(), slot).await;
+        }
+    }
+
+    /// Deletes a stopped (or never started) process, or container with everything it held.
+    ///
+    /// # Errors
+    /// It runs, or is not there.
+    pub async fn delete(&self, id: &str, exec: Option<&str>) -> Result<Deleted, SandboxError> {
+        let deleted = match exec {
+            Some(exec) => self.delete_exec(id, exec).await?,
+            None if self.is_pause(id) => self.delete_pause(id).await?,
+            None => self.delete_container(id).await?,
+        };
+        let exec_id = exec.map(ToOwned::to_owned);
+        self.emit(SandboxEvent::Deleted { id: id.to_owned(), exec_id, deleted });
+        self.0.changed.notify_waiters();
+        Ok(deleted)
+    }
+
+    async fn delete_container(&self, id: &str) -> Result<Deleted, SandboxError> {
+        let container = {
+            let mut table = self.table();
+            let container =
+                table.containers.get(id).ok_or_else(|| self.not_found("container", id))?;
+            let status = container.process.status();
+            state::check(status, Operation::Delete)
+                .map_err(|refusal| SandboxError::State { id: id.to_owned(), refusal })?;
+            table.containers.remove(id).ok_or_else(|| self.not_found("container", id))?
+        };
+        self.release(id, container.acquired.clone()).await;
+        Ok(deleted(&container.process))
+    }
+
+    async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<Deleted, SandboxError> {
+        let exec = {
+            let mut table = self.table();
+            let container = table
+                .containers
+                .get_mut(id)
+                .ok_or_else(|| self.not_found("container", id))?;
+            let name = format!("{id}/{exec_id}");
+            let exec = container.execs.get(exec_id).ok_or_else(|| self.not_found("exec", &name))?;
+            state::check(exec.process.status(), Operation::Delete)
+                .map_err(|refusal| SandboxError::State { id: name.clone(), refusal })?;
+            container.execs.remove(exec_id).ok_or_else(|| self.not_found("exec", &name))?
+        };
+        if let Ok(guest) = self.guest().await {
+            let request = api::ProcessRequest {
+                container_id: id.to_owned(),
+                exec_id: exec_id.to_owned(),
+                ..Default::default()
+            };
+            match guest.client.delete(&request).await {
+                Err(error) if !error.is_not_found() => {
+                    tracing::warn!(container = id, exec = exec_id, %error, "exec not deleted");
+                }
+                _ => {}
+            }
+        }
+        Ok(deleted(&exec.process))
+    }
+}
+
+/// What a path of the host is, links followed.
+fn look(path: &Path) -> plan::Kind {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.is_file() => plan::Kind::File,
+        Ok(meta) if meta.is_dir() => plan::Kind::Directory,
+        Ok(_) => plan::Kind::Special,
+        Err(_) => plan::Kind::Missing,
+    }
+}
+
+/// What is said of a deleted process; one that never ran has no exit of its own.
+pub(super) fn deleted(process: &Process) -> Deleted {
+    let exit = process.exit();
+    let never_ran = process.status() == Status::Created;
+    Deleted {
+        pid: process.pid(),
+        status: exit.map_or(if never_ran { 0 } else { super::KILLED }, |exit| exit.status),
+        exited_at: exit.map_or_else(SystemTime::now, |exit| exit.at),
+    }
+}

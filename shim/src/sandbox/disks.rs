@@ -1,0 +1,86 @@
+//! Which image is in which disk slot of the VM. Containers of a pod with the same image share a slot.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use tokio::sync::Mutex as AsyncMutex;
+
+use crate::rootfs::Image;
+use crate::vmm::qemu::args::slot_is_writable;
+use crate::vmm::{Vm, VmmError};
+
+/// Slots that a template has: /dev/vda to /dev/vdp in the guest.
+pub(crate) const SLOTS: u32 = 16;
+
+/// Why an image is not attached.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// All are in use.
+    #[error("all {SLOTS} disk slots of the sandbox are in use; a pod can use that many images at once")]
+    Full,
+    /// The VMM refuses.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// The image's descriptor cannot be copied.
+    #[error("duplicate the image's descriptor: {0}")]
+    Descriptor(#[from] std::io::Error),
+}
+
+#[derive(Debug)]
+struct Used {
+    key: String,
+    users: usize,
+    /// Holds the image's lock for as long as the guest may read it.
+    _image: Image,
+}
+
+/// The slots of one VM.
+#[derive(Debug, Default)]
+pub(crate) struct Disks {
+    used: Mutex<HashMap<u32, Used>>,
+    /// One swap at a time, so that two containers do not attach the same image twice.
+    swap: AsyncMutex<()>,
+}
+
+impl Disks {
+    /// Attaches `image`, or counts one more user of the slot that has it. Gives the slot.
+    pub(crate) async fn attach(&self, vm: &dyn Vm, image: Image) -> Result<u32, DiskError> {
+        let _swap = self.swap.lock().await;
+        let slot = {
+            let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+            let same = used.iter_mut().find(|(_, used)| !image.writable && used.key == image.key);
+            if let Some((slot, used)) = same {
+                used.users += 1;
+                return Ok(*slot);
+            }
+            let free = |slot: &u32| {
+                slot_is_writable(*slot) == image.writable && !used.contains_key(slot)
+            };
+            (0..SLOTS).find(free).ok_or(DiskError::Full)?
+        };
+        vm.attach_disk(slot, image.file.try_clone()?, !image.writable).await?;
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        used.insert(slot, Used { key: image.key.clone(), users: 1, _image: image });
+        Ok(slot)
+    }
+
+    /// Gives a user's claim back; the last one detaches the image.
+    pub(crate) async fn release(&self, vm: &dyn Vm, slot: u32) {
+        let _swap = self.swap.lock().await;
+        {
+            let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(entry) = used.get_mut(&slot) else { return };
+            entry.users -= 1;
+            if entry.users > 0 {
+                return;
+            }
+        }
+        // The slot stays taken if QEMU does not let go: it must not show another image's bytes.
+        match vm.detach_disk(slot).await {
+            Ok(()) => {
+                self.used.lock().unwrap_or_else(PoisonError::into_inner).remove(&slot);
+            }
+            Err(error) => tracing::warn!(slot, %error, "disk not detached"),
+        }
+    }
+}

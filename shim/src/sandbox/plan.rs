@@ -1,0 +1,441 @@
+//! A container's OCI specification, as the guest gets it: mounts of the host replaced by volumes that
+//! are copied in, host-only parts removed, and everything that a VM pod cannot have refused by name.
+//!
+//! Pure but for one look at each mount's source, which the caller lends ([`Facts::look`]).
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use joey_protocol::limits::MAX_SPEC;
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use sha2::{Digest as _, Sha256};
+
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// What the kubelet reads of a termination message (its MaxContainerTerminationMessageLength).
+const TERMINATION_MESSAGE: u64 = 4096;
+/// Files that CRI gives every container; a container may change its pod's copies.
+const POD_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+/// File systems that the guest mounts by itself.
+const GUEST_TYPES: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
+/// Devices that every container has anyway.
+const STANDARD_DEVICES: [&str; 6] =
+    ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"];
+
+/// What a path of the host is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Regular file.
+    File,
+    /// Directory.
+    Directory,
+    /// Socket, FIFO or device.
+    Special,
+    /// Not there.
+    Missing,
+}
+
+/// What the plan needs to know of the sandbox and the host.
+pub struct Facts<'a> {
+    /// The VMM's process, whose namespaces CRI names when it means the pod's.
+    pub vmm_pid: u32,
+    /// Content of pod files that containerd does not make (Sandbox API).
+    pub pod_files: &'a BTreeMap<String, Vec<u8>>,
+    /// Tells what a path of the host is, following links.
+    pub look: &'a dyn Fn(&Path) -> Kind,
+}
+
+/// Where a volume's content comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A file or directory of the host.
+    Host(PathBuf),
+    /// Given here.
+    Inline(Vec<u8>),
+}
+
+/// Content that is copied into the guest before the container is created.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Its name in the guest: the same for the same source, so that a restarted container does not
+    /// pile copies up.
+    pub id: String,
+    /// Its content.
+    pub source: Source,
+    /// The mount it serves, for errors.
+    pub destination: PathBuf,
+}
+
+/// A file that is brought back to the host when the container ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WriteBack {
+    /// The volume that is this file.
+    pub volume: String,
+    /// Where it goes.
+    pub host: PathBuf,
+    /// At most so many bytes.
+    pub limit: u64,
+}
+
+/// Why a container cannot be a VM pod's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field} {value:?}: {reason}")]
+pub struct Refusal {
+    /// Field of the specification.
+    pub field: &'static str,
+    /// Its value.
+    pub value: String,
+    /// Why not, and what to do.
+    pub reason: String,
+}
+
+fn refuse(field: &'static str, value: impl ToString, reason: impl ToString) -> Refusal {
+    Refusal { field, value: value.to_string(), reason: reason.to_string() }
+}
+
+/// What is to be done for a container.
+#[derive(Debug)]
+pub struct Plan {
+    /// The specification for the guest, JSON.
+    pub spec: Vec<u8>,
+    /// Whether the root is mounted read-only.
+    pub read_only_root: bool,
+    /// What is copied in.
+    pub volumes: Vec<Volume>,
+    /// What is brought back.
+    pub write_back: Vec<WriteBack>,
+}
+
+impl Plan {
+    /// Plans a container.
+    ///
+    /// # Errors
+    /// [`Refusal`] names the field and the value.
+    pub fn new(spec: &Spec, facts: &Facts<'_>) -> Result<Self, Refusal> {
+        let mut spec = spec.clone();
+        check_hooks(&spec)?;
+        check_namespaces(&spec, facts)?;
+        host_devices(&mut spec)?;
+        let mut plan = Self {
+            spec: Vec::new(),
+            read_only_root: spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false),
+            volumes: Vec::new(),
+            write_back: Vec::new(),
+        };
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        for mount in &mut mounts {
+            plan.mount(mount, facts)?;
+        }
+        spec.set_mounts(Some(mounts));
+        plan.spec = serde_json::to_vec(&spec)
+            .map_err(|error| refuse("config.json", "", format!("cannot be encoded: {error}")))?;
+        if plan.spec.len() > MAX_SPEC {
+            return Err(refuse(
+                "config.json",
+                format!("{} bytes", plan.spec.len()),
+                format!("larger than {MAX_SPEC} bytes: shorten arguments or environment"),
+            ));
+        }
+        Ok(plan)
+    }
+
+    fn mount(&mut self, mount: &mut Mount, facts: &Facts<'_>) -> Result<(), Refusal> {
+        let options = mount.options().clone().unwrap_or_default();
+        let has = |name: &str| options.iter().any(|option| option == name);
+        let typ = mount.typ().clone().unwrap_or_default();
+        let destination = mount.destination().clone();
+        let shown = destination.display().to_string();
+        if let Some(shared) = options.iter().find(|o| *o == "shared" || *o == "rshared") {
+            return Err(refuse(
+                "mount",
+                shown,
+                format!("propagation {shared:?} would reach out of the virtual machine"),
+            ));
+        }
+        if typ != "bind" && !has("bind") && !has("rbind") {
+            if GUEST_TYPES.contains(&typ.as_str()) {
+                return Ok(());
+            }
+            return Err(refuse("mount", shown, format!("file system {typ:?} is not supported")));
+        }
+        let source = mount.source().clone().unwrap_or_default();
+        if destination == Path::new("/dev/shm") && source.ends_with("shm") {
+            mount.set_source(Some(PathBuf::from("joey-shm:")));
+            return Ok(());
+        }
+        let volume = self.volume(&source, &destination, has("ro"), facts)?;
+        mount.set_source(Some(PathBuf::from(format!("joey-volume:{}", volume.id))));
+        if !self.volumes.iter().any(|known| known.id == volume.id) {
+            self.volumes.push(volume);
+        }
+        Ok(())
+    }
+
+    /// Decides how the content of a bind mount gets into the guest.
+    fn volume(
+        &mut self,
+        source: &Path,
+        destination: &Path,
+        read_only: bool,
+        facts: &Facts<'_>,
+    ) -> Result<Volume, Refusal> {
+        let shown = format!("{} (from {})", destination.display(), source.display());
+        let no = |reason: &str| Err(refuse("mount", &shown, reason));
+        let pod_file = destination.to_str().filter(|path| POD_FILES.contains(path));
+        let volume = |path: &Path, source| Volume {
+            id: volume_id(path),
+            source,
+            destination: destination.to_owned(),
+        };
+        let host = || volume(source, Source::Host(source.to_owned()));
+        match ((facts.look)(source), pod_file) {
+            (Kind::File, Some(_)) => Ok(host()),
+            (Kind::Missing, Some(path)) => match facts.pod_files.get(path) {
+                Some(content) => Ok(volume(source, Source::Inline(content.clone()))),
+                None => no("its source does not exist on the host"),
+            },
+            (Kind::Missing, None) => no("its source does not exist on the host"),
+            (Kind::File | Kind::Directory, _) if read_only => Ok(host()),
+            (Kind::File, None) if is_termination_log(source, destination) => {
+                // The kubelet names the file anew at each restart; its directory stays.
+                let stable = source.parent().unwrap_or(source).join("termination-log");
+                let volume = volume(&stable, Source::Host(source.to_owned()));
+                self.write_back.push(WriteBack {
+                    volume: volume.id.clone(),
+                    host: source.to_owned(),
+                    limit: TERMINATION_MESSAGE,
+                });
+                Ok(volume)
+            }
+            (Kind::Special, _) => {
+                no("sockets, FIFOs and devices of the host cannot be shared with a virtual machine")
+            }
+            _ => no("writable host files and directories (hostPath, emptyDir and other writable \
+                     volumes) are not supported yet: mount it readOnly, or keep the data in the \
+                     container's own file system"),
+        }
+    }
+}
+
+/// Name of the volume for a source: short, valid, the same each time.
+fn volume_id(source: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt as _;
+    let hash = Sha256::digest(source.as_os_str().as_bytes());
+    hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The kubelet's file for the termination message: `…/containers/<name>/<8 hex digits>`, wherever
+/// the pod wants it mounted.
+fn is_termination_log(source: &Path, destination: &Path) -> bool {
+    let name = source.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let above = source.parent().and_then(Path::parent).and_then(Path::file_name);
+    let by_kubelet = name.len() == 8
+        && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+        && above.is_some_and(|above| above == "containers");
+    by_kubelet || destination == Path::new("/dev/termination-log")
+}
+
+fn check_hooks(spec: &Spec) -> Result<(), Refusal> {
+    let Some(hooks) = spec.hooks() else { return Ok(()) };
+    let kinds = [
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    for (kind, hooks) in kinds {
+        if let Some(hook) = hooks.iter().flatten().next() {
+            return Err(refuse(
+                "hooks",
+                format!("{kind}: {}", hook.path().display()),
+                "OCI hooks run on the host, where a VM pod has no processes",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_namespaces(spec: &Spec, facts: &Facts<'_>) -> Result<(), Refusal> {
+    let linux = spec.linux().as_ref();
+    let all = linux.and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
+    let missing = |typ| all.iter().all(|namespace| namespace.typ() != typ);
+    if missing(LinuxNamespaceType::Pid) {
+        return Err(refuse("hostPID", "true", "a VM pod cannot see the host's processes"));
+    }
+    if missing(LinuxNamespaceType::Network) {
+        return Err(refuse(
+            "hostNetwork",
+            "true",
+            "host network is not supported: the pod's network is its virtual machine's own",
+        ));
+    }
+    let pod = format!("/proc/{}/ns/pid", facts.vmm_pid);
+    let target = all.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Pid);
+    if let Some(path) = target.and_then(|namespace| namespace.path().as_ref())
+        && path != Path::new(&pod)
+    {
+        return Err(refuse(
+            "process namespace",
+            path.display(),
+            "joining another container's processes (targetContainerName) is not supported; use \
+             shareProcessNamespace",
+        ));
+    }
+    Ok(())
+}
+
+/// Host devices: a privileged container gets the guest's own instead, others are refused.
+fn host_devices(spec: &mut Spec) -> Result<(), Refusal> {
+    let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
+    let privileged = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.devices().as_ref())
+        .is_some_and(|rules| {
+            rules.iter().any(|rule| {
+                rule.allow() && rule.major().is_none() && rule.minor().is_none()
+                    && rule.access().as_deref().is_none_or(|access| access.contains('m'))
+                    && rule.typ().is_none_or(|typ| typ.as_str() == "a")
+            })
+        });
+    let devices = linux.devices().clone().unwrap_or_default();
+    let foreign = devices
+        .iter()
+        .find(|device| !device.path().to_str().is_some_and(|p| STANDARD_DEVICES.contains(&p)));
+    if let Some(device) = foreign.filter(|_| !privileged) {
+        return Err(refuse(
+            "device",
+            device.path().display(),
+            "devices of the host are not available in a virtual machine",
+        ));
+    }
+    if foreign.is_some() {
+        linux.set_devices(Some(Vec::new()));
+        spec.set_linux(Some(linux));
+    }
+    Ok(())
+}
+
+/// Whether this is CRI's sandbox container.
+#[must_use]
+pub fn is_sandbox(spec: &Spec) -> bool {
+    let annotations = spec.annotations().as_ref();
+    annotations.and_then(|all| all.get(CONTAINER_TYPE)).is_some_and(|typ| typ == "sandbox")
+}
+
+/// The sysctls of the sandbox container: the pod's.
+#[must_use]
+pub fn sandbox_sysctls(spec: &Spec) -> Vec<(String, String)> {
+    let linux = spec.linux().as_ref();
+    let all = linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default();
+    all.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(mounts: Value) -> Spec {
+        serde_json::from_value(json!({
+            "ociVersion": "1.1.0",
+            "process": {"user": {"uid": 0, "gid": 0}, "cwd": "/", "args": ["true"]},
+            "root": {"path": "rootfs", "readonly": true},
+            "mounts": mounts,
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"},
+                {"type": "network", "path": "/var/run/netns/cni-1"},
+                {"type": "ipc", "path": "/proc/7/ns/ipc"}]},
+        }))
+        .unwrap()
+    }
+
+    fn bind(destination: &str, source: &str, options: &[&str]) -> Value {
+        json!({"destination": destination, "source": source, "type": "bind", "options": options})
+    }
+
+    fn plan(spec: &Spec) -> Result<Plan, Refusal> {
+        let files = BTreeMap::from([("/etc/hosts".to_owned(), b"127.0.0.1 localhost\n".to_vec())]);
+        let look = |path: &Path| match path.to_str() {
+            Some(path) if path.contains("gone") => Kind::Missing,
+            Some(path) if path.ends_with(".sock") => Kind::Special,
+            Some(path) if path.ends_with("dir") => Kind::Directory,
+            _ => Kind::File,
+        };
+        Plan::new(spec, &Facts { vmm_pid: 7, pod_files: &files, look: &look })
+    }
+
+    fn error(mounts: Value) -> String {
+        plan(&spec(mounts)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_cri_gives_every_container_is_copied() {
+        let spec = spec(json!([
+            {"destination": "/proc", "source": "proc", "type": "proc", "options": []},
+            bind("/dev/shm", "/run/x/shm", &["rbind", "ro"]),
+            bind("/etc/hosts", "/gone/hosts", &["rbind", "rprivate", "rw"]),
+            bind("/etc/resolv.conf", "/x/resolv.conf", &["rbind", "rw"]),
+            bind("/dev/log", "/kubelet/pods/u/containers/app/0a1b2c3d", &["rbind", "rw"]),
+            bind("/config", "/kubelet/dir", &["rbind", "ro"]),
+        ]));
+        let plan = plan(&spec).unwrap();
+        assert!(plan.read_only_root);
+        assert_eq!(plan.volumes.len(), 4);
+        assert_eq!(plan.volumes[0].source, Source::Inline(b"127.0.0.1 localhost\n".to_vec()));
+        assert_eq!(plan.write_back.len(), 1);
+        assert_eq!(plan.write_back[0].volume, plan.volumes[2].id);
+        let sent: Spec = serde_json::from_slice(&plan.spec).unwrap();
+        let sources: Vec<String> = sent
+            .mounts()
+            .iter()
+            .flatten()
+            .map(|mount| mount.source().clone().unwrap_or_default().display().to_string())
+            .collect();
+        assert_eq!(sources[1], "joey-shm:");
+        assert!(sources[2..].iter().all(|source| source.starts_with("joey-volume:")), "{sources:?}");
+    }
+
+    #[test]
+    fn a_restarted_container_finds_its_volumes_again() {
+        let log = |name: &str| {
+            let source = format!("/kubelet/pods/u/containers/app/{name}");
+            let mounts = json!([bind("/dev/termination-log", &source, &["rbind", "rw"])]);
+            plan(&spec(mounts)).unwrap().volumes[0].id.clone()
+        };
+        assert_eq!(log("00000001"), log("00000002"));
+    }
+
+    #[test]
+    fn what_a_vm_cannot_have_is_refused_by_name() {
+        let writable = error(json!([bind("/data", "/host/dir", &["rbind", "rw"])]));
+        assert!(writable.contains("/data (from /host/dir)"), "{writable}");
+        let socket = error(json!([bind("/s", "/run/docker.sock", &["rbind", "ro"])]));
+        assert!(socket.contains("/run/docker.sock"), "{socket}");
+        let shared = error(json!([bind("/m", "/host/dir", &["rbind", "rshared"])]));
+        assert!(shared.contains("rshared"), "{shared}");
+        let typ = error(json!([{"destination": "/n", "source": "x", "type": "nfs"}]));
+        assert!(typ.contains("nfs"), "{typ}");
+        let gone = error(json!([bind("/g", "/gone", &["rbind", "ro"])]));
+        assert!(gone.contains("/gone"), "{gone}");
+    }
+
+    #[test]
+    fn host_namespaces_and_devices_are_refused() {
+        let mut value = serde_json::to_value(spec(json!([]))).unwrap();
+        value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "mount"}]);
+        let host: Spec = serde_json::from_value(value.clone()).unwrap();
+        assert!(plan(&host).unwrap_err().to_string().contains("host network"));
+        value["linux"]["namespaces"] =
+            json!([{"type": "pid", "path": "/proc/99/ns/pid"}, {"type": "network"}]);
+        let target: Spec = serde_json::from_value(value.clone()).unwrap();
+        assert!(plan(&target).unwrap_err().to_string().contains("/proc/99/ns/pid"));
+        value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "network"}]);
+        value["linux"]["devices"] = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        let device: Spec = serde_json::from_value(value.clone()).unwrap();
+        assert!(plan(&device).unwrap_err().to_string().contains("/dev/sda"));
+        value["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
+        let privileged: Spec = serde_json::from_value(value).unwrap();
+        assert!(plan(&privileged).is_ok());
+    }
+}

@@ -1,0 +1,366 @@
+//! What containerd asks of processes: check the state, one call to the guest, note the outcome.
+
+use std::time::Instant;
+
+use joey_protocol::api;
+use joey_protocol::ids::ExecId;
+
+use super::containers::Exec;
+use super::state::{self, Exit, Operation, Process, Status};
+use super::{ExecTask, Handle, ProcessState, SandboxError, SandboxEvent};
+use crate::guest::GuestError;
+use crate::stdio::{Request, StdinEnd, Stdio};
+
+/// The name of a process in errors.
+fn name(id: &str, exec: Option<&str>) -> String {
+    exec.map_or_else(|| id.to_owned(), |exec| format!("{id}/{exec}"))
+}
+
+fn request(id: &str, exec: Option<&str>) -> api::ProcessRequest {
+    api::ProcessRequest {
+        container_id: id.to_owned(),
+        exec_id: exec.unwrap_or_default().to_owned(),
+        ..Default::default()
+    }
+}
+
+impl Handle {
+    fn with_process<T>(
+        &self,
+        id: &str,
+        exec: Option<&str>,
+        act: impl FnOnce(&mut Process) -> Result<T, state::Refusal>,
+    ) -> Result<T, SandboxError> {
+        let mut table = self.table();
+        let process =
+            table.process(id, exec).ok_or_else(|| self.not_found("process", &name(id, exec)))?;
+        act(process).map_err(|refusal| SandboxError::State { id: name(id, exec), refusal })
+    }
+
+    fn check(&self, id: &str, exec: Option<&str>, what: Operation) -> Result<(), SandboxError> {
+        self.with_process(id, exec, |process| state::check(process.status(), what))
+    }
+
+    fn guest_error(id: &str, exec: Option<&str>) -> impl FnOnce(GuestError) -> SandboxError {
+        let id = name(id, exec);
+        move |source| SandboxError::Guest { id, source }
+    }
+
+    /// Runs a created process.
+    ///
+    /// # Errors
+    /// It is not in the state for it, or its program cannot be executed.
+    pub async fn start(&self, id: &str, exec: Option<&str>) -> Result<u32, SandboxError> {
+        if exec.is_none() && self.is_pause(id) {
+            return self.start_pause(id).await;
+        }
+        let start = Instant::now();
+        self.with_process(id, exec, Process::starting)?;
+        let guest = self.guest().await?;
+        let reply = match guest.client.start(&request(id, exec)).await {
+            Ok(reply) => reply,
+            Err(error) => {
+                // What could not be executed has ended; containerd deletes it next.
+                let exit = Exit { status: 127, at: std::time::SystemTime::now() };
+                if let Some(process) = self.table().process(id, exec) {
+                    process.lost(exit);
+                }
+                self.0.changed.notify_waiters();
+                return Err(Self::guest_error(id, exec)(error));
+            }
+        };
+        self.0.timeline.host("start", &name(id, exec), start);
+        self.note_phases(&name(id, exec), &reply.phases);
+        let ended = match self.table().process(id, exec) {
+            Some(process) => process.started(reply.pid),
+            None => None,
+        };
+        let container = id.to_owned();
+        self.emit(match exec {
+            None => SandboxEvent::Started { id: container, pid: reply.pid },
+            Some(exec) => SandboxEvent::ExecStarted {
+                id: container,
+                exec_id: exec.to_owned(),
+                pid: reply.pid,
+            },
+        });
+        if let Some(exit) = ended {
+            self.emit_exit(id, exec, reply.pid, exit);
+        }
+        self.0.changed.notify_waiters();
+        self.0.timeline.write(&self.directory());
+        Ok(reply.pid)
+    }
+
+    /// Tells containerd of an end that took effect.
+    pub(super) fn emit_exit(&self, id: &str, exec: Option<&str>, pid: u32, exit: Exit) {
+        let exec_id = exec.map(ToOwned::to_owned);
+        self.emit(SandboxEvent::Exited { id: id.to_owned(), exec_id, pid, exit });
+    }
+
+    /// Adds a process to a running container.
+    ///
+    /// # Errors
+    /// The container does not run, the id is taken, or the guest refuses.
+    pub async fn exec(&self, task: ExecTask) -> Result<(), SandboxError> {
+        ExecId::new(&task.exec_id)?;
+        let (id, exec_id) = (task.id.as_str(), task.exec_id.as_str());
+        self.check(id, None, Operation::Exec)?;
+        let stdio = Stdio::open(Request {
+            namespace: &self.0.boot.namespace,
+            container: id,
+            stdin: &task.stdio.stdin,
+            stdout: &task.stdio.stdout,
+            stderr: &task.stdio.stderr,
+            terminal: task.stdio.terminal,
+            stdin_end: StdinEnd::CloseIo,
+        })
+        .await
+        .map_err(|error| SandboxError::Refused(format!("exec {id}/{exec_id}: {error}")))?;
+        let guest = self.guest().await?;
+        let (message, copies) = stdio
+            .attach(|| guest.streams.open())
+            .map_err(|error| SandboxError::host(id, "open stdio streams", error))?;
+        {
+            let mut table = self.table();
+            let container =
+                table.containers.get_mut(id).ok_or_else(|| self.not_found("container", id))?;
+            if container.execs.contains_key(exec_id) {
+                return Err(SandboxError::Exists { what: "exec", id: name(id, Some(exec_id)) });
+            }
+            let exec =
+                Exec { process: Process::new(), stdio: task.stdio.clone(), copies: Some(copies) };
+            container.execs.insert(exec_id.to_owned(), exec);
+        }
+        let create = api::CreateExecRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            process: task.process,
+            stdio: Some(message).into(),
+            ..Default::default()
+        };
+        if let Err(source) = guest.client.create_exec(&create).await {
+            if let Some(container) = self.table().containers.get_mut(id) {
+                container.execs.remove(exec_id);
+            }
+            return Err(Self::guest_error(id, Some(exec_id))(source));
+        }
+        if let Some(process) = self.table().process(id, Some(exec_id)) {
+            process.created(0);
+        }
+        self.emit(SandboxEvent::ExecAdded { id: task.id, exec_id: task.exec_id });
+        Ok(())
+    }
+
+    /// State of a process.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn state(&self, id: &str, exec: Option<&str>) -> Result<ProcessState, SandboxError> {
+        let table = self.table();
+        let missing = || self.not_found("process", &name(id, exec));
+        let (process, bundle, stdio) = match &table.pause {
+            Some(pause) if pause.task.id == id && exec.is_none() => {
+                (&pause.process, &pause.task.bundle, &pause.task.stdio)
+            }
+            _ => {
+                let container = table.containers.get(id).ok_or_else(missing)?;
+                match exec {
+                    None => (&container.process, &container.bundle, &container.stdio),
+                    Some(exec) => {
+                        let exec = container.execs.get(exec).ok_or_else(missing)?;
+                        (&exec.process, &container.bundle, &exec.stdio)
+                    }
+                }
+            }
+        };
+        Ok(ProcessState {
+            bundle: bundle.clone(),
+            pid: process.pid(),
+            status: process.status(),
+            stdio: stdio.clone(),
+            exit: process.exit(),
+        })
+    }
+
+    /// Waits for the end of a process.
+    ///
+    /// # Errors
+    /// There is no such process, or it was deleted meanwhile.
+    pub async fn wait(&self, id: &str, exec: Option<&str>) -> Result<Exit, SandboxError> {
+        loop {
+            // Registered before the look, so that no change is missed.
+            let mut changed = std::pin::pin!(self.0.changed.notified());
+            changed.as_mut().enable();
+            if let Some(exit) = self.with_process(id, exec, |process| Ok(process.exit()))? {
+                return Ok(exit);
+            }
+            changed.await;
+        }
+    }
+
+    /// Sends a signal to a process, or with `all` to every process of the container.
+    ///
+    /// # Errors
+    /// It has ended already, or never was.
+    pub async fn kill(
+        &self,
+        id: &str,
+        exec: Option<&str>,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), SandboxError> {
+        self.check(id, exec, Operation::Kill)?;
+        if exec.is_none() && self.is_pause(id) {
+            return self.kill_pause(signal).await;
+        }
+        let guest = self.guest().await?;
+        let signal = api::SignalRequest {
+            container_id: id.to_owned(),
+            exec_id: exec.unwrap_or_default().to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        guest.client.signal(&signal).await.map_err(Self::guest_error(id, exec))
+    }
+
+    /// Numbers of a container's processes; never empty while the task is not deleted, for containerd
+    /// takes a task without processes for dead after its own restart.
+    ///
+    /// # Errors
+    /// There is no such container.
+    pub async fn pids(&self, id: &str) -> Result<Vec<u32>, SandboxError> {
+        let (pid, status) = self.with_process(id, None, |p| Ok((p.pid(), p.status())))?;
+        if self.is_pause(id) || status == Status::Stopped {
+            return Ok(vec![pid]);
+        }
+        let guest = self.guest().await?;
+        let request = api::ContainerRequest { container_id: id.to_owned(), ..Default::default() };
+        let reply =
+            guest.client.processes(&request).await.map_err(Self::guest_error(id, None))?;
+        let mut pids: Vec<u32> = reply.processes.iter().map(|process| process.pid).collect();
+        if pids.is_empty() {
+            pids.push(pid);
+        }
+        Ok(pids)
+    }
+
+    /// Sets the size of a process's terminal.
+    ///
+    /// # Errors
+    /// It has ended, or has no terminal.
+    pub async fn resize_pty(
+        &self,
+        id: &str,
+        exec: Option<&str>,
+        width: u32,
+        height: u32,
+    ) -> Result<(), SandboxError> {
+        self.check(id, exec, Operation::Resize)?;
+        let guest = self.guest().await?;
+        let resize = api::ResizePtyRequest {
+            container_id: id.to_owned(),
+            exec_id: exec.unwrap_or_default().to_owned(),
+            width,
+            height,
+            ..Default::default()
+        };
+        guest.client.resize_pty(&resize).await.map_err(Self::guest_error(id, exec))
+    }
+
+    /// Ends a process's standard input after what was written to it.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub async fn close_io(&self, id: &str, exec: Option<&str>) -> Result<(), SandboxError> {
+        self.with_process(id, exec, |_| Ok(()))?;
+        let table = self.table();
+        let copies = table.containers.get(id).and_then(|container| match exec {
+            None => container.copies.as_ref(),
+            Some(exec) => container.execs.get(exec).and_then(|exec| exec.copies.as_ref()),
+        });
+        if let Some(copies) = copies {
+            copies.close_stdin();
+        }
+        Ok(())
+    }
+
+    /// Changes the limits of a container; of the sandbox's own task there are none to change.
+    ///
+    /// # Errors
+    /// The container is gone or the guest refuses the limits.
+    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), SandboxError> {
+        self.check(id, None, Operation::Update)?;
+        if self.is_pause(id) {
+            return Ok(());
+        }
+        let guest = self.guest().await?;
+        let update =
+            api::UpdateRequest { container_id: id.to_owned(), resources, ..Default::default() };
+        guest.client.update(&update).await.map_err(Self::guest_error(id, None))
+    }
+
+    /// Freezes a container.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub async fn pause(&self, id: &str) -> Result<(), SandboxError> {
+        self.freeze(id, true).await
+    }
+
+    /// Thaws a container.
+    ///
+    /// # Errors
+    /// It is not frozen.
+    pub async fn resume(&self, id: &str) -> Result<(), SandboxError> {
+        self.freeze(id, false).await
+    }
+
+    async fn freeze(&self, id: &str, frozen: bool) -> Result<(), SandboxError> {
+        let what = if frozen { Operation::Pause } else { Operation::Resume };
+        self.check(id, None, what)?;
+        if self.is_pause(id) {
+            return Err(SandboxError::Refused(format!(
+                "container {id} is the sandbox itself: pause its containers instead"
+            )));
+        }
+        let guest = self.guest().await?;
+        let request = api::ContainerRequest { container_id: id.to_owned(), ..Default::default() };
+        let answer = if frozen {
+            guest.client.pause(&request).await
+        } else {
+            guest.client.resume(&request).await
+        };
+        answer.map_err(Self::guest_error(id, None))?;
+        self.with_process(id, None, |process| {
+            process.freeze(frozen);
+            Ok(())
+        })?;
+        let id = id.to_owned();
+        self.emit(if frozen { SandboxEvent::Paused { id } } else { SandboxEvent::Resumed { id } });
+        Ok(())
+    }
+
+    /// Counters of a container. The sandbox's own task has no cgroup in the guest: zeroes.
+    ///
+    /// # Errors
+    /// There is no such container.
+    pub async fn stats(&self, id: &str) -> Result<api::StatsResponse, SandboxError> {
+        let status = self.with_process(id, None, |process| Ok(process.status()))?;
+        if self.is_pause(id) || status == Status::Stopped {
+            return Ok(api::StatsResponse::new());
+        }
+        let guest = self.guest().await?;
+        let request = api::ContainerRequest { container_id: id.to_owned(), ..Default::default() };
+        guest.client.stats(&request).await.map_err(Self::guest_error(id, None))
+    }
+
+    /// Number of a container's first process.
+    ///
+    /// # Errors
+    /// There is no such container.
+    pub async fn connect(&self, id: &str) -> Result<u32, SandboxError> {
+        self.with_process(id, None, |process| Ok(process.pid()))
+    }
+}

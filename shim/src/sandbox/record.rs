@@ -1,0 +1,157 @@
+//! What a sandbox has acquired on the host: a file on tmpfs, written before each acquisition.
+//!
+//! It is what `delete` works from after the shim was killed, and what `joey ps` reads. Writing is
+//! atomic (beside, then rename), so a reader sees one state or the next, never half of one.
+
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// File name in the sandbox's run directory.
+const FILE: &str = "record.json";
+
+/// A process that can be told from a later one with the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Its number.
+    pub pid: u32,
+    /// Field 22 of `/proc/<pid>/stat`: clock ticks after boot (proc(5)).
+    pub start: u64,
+}
+
+impl ProcessId {
+    /// The process that has this number now.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        // The name, in parentheses, may hold anything: count from its end.
+        let start = stat
+            .rsplit_once(')')
+            .and_then(|(_, rest)| rest.split_whitespace().nth(19))
+            .and_then(|field| field.parse().ok())
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/<pid>/stat"))?;
+        Ok(Self { pid, start })
+    }
+
+    /// Whether the very same process still exists.
+    #[must_use]
+    pub fn alive(&self) -> bool {
+        Self::of(self.pid).is_ok_and(|now| now == *self)
+    }
+}
+
+/// The record.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// containerd's id of the pod.
+    pub id: String,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Kubernetes name of the pod, `namespace/name`, where CRI gave it.
+    pub pod: Option<String>,
+    /// The shim.
+    pub shim: Option<ProcessId>,
+    /// The socket it serves.
+    pub socket: PathBuf,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory of the guest in MiB.
+    pub memory_mib: u32,
+    /// Network namespace into which the wire is plugged.
+    pub netns: Option<PathBuf>,
+    /// Control groups that were made.
+    pub cgroups: Vec<PathBuf>,
+    /// The VMM.
+    pub vmm: Option<ProcessId>,
+    /// Whether it came from a template; `None` before it runs.
+    pub cloned: Option<bool>,
+    /// `tcg` or `kvm`, once known.
+    pub accelerator: Option<String>,
+    /// Seconds after the epoch when the shim started.
+    pub started_at: u64,
+}
+
+/// Run directory of a sandbox.
+#[must_use]
+pub fn directory(run_dir: &Path, id: &str) -> PathBuf {
+    run_dir.join("sandboxes").join(id)
+}
+
+impl Record {
+    /// Writes the record into `directory`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn write(&self, directory: &Path) -> io::Result<()> {
+        std::fs::create_dir_all(directory)?;
+        let beside = directory.join(".record.json");
+        let mut file = std::fs::File::create(&beside)?;
+        serde_json::to_writer(&mut file, self)?;
+        file.flush()?;
+        std::fs::rename(beside, directory.join(FILE))
+    }
+
+    /// Reads the record of a sandbox; `None` if there is none.
+    ///
+    /// # Errors
+    /// It exists and cannot be read.
+    pub fn read(directory: &Path) -> io::Result<Option<Self>> {
+        match std::fs::read(directory.join(FILE)) {
+            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All records below `run_dir`; what cannot be read is skipped and logged.
+    ///
+    /// # Errors
+    /// The directory exists and cannot be listed.
+    pub fn all(run_dir: &Path) -> io::Result<Vec<Self>> {
+        let entries = match std::fs::read_dir(run_dir.join("sandboxes")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let mut records = Vec::new();
+        for entry in entries {
+            let path = entry?.path();
+            match Self::read(&path) {
+                Ok(record) => records.extend(record),
+                Err(error) => tracing::warn!(path = %path.display(), %error, "record unreadable"),
+            }
+        }
+        records.sort_by(|a: &Self, b| (a.started_at, &a.id).cmp(&(b.started_at, &b.id)));
+        Ok(records)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_written_is_read_and_listed() {
+        let run = tempfile::tempdir().unwrap();
+        let record = Record {
+            id: "abc".to_owned(),
+            shim: Some(ProcessId::of(std::process::id()).unwrap()),
+            ..Record::default()
+        };
+        let dir = directory(run.path(), "abc");
+        assert_eq!(Record::read(&dir).unwrap(), None);
+        assert_eq!(Record::all(run.path()).unwrap(), []);
+        record.write(&dir).unwrap();
+        assert_eq!(Record::read(&dir).unwrap().as_ref(), Some(&record));
+        assert_eq!(Record::all(run.path()).unwrap(), [record]);
+    }
+
+    #[test]
+    fn a_process_is_told_from_a_later_one() {
+        let me = ProcessId::of(std::process::id()).unwrap();
+        assert!(me.alive());
+        assert!(!ProcessId { start: me.start + 1, ..me }.alive());
+    }
+}

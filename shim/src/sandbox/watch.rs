@@ -1,0 +1,144 @@
+//! What the guest tells, and its end.
+//!
+//! An exit takes effect when the process's output has been read (or stays silent although something
+//! keeps it open), so that nothing a process printed is lost to a quick Delete. When the channel or
+//! the VM is lost, every process that was left has been killed.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use joey_protocol::api;
+
+use super::plan::WriteBack;
+use super::state::{Exit, Process};
+use super::{Guest, Handle, KILLED, Progress, SandboxEvent};
+use crate::guest::{self, Event, Events, Lost};
+use crate::stdio::DRAIN;
+
+impl Handle {
+    /// Starts the tasks that listen to the guest.
+    pub(super) fn watch(&self, guest: Guest, mut events: Events, mut lost: Lost) {
+        let handle = self.clone();
+        let listening = guest.clone();
+        let listener = tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                match event {
+                    Event::Oom { container } => {
+                        let id = container.to_string();
+                        tracing::warn!(container = %id, "killed for want of memory in the guest");
+                        handle.emit(SandboxEvent::Oom { id });
+                    }
+                    Event::Exit(exit) => handle.on_exit(&listening, exit),
+                }
+            }
+        });
+        let handle = self.clone();
+        tokio::spawn(async move {
+            let reason: Arc<str> = tokio::select! {
+                reason = lost.wait() => format!("the channel to the guest was lost: {reason}").into(),
+                how = guest.vm.exited() => format!("the VMM ended: {how}").into(),
+            };
+            guest.vm.kill();
+            // Exits that the guest reported before it went are true; then comes the rest.
+            let _ = listener.await;
+            handle.on_loss(&reason);
+        });
+    }
+
+    fn on_exit(&self, guest: &Guest, exit: guest::Exit) {
+        let id = exit.container.to_string();
+        let exec = exit.exec.as_ref().map(ToString::to_string);
+        let (drained, write_back) = {
+            let table = self.table();
+            let Some(container) = table.containers.get(&id) else { return };
+            let copies = match &exec {
+                None => container.copies.as_ref(),
+                Some(exec) => container.execs.get(exec).and_then(|exec| exec.copies.as_ref()),
+            };
+            let write_back = match exec {
+                None => container.acquired.write_back.clone(),
+                Some(_) => Vec::new(),
+            };
+            (copies.map(|copies| copies.drained(DRAIN)), write_back)
+        };
+        let handle = self.clone();
+        let guest = guest.clone();
+        tokio::spawn(async move {
+            if let Some(drained) = drained {
+                if !drained.await {
+                    tracing::info!(container = %id, "output is still open after the exit");
+                }
+            }
+            for file in write_back {
+                handle.write_back(&guest, &id, &file).await;
+            }
+            let ended = Exit { status: exit.status.into(), at: exit.exited_at };
+            handle.finish(&id, exec.as_deref(), |process| process.exited(ended));
+        });
+    }
+
+    /// Notes an end; tells containerd if it takes effect now.
+    fn finish(&self, id: &str, exec: Option<&str>, end: impl FnOnce(&mut Process) -> bool) {
+        let ended = {
+            let mut table = self.table();
+            let Some(process) = table.process(id, exec) else { return };
+            end(process).then(|| (process.pid(), process.exit()))
+        };
+        if let Some((pid, Some(exit))) = ended {
+            self.emit_exit(id, exec, pid, exit);
+        }
+        self.0.changed.notify_waiters();
+    }
+
+    /// Brings a file that the container wrote (its termination message) back to the host.
+    async fn write_back(&self, guest: &Guest, id: &str, file: &WriteBack) {
+        let request = api::ReadFileRequest {
+            volume_id: file.volume.clone(),
+            path: String::new(),
+            limit: file.limit,
+            ..Default::default()
+        };
+        let outcome = match guest.client.read_file(&request).await {
+            Ok(data) => std::fs::write(&file.host, data).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = outcome {
+            let path = file.host.display();
+            tracing::warn!(container = id, %path, %error, "file not brought back from the guest");
+        }
+    }
+
+    /// The guest is gone: everything in it has ended, and the sandbox too.
+    pub(super) fn on_loss(&self, reason: &str) {
+        let exit = Exit { status: KILLED, at: SystemTime::now() };
+        let mut expected = false;
+        self.0.progress.send_if_modified(|progress| {
+            expected = matches!(progress, Progress::Ended(_));
+            if !expected {
+                *progress = Progress::Ended(reason.into());
+            }
+            !expected
+        });
+        if !expected {
+            tracing::error!(sandbox = %self.0.boot.id, reason, "sandbox lost; its containers ended");
+        }
+        let mut left: Vec<(String, Option<String>)> = Vec::new();
+        {
+            let table = self.table();
+            for (id, container) in &table.containers {
+                left.extend(container.execs.keys().map(|exec| (id.clone(), Some(exec.clone()))));
+                left.push((id.clone(), None));
+            }
+            // The sandbox's own task ends last.
+            left.extend(table.pause.iter().map(|pause| (pause.task.id.clone(), None)));
+        }
+        for (id, exec) in left {
+            self.finish(&id, exec.as_deref(), |process| process.lost(exit));
+        }
+        self.0.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            ended.get_or_insert(exit);
+            first
+        });
+    }
+}

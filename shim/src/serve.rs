@@ -1,0 +1,112 @@
+//! The server: one runtime with one thread, the sandbox, its services, until Shutdown.
+
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, Result};
+use containerd_shim::protos::api::DeleteResponse;
+use containerd_shim::protos::protobuf::Message as _;
+use containerd_shim::protos::ttrpc::r#async::Server;
+use containerd_shim::protos::ttrpc::r#async::transport::Listener;
+
+use crate::api::convert::timestamp;
+use crate::api::publisher::Publisher;
+use crate::api::{events, sandbox, task};
+use crate::bootstrap::Invocation;
+use crate::config::Config;
+use crate::log;
+use crate::sandbox::record::{Record, directory};
+use crate::sandbox::{Boot, Handle, teardown};
+
+/// How long the last events may take on their way to containerd once the sandbox is gone.
+const LAST_EVENTS: Duration = Duration::from_secs(2);
+/// Time for the answer to Shutdown to leave before its connection does.
+const LAST_ANSWER: Duration = Duration::from_millis(100);
+/// Exit status that containerd is told for a shim that was killed: 128 + SIGKILL.
+const KILLED: u32 = 137;
+
+/// Serves one sandbox on `listener` until it is shut down. Call in the forked child.
+///
+/// # Errors
+/// The runtime or the server could not be started.
+pub fn run(config: Config, invocation: Invocation, listener: UnixListener) -> Result<()> {
+    log::init(&invocation.bundle, invocation.flags.debug);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let socket = invocation.socket_path();
+    let served = runtime.block_on(serve(config, invocation, listener));
+    // containerd may have been shut down with the socket still there.
+    let _ = std::fs::remove_file(&socket);
+    if let Err(error) = &served {
+        tracing::error!(error = %format!("{error:#}"), "shim");
+    }
+    served
+}
+
+async fn serve(config: Config, invocation: Invocation, listener: UnixListener) -> Result<()> {
+    let (publisher, delivered) =
+        Publisher::spawn(invocation.ttrpc_address.clone(), invocation.flags.namespace.clone());
+    let boot = Boot {
+        id: invocation.flags.id.clone(),
+        namespace: invocation.flags.namespace.clone(),
+        socket: invocation.socket_path(),
+        bundle: invocation.bundle,
+        spec: invocation.spec,
+    };
+    let (handle, outgoing) = Handle::new(Arc::new(config), boot, process_age());
+    let forwarding = tokio::spawn(events::forward(outgoing, publisher));
+    listener.set_nonblocking(true).context("socket")?;
+    let listener = tokio::net::UnixListener::from_std(listener).context("socket")?;
+    let listener = Listener::try_from(listener).context("socket")?;
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(task::services(&handle))
+        .register_service(sandbox::services(&handle));
+    server.start().await.context("serve containerd")?;
+    handle.left().await;
+    tokio::time::sleep(LAST_ANSWER).await;
+    server.shutdown().await.context("end the server")?;
+    drop(handle);
+    forwarding.abort();
+    let _ = forwarding.await;
+    // What containerd does not take now it learns from `delete`.
+    let _ = tokio::time::timeout(LAST_EVENTS, delivered).await;
+    Ok(())
+}
+
+/// How long ago this process was started by containerd: `start` forked this server from it.
+fn process_age() -> Duration {
+    let uptime = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    let started = crate::sandbox::record::ProcessId::of(std::process::id());
+    let (Ok(uptime), Ok(started)) = (uptime, started) else { return Duration::ZERO };
+    // Clock ticks are 1/100 s on every Linux that there is (sysconf(3), USER_HZ).
+    Duration::from(uptime).saturating_sub(Duration::from_millis(started.start.saturating_mul(10)))
+}
+
+/// `delete`: cleans up what a sandbox or container has left, and says how it ended.
+///
+/// # Errors
+/// Something is left; containerd calls again.
+pub fn delete(config: &Config, invocation: &Invocation) -> Result<Vec<u8>> {
+    let id = &invocation.flags.id;
+    // A container's delete (task API 2) has nothing to do unless its sandbox's shim was killed.
+    let sandbox = invocation.sandbox_id();
+    let record = Record::read(&directory(&config.run_dir, sandbox))
+        .with_context(|| format!("read the record of sandbox {sandbox}"))?;
+    if let Some(record) = record {
+        let orphaned = record.shim.is_none_or(|shim| !shim.alive());
+        if orphaned || id == sandbox {
+            teardown::undo(&config.run_dir, &record)?;
+        }
+    }
+    let response = DeleteResponse {
+        pid: 0,
+        exit_status: KILLED,
+        exited_at: timestamp(SystemTime::now()),
+        ..Default::default()
+    };
+    Ok(response.write_to_bytes()?)
+}

@@ -1,0 +1,216 @@
+//! QEMU's command line, pure: what the machine looks like. Raise [`LAYOUT`] with every change, so that
+//! templates of the old machine are not restored into the new one.
+
+use std::path::Path;
+
+use serde_json::json;
+
+/// Version of the machine's layout; part of a template's key.
+pub const LAYOUT: u32 = 1;
+/// Disks the machine has; `/dev/vda` is slot 0.
+pub const DISK_SLOTS: u32 = 16;
+/// The last slots can be written, the others only read: a guest learns that once, when it boots.
+pub const WRITABLE_SLOTS: u32 = 4;
+/// Size of an empty slot.
+const EMPTY_BYTES: u64 = 64 << 30;
+/// MAC the template boots with; each sandbox sets its own.
+const TEMPLATE_MAC: &str = "02:00:00:00:00:01";
+/// Descriptors as the VMM's process finds them.
+pub(crate) mod fd {
+    /// Control socket.
+    pub(crate) const QMP: i32 = 3;
+    /// The channel to the agent.
+    pub(crate) const CHANNEL: i32 = 4;
+    /// The guest's serial console.
+    pub(crate) const CONSOLE: i32 = 5;
+    /// The network.
+    pub(crate) const TAP: i32 = 6;
+    /// Device state to restore.
+    pub(crate) const STATE: i32 = 7;
+}
+
+/// How the machine comes to life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Boots, with private memory.
+    Cold,
+    /// Boots, its memory a shared file that becomes the template's.
+    Build,
+    /// Continues from a template.
+    Clone,
+}
+
+/// Whether `slot` takes a disk that can be written.
+pub fn slot_is_writable(slot: u32) -> bool {
+    (DISK_SLOTS - WRITABLE_SLOTS..DISK_SLOTS).contains(&slot)
+}
+
+/// What the command line depends on.
+#[derive(Debug, Clone)]
+pub struct Machine<'a> {
+    /// How it starts.
+    pub mode: Mode,
+    /// KVM, or software emulation.
+    pub kvm: bool,
+    /// Processors.
+    pub vcpus: u32,
+    /// Memory.
+    pub memory_mib: u32,
+    /// Kernel as QEMU sees the path.
+    pub kernel: &'a Path,
+    /// Initramfs; none for a clone.
+    pub initrd: Option<&'a Path>,
+    /// The template's memory, unless cold.
+    pub memory: Option<&'a Path>,
+}
+
+/// QEMU's arguments, without the program.
+pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
+    let mut args: Vec<String> = Vec::with_capacity(128);
+    let mut add = |parts: &[&str]| args.extend(parts.iter().map(|part| (*part).to_owned()));
+    add(&[
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
+    add(&["-sandbox", SANDBOX]);
+    add(&["-machine", MACHINE]);
+    if machine.kvm {
+        add(&["-accel", "kvm", "-cpu", "host"]);
+    } else {
+        // Each translated block costs memory of the sandbox; 16 MiB hold the guest's kernel and agent.
+        add(&["-accel", "tcg,tb-size=16,thread=multi", "-cpu", "max"]);
+    }
+    add(&["-smp", &machine.vcpus.to_string()]);
+    add(&["-m", &format!("{}M", machine.memory_mib)]);
+    add(&["-object", &memory(machine)]);
+    add(&["-chardev", &format!("socket,id=qmp,fd={}", fd::QMP)]);
+    add(&["-mon", "chardev=qmp,mode=control"]);
+    add(&["-chardev", &format!("socket,id=console,fd={}", fd::CONSOLE)]);
+    add(&["-serial", "chardev:console"]);
+    add(&["-global", "virtio-mmio.force-legacy=false"]);
+    add(&["-chardev", &format!("socket,id=channel,fd={}", fd::CHANNEL)]);
+    add(&["-device", "virtio-serial-device,max_ports=2"]);
+    add(&[
+        "-device",
+        "virtserialport,chardev=channel,name=joey.channel,nr=1",
+    ]);
+    add(&["-netdev", &format!("tap,id=net,fd={},vhost=off", fd::TAP)]);
+    add(&[
+        "-device",
+        &format!("virtio-net-device,netdev=net,mac={TEMPLATE_MAC}"),
+    ]);
+    for slot in 0..DISK_SLOTS {
+        add(&["-blockdev", &empty_slot(slot).to_string()]);
+        let share = if slot_is_writable(slot) {
+            ""
+        } else {
+            ",share-rw=on"
+        };
+        add(&[
+            "-device",
+            &format!(
+                "virtio-blk-device,drive=slot{slot},id=disk{slot},queue-size=64,num-queues=1{share}"
+            ),
+        ]);
+    }
+    add(&["-kernel", &machine.kernel.display().to_string()]);
+    if let Some(initrd) = machine.initrd {
+        add(&["-initrd", &initrd.display().to_string()]);
+    }
+    add(&["-append", KERNEL_COMMAND_LINE]);
+    add(&["-global", "migration.x-ignore-shared=on"]);
+    if machine.mode == Mode::Clone {
+        add(&["-add-fd", &format!("fd={},set=1,opaque=state", fd::STATE)]);
+        add(&["-incoming", "file:/dev/fdset/1"]);
+    }
+    args
+}
+
+/// A QEMU that was made to misbehave may not start programs, gain privileges or move itself.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+/// ACPI because Debian's kernels take no virtio-mmio devices from the command line; the option ROM
+/// because it loads the kernel; the second I/O APIC for the 18 devices.
+const MACHINE: &str = "microvm,acpi=on,rtc=on,pit=on,pic=on,ioapic2=on,isa-serial=on,\
+    x-option-roms=on,auto-kernel-cmdline=off,memory-backend=memory";
+/// `panic=-1`, `reboot=t` and QEMU's `-no-reboot`: the guest's end is QEMU's end. Entropy comes from
+/// the host with each sandbox, not from the processor, which a template would have asked once.
+const KERNEL_COMMAND_LINE: &str =
+    "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 random.trust_cpu=off edd=off tsc=reliable";
+
+fn memory(machine: &Machine<'_>) -> String {
+    let size = machine.memory_mib;
+    match machine.memory {
+        None => format!("memory-backend-ram,id=memory,size={size}M"),
+        Some(path) if machine.mode == Mode::Build => {
+            format!(
+                "memory-backend-file,id=memory,size={size}M,share=on,mem-path={}",
+                path.display()
+            )
+        }
+        Some(path) => format!(
+            "memory-backend-file,id=memory,size={size}M,share=off,readonly=on,rom=off,mem-path={}",
+            path.display()
+        ),
+    }
+}
+
+fn empty_slot(slot: u32) -> serde_json::Value {
+    let read_only = !slot_is_writable(slot);
+    json!({
+        "driver": "raw", "node-name": format!("slot{slot}"), "read-only": read_only,
+        "file": {
+            "driver": "null-co", "node-name": format!("empty{slot}"), "size": EMPTY_BYTES,
+            "read-zeroes": true, "read-only": read_only,
+        },
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn line(mode: Mode, kvm: bool) -> String {
+        let machine = Machine {
+            mode,
+            kvm,
+            vcpus: 2,
+            memory_mib: 256,
+            kernel: Path::new("/vmlinuz"),
+            initrd: (mode != Mode::Clone).then_some(Path::new("/initrd")),
+            memory: (mode != Mode::Cold).then_some(Path::new("/memory")),
+        };
+        arguments(&machine).join(" ")
+    }
+
+    #[test]
+    fn a_clone_never_writes_the_template() {
+        let line = line(Mode::Clone, false);
+        assert!(line.contains("share=off,readonly=on,rom=off"), "{line}");
+        assert!(line.contains("-incoming file:/dev/fdset/1"), "{line}");
+        assert!(!line.contains("-initrd"), "{line}");
+    }
+
+    #[test]
+    fn every_machine_is_confined_and_ends_with_its_guest() {
+        for mode in [Mode::Cold, Mode::Build, Mode::Clone] {
+            for kvm in [false, true] {
+                let line = line(mode, kvm);
+                assert!(line.contains("-sandbox on"), "{line}");
+                assert!(line.contains("-no-reboot"), "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn slots_divide_into_read_only_and_writable() {
+        let writable = (0..DISK_SLOTS)
+            .filter(|slot| slot_is_writable(*slot))
+            .count();
+        assert_eq!(writable, 4);
+        assert!(!slot_is_writable(DISK_SLOTS));
+    }
+}

@@ -1,0 +1,470 @@
+//! QEMU as the VMM: its version, and a running machine.
+
+pub mod args;
+pub mod qmp;
+mod spawn;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex as SyncMutex;
+use std::time::{Duration, Instant};
+
+use futures::future::BoxFuture;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tokio::sync::{Mutex, watch};
+use tokio::time::timeout;
+
+use self::args::{DISK_SLOTS, slot_is_writable};
+use self::qmp::{Qmp, QmpError};
+pub(crate) use self::spawn::Launch;
+use super::error::VmmError;
+use super::{Phases, Vm};
+
+/// The oldest QEMU with `file:` migration and private mappings of read-only memory files.
+pub const OLDEST: (u32, u32) = (8, 2);
+const OLDEST_TEXT: &str = "8.2";
+/// How long QEMU may take until its control socket answers.
+const READY_DEADLINE: Duration = Duration::from_secs(20);
+/// How long it may take to restore a template.
+const RESTORE_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Which QEMU this is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// As it says itself.
+    pub text: String,
+    /// Device, inode, size and time of change of the binary: a package update changes them.
+    pub identity: String,
+}
+
+/// The version of the QEMU at `path`; asks the binary once per boot of the node and binary.
+pub fn version(path: &Path, run_dir: &Path) -> Result<Version, VmmError> {
+    let metadata = fs::metadata(path).map_err(|_| VmmError::QemuMissing(path.to_owned()))?;
+    let identity = format!(
+        "{}:{}:{}:{}.{}",
+        metadata.dev(),
+        metadata.ino(),
+        metadata.size(),
+        metadata.ctime(),
+        metadata.ctime_nsec()
+    );
+    let known = run_dir.join("qemu.json");
+    if let Some(version) = fs::read(&known)
+        .ok()
+        .and_then(|text| serde_json::from_slice::<Version>(&text).ok())
+        .filter(|version| version.identity == identity)
+    {
+        return Ok(version);
+    }
+    let version = Version {
+        text: ask_version(path)?,
+        identity,
+    };
+    let temporary = known.with_extension(std::process::id().to_string());
+    let _ = fs::create_dir_all(run_dir);
+    if fs::write(&temporary, serde_json::to_vec(&version).unwrap_or_default()).is_ok() {
+        let _ = fs::rename(temporary, known);
+    }
+    Ok(version)
+}
+
+fn ask_version(path: &Path) -> Result<String, VmmError> {
+    let output = std::process::Command::new(path)
+        .arg("--version")
+        .output()
+        .map_err(VmmError::io(format!(
+            "running {} --version",
+            path.display()
+        )))?;
+    let answer = String::from_utf8_lossy(&output.stdout);
+    let unknown = || VmmError::QemuUnknown {
+        path: path.to_owned(),
+        answer: answer.chars().take(100).collect(),
+    };
+    let text = answer
+        .lines()
+        .next()
+        .and_then(|line| line.strip_prefix("QEMU emulator version "))
+        .ok_or_else(unknown)?;
+    let mut numbers = text.split(['.', ' ']).map(str::parse::<u32>);
+    let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
+        return Err(unknown());
+    };
+    if (major, minor) < OLDEST {
+        return Err(VmmError::QemuTooOld {
+            path: path.to_owned(),
+            found: text.to_owned(),
+            needed: OLDEST_TEXT,
+        });
+    }
+    Ok(text.to_owned())
+}
+
+/// A machine run by QEMU.
+pub struct QemuVm {
+    id: String,
+    pid: i32,
+    qmp: Mutex<Qmp>,
+    channel: SyncMutex<Option<UnixStream>>,
+    attached: Mutex<BTreeMap<u32, String>>,
+    ended: watch::Receiver<Option<String>>,
+    stderr: spawn::Tail,
+}
+
+impl QemuVm {
+    /// Starts QEMU, waits for its control socket, empties its jail, and waits until it runs.
+    pub(crate) async fn start(launch: Launch<'_>, phases: &mut Phases) -> Result<Self, VmmError> {
+        let id = launch.id.clone();
+        let begun = Instant::now();
+        let process = spawn::spawn(launch).await?;
+        phases.push(("vmm_spawn", begun.elapsed()));
+        let ended = reap(process.pid, process.pidfd)?;
+        let (pid, stderr, jail) = (process.pid, process.stderr, process.jail);
+        let begun = Instant::now();
+        let ready = timeout(READY_DEADLINE, Qmp::connect(process.qmp)).await;
+        let qmp = match ready {
+            Ok(Ok(qmp)) => qmp,
+            Ok(Err(error)) => return Err(explain(&id, error, &ended, &stderr).await),
+            Err(_) => {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                return Err(VmmError::Deadline {
+                    id,
+                    what: "QEMU's start",
+                    limit: READY_DEADLINE,
+                });
+            }
+        };
+        let vm = Self {
+            id,
+            pid,
+            qmp: Mutex::new(qmp),
+            channel: SyncMutex::new(Some(process.channel)),
+            attached: Mutex::default(),
+            ended,
+            stderr,
+        };
+        phases.push(("vmm_ready", begun.elapsed()));
+        let begun = Instant::now();
+        jail.empty(pid).map_err(VmmError::io(format!(
+            "sandbox {}: emptying the VMM's jail",
+            vm.id
+        )))?;
+        phases.push(("jail_empty", begun.elapsed()));
+        Ok(vm)
+    }
+
+    /// Waits until a clone has its state and runs.
+    pub(crate) async fn restored(&self) -> Result<(), VmmError> {
+        let wait = async {
+            let mut qmp = self.qmp.lock().await;
+            // Events before this command were not sent; later ones are.
+            let status = qmp.execute("query-status", json!({})).await?;
+            if status.get("status") == Some(&json!("running")) {
+                return Ok(());
+            }
+            while qmp.event().await?.name != "RESUME" {}
+            Ok(())
+        };
+        match timeout(RESTORE_DEADLINE, wait).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(explain(&self.id, error, &self.ended, &self.stderr).await),
+            Err(_) => Err(VmmError::Deadline {
+                id: self.id.clone(),
+                what: "restoring the template",
+                limit: RESTORE_DEADLINE,
+            }),
+        }
+    }
+
+    /// Stops the machine and writes its device state to `state`.
+    pub(crate) async fn save(&self, state: OwnedFd) -> Result<(), VmmError> {
+        let mut qmp = self.qmp.lock().await;
+        qmp.execute("stop", json!({})).await?;
+        let capabilities = json!({"capabilities": [{"capability": "events", "state": true}]});
+        qmp.execute("migrate-set-capabilities", capabilities)
+            .await?;
+        let set = json!({"fdset-id": 900});
+        qmp.execute_with("add-fd", set, Some(state.as_fd())).await?;
+        qmp.execute("migrate", json!({"uri": "file:/dev/fdset/900"}))
+            .await?;
+        loop {
+            let event = qmp.event().await?;
+            match event.data.get("status").and_then(|status| status.as_str()) {
+                Some("completed") if event.name == "MIGRATION" => return Ok(()),
+                Some("failed") if event.name == "MIGRATION" => {
+                    let info = qmp.execute("query-migrate", json!({})).await?;
+                    return Err(QmpError::Refused {
+                        command: "migrate".to_owned(),
+                        reason: info
+                            .get("error-desc")
+                            .map(ToString::to_string)
+                            .unwrap_or_default(),
+                    }
+                    .into());
+                }
+                _ => {}
+            }
+        }
+    }
+
+    async fn swap(&self, slot: u32, file: &str) -> Result<(), QmpError> {
+        let node = json!({"options": [{
+            "driver": "raw", "node-name": format!("slot{slot}"),
+            "read-only": !slot_is_writable(slot), "file": file,
+        }]});
+        self.qmp
+            .lock()
+            .await
+            .execute("blockdev-reopen", node)
+            .await
+            .map(drop)
+    }
+
+    async fn attach(&self, slot: u32, disk: OwnedFd) -> Result<(), VmmError> {
+        let mut attached = self.attached.lock().await;
+        if attached.contains_key(&slot) {
+            return Err(VmmError::Slot {
+                slot,
+                reason: "already has a disk",
+            });
+        }
+        let node = format!("file{slot}");
+        let read_only = !slot_is_writable(slot);
+        {
+            let mut qmp = self.qmp.lock().await;
+            let set = json!({"fdset-id": 100 + slot});
+            qmp.execute_with("add-fd", set, Some(disk.as_fd())).await?;
+            let file = json!({
+                "driver": "file", "node-name": node, "read-only": read_only,
+                "filename": format!("/dev/fdset/{}", 100 + slot), "locking": "off",
+            });
+            let added = qmp.execute("blockdev-add", file).await;
+            // The block node holds its own duplicate.
+            let _ = qmp
+                .execute("remove-fd", json!({"fdset-id": 100 + slot}))
+                .await;
+            added?;
+        }
+        if let Err(error) = self.swap(slot, &node).await {
+            let _ = self.delete_node(&node).await;
+            return Err(error.into());
+        }
+        attached.insert(slot, node);
+        Ok(())
+    }
+
+    async fn detach(&self, slot: u32) -> Result<(), VmmError> {
+        let mut attached = self.attached.lock().await;
+        let Some(node) = attached.get(&slot) else {
+            return Ok(());
+        };
+        self.swap(slot, &format!("empty{slot}")).await?;
+        self.delete_node(node).await?;
+        attached.remove(&slot);
+        Ok(())
+    }
+
+    async fn delete_node(&self, node: &str) -> Result<(), QmpError> {
+        let arguments = json!({"node-name": node});
+        self.qmp
+            .lock()
+            .await
+            .execute("blockdev-del", arguments)
+            .await
+            .map(drop)
+    }
+
+    async fn command(&self, name: &str) -> Result<(), VmmError> {
+        self.qmp.lock().await.execute(name, json!({})).await?;
+        Ok(())
+    }
+}
+
+fn check_slot(slot: u32, read_only: bool) -> Result<(), VmmError> {
+    if slot >= DISK_SLOTS {
+        return Err(VmmError::Slot {
+            slot,
+            reason: "the machine has no such slot",
+        });
+    }
+    if slot_is_writable(slot) == read_only {
+        return Err(VmmError::Slot {
+            slot,
+            reason: "writable disks go into the last slots, read-only disks into the others",
+        });
+    }
+    Ok(())
+}
+
+impl Vm for QemuVm {
+    fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    fn take_channel(&self) -> Result<UnixStream, VmmError> {
+        let mut channel = self
+            .channel
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        channel
+            .take()
+            .ok_or_else(|| VmmError::ChannelTaken(self.id.clone()))
+    }
+
+    fn attach_disk(
+        &self,
+        slot: u32,
+        disk: OwnedFd,
+        read_only: bool,
+    ) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(async move {
+            check_slot(slot, read_only)?;
+            self.attach(slot, disk).await
+        })
+    }
+
+    fn detach_disk(&self, slot: u32) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(self.detach(slot))
+    }
+
+    fn pause(&self) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(self.command("stop"))
+    }
+
+    fn resume(&self) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(self.command("cont"))
+    }
+
+    fn kill(&self) {
+        // The process is reaped only where its end is published, in this same thread.
+        if self.ended.borrow().is_none() {
+            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+        }
+    }
+
+    fn exited(&self) -> BoxFuture<'_, String> {
+        Box::pin(async {
+            let mut ended = self.ended.clone();
+            let how = match ended.wait_for(Option::is_some).await {
+                Ok(how) => how.clone().unwrap_or_default(),
+                Err(_) => "unknown".to_owned(),
+            };
+            match self.stderr.text() {
+                words if words.is_empty() => how,
+                words => format!("{how}: {words}"),
+            }
+        })
+    }
+}
+
+impl Drop for QemuVm {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Waits for the process's end in the background, reaps it, and publishes how it ended.
+fn reap(pid: i32, pidfd: OwnedFd) -> Result<watch::Receiver<Option<String>>, VmmError> {
+    #[allow(deprecated, reason = "unsound only for types that change their descriptor")]
+    let pidfd = AsyncFd::new(pidfd).map_err(VmmError::io("watching QEMU's process"))?;
+    let (sender, receiver) = watch::channel(None);
+    tokio::spawn(async move {
+        let _ = pidfd.readable().await;
+        let how = match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED) {
+            Ok(WaitStatus::Exited(_, code)) => format!("exit status {code}"),
+            Ok(WaitStatus::Signaled(_, signal, _)) => format!("killed by {signal}"),
+            Ok(status) => format!("{status:?}"),
+            Err(error) => format!("process {pid} is gone ({error})"),
+        };
+        let _ = sender.send(Some(how));
+    });
+    Ok(receiver)
+}
+
+/// When QEMU closed its socket it is ending: its last words say more than the closed socket.
+async fn explain(
+    id: &str,
+    error: QmpError,
+    ended: &watch::Receiver<Option<String>>,
+    stderr: &spawn::Tail,
+) -> VmmError {
+    if !matches!(error, QmpError::Closed { .. }) {
+        return error.into();
+    }
+    let mut ended = ended.clone();
+    let status = match timeout(Duration::from_secs(2), ended.wait_for(Option::is_some)).await {
+        Ok(Ok(how)) => how.clone().unwrap_or_default(),
+        _ => return error.into(),
+    };
+    tokio::task::yield_now().await;
+    VmmError::Ended {
+        id: id.to_owned(),
+        status,
+        stderr: stderr.text(),
+    }
+}
+
+/// The part of a kernel image that QEMU wants to see even when the machine's memory is restored.
+pub(crate) fn kernel_stub(kernel: &Path) -> Result<Vec<u8>, VmmError> {
+    use std::io::Read;
+    let path: PathBuf = kernel.to_owned();
+    let mut stub = Vec::new();
+    fs::File::open(kernel)
+        .and_then(|file| file.take(64 * 1024).read_to_end(&mut stub))
+        .map_err(|source| VmmError::Guest { path, source })?;
+    Ok(stub)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn pretend(directory: &Path, answer: &str) -> PathBuf {
+        let path = directory.join("qemu");
+        fs::write(&path, format!("#!/bin/sh\necho '{answer}'\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    #[test]
+    fn versions_are_judged() {
+        let directory = tempfile::tempdir().unwrap();
+        let ask = |answer| {
+            ask_version(&pretend(directory.path(), answer)).map_err(|error| error.to_string())
+        };
+        assert!(ask("QEMU emulator version 10.0.2 (Debian)").is_ok());
+        assert!(ask("QEMU emulator version 8.2.0").is_ok());
+        let old = ask("QEMU emulator version 7.2.9 (Debian)").unwrap_err();
+        assert!(old.contains("needs 8.2"), "{old}");
+        assert!(ask("hello").unwrap_err().contains("did not answer"));
+    }
+
+    #[test]
+    fn a_missing_qemu_is_named() {
+        let run = tempfile::tempdir().unwrap();
+        let error = version(Path::new("/nowhere/qemu"), run.path()).unwrap_err();
+        assert!(
+            error.to_string().contains("install qemu-system-x86"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn slots_are_checked() {
+        assert!(check_slot(0, true).is_ok());
+        assert!(check_slot(0, false).is_err());
+        assert!(check_slot(15, false).is_ok());
+        assert!(check_slot(16, true).is_err());
+    }
+}

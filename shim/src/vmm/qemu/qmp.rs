@@ -1,0 +1,306 @@
+//! Client of QEMU's control socket: one command at a time, bounded lines, events kept apart.
+//!
+//! Invariants: a command's answer is the first line that is not an event (QEMU answers in order);
+//! a line is at most [`MAX_LINE`]; at most [`MAX_EVENTS`] events wait, older ones are dropped; once a
+//! command failed by deadline or end of file the client refuses further use.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, Interest};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+/// Longest line that QEMU may send.
+const MAX_LINE: usize = 1024 * 1024;
+/// Events that wait for someone to look.
+const MAX_EVENTS: usize = 64;
+/// How long QEMU may take for one command: none of ours waits for anything.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(20);
+
+/// A failed exchange with QEMU.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// QEMU refused a command.
+    #[error("QEMU refused `{command}`: {reason}")]
+    Refused {
+        /// The command.
+        command: String,
+        /// QEMU's reason.
+        reason: String,
+    },
+    /// The socket failed.
+    #[error("QEMU's control socket, during `{command}`: {source}")]
+    Socket {
+        /// The command.
+        command: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// QEMU closed the socket: it ended.
+    #[error("QEMU closed its control socket during `{command}`")]
+    Closed {
+        /// The command.
+        command: String,
+    },
+    /// QEMU did not answer in time.
+    #[error("QEMU did not answer `{command}` within {COMMAND_DEADLINE:?}")]
+    Deadline {
+        /// The command.
+        command: String,
+    },
+    /// QEMU sent something that is no answer.
+    #[error("QEMU's control socket, during `{command}`: {what}")]
+    Malformed {
+        /// The command.
+        command: String,
+        /// What is wrong.
+        what: &'static str,
+    },
+}
+
+/// The client's end of the socket.
+#[derive(Debug)]
+pub struct Qmp {
+    socket: UnixStream,
+    buffer: Vec<u8>,
+    events: VecDeque<Event>,
+}
+
+/// Something QEMU told without being asked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// Its name, as `STOP` or `MIGRATION`.
+    pub name: String,
+    /// What goes with it.
+    pub data: Value,
+}
+
+impl Qmp {
+    /// Reads the greeting and enables commands.
+    pub async fn connect(socket: UnixStream) -> Result<Self, QmpError> {
+        let mut client = Self {
+            socket,
+            buffer: Vec::with_capacity(1024),
+            events: VecDeque::new(),
+        };
+        let greeting = client.line("greeting").await?;
+        if greeting.get("QMP").is_none() {
+            return Err(malformed("greeting", "no greeting of QEMU"));
+        }
+        client.execute("qmp_capabilities", json!({})).await?;
+        Ok(client)
+    }
+
+    /// Runs a command and gives its result.
+    pub async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.execute_with(command, arguments, None).await
+    }
+
+    /// Runs a command that takes a descriptor along.
+    pub async fn execute_with(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, QmpError> {
+        let exchange = async {
+            let mut text = json!({"execute": command, "arguments": arguments}).to_string();
+            text.push('\n');
+            self.send(command, text.as_bytes(), fd).await?;
+            self.answer(command).await
+        };
+        timeout(COMMAND_DEADLINE, exchange)
+            .await
+            .unwrap_or_else(|_| {
+                Err(QmpError::Deadline {
+                    command: command.to_owned(),
+                })
+            })
+    }
+
+    /// The next event, of those that wait or that QEMU sends next.
+    pub async fn event(&mut self) -> Result<Event, QmpError> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
+            let line = self.line("event").await?;
+            self.keep_event(&line);
+        }
+    }
+
+    async fn answer(&mut self, command: &str) -> Result<Value, QmpError> {
+        loop {
+            let mut line = self.line(command).await?;
+            if self.keep_event(&line) {
+                continue;
+            }
+            if let Some(result) = line.get_mut("return") {
+                return Ok(result.take());
+            }
+            let Some(reason) = line.pointer("/error/desc").and_then(Value::as_str) else {
+                return Err(malformed(command, "neither result, error nor event"));
+            };
+            return Err(QmpError::Refused {
+                command: command.to_owned(),
+                reason: reason.chars().take(500).collect(),
+            });
+        }
+    }
+
+    fn keep_event(&mut self, line: &Value) -> bool {
+        let Some(name) = line.get("event").and_then(Value::as_str) else {
+            return false;
+        };
+        if self.events.len() == MAX_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(Event {
+            name: name.to_owned(),
+            data: line.get("data").cloned().unwrap_or(Value::Null),
+        });
+        true
+    }
+
+    /// The next line. Dropping the future loses nothing: what was read stays in the buffer.
+    async fn line(&mut self, command: &str) -> Result<Value, QmpError> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return serde_json::from_slice(&line)
+                    .map_err(|_| malformed(command, "a line that is no JSON"));
+            }
+            if self.buffer.len() > MAX_LINE {
+                return Err(malformed(command, "a line without end"));
+            }
+            match self.socket.read_buf(&mut self.buffer).await {
+                Ok(0) => {
+                    return Err(QmpError::Closed {
+                        command: command.to_owned(),
+                    });
+                }
+                Ok(_) => {}
+                Err(source) if source.kind() == io::ErrorKind::ConnectionReset => {
+                    return Err(QmpError::Closed {
+                        command: command.to_owned(),
+                    });
+                }
+                Err(source) => return Err(failed(command, source)),
+            }
+        }
+    }
+
+    async fn send(
+        &self,
+        command: &str,
+        mut bytes: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), QmpError> {
+        let raw = fd.map(|fd| [fd.as_raw_fd()]);
+        let mut rights: Vec<ControlMessage<'_>> = Vec::new();
+        if let Some(raw) = &raw {
+            rights.push(ControlMessage::ScmRights(raw));
+        }
+        while !bytes.is_empty() {
+            let sent = self
+                .socket
+                .async_io(Interest::WRITABLE, || {
+                    let parts = [io::IoSlice::new(bytes)];
+                    sendmsg::<()>(
+                        self.socket.as_raw_fd(),
+                        &parts,
+                        &rights,
+                        MsgFlags::MSG_NOSIGNAL,
+                        None,
+                    )
+                    .map_err(io::Error::from)
+                })
+                .await
+                .map_err(|source| match source.kind() {
+                    io::ErrorKind::BrokenPipe => QmpError::Closed {
+                        command: command.to_owned(),
+                    },
+                    _ => failed(command, source),
+                })?;
+            rights.clear();
+            bytes = bytes.get(sent..).unwrap_or_default();
+        }
+        Ok(())
+    }
+}
+
+fn malformed(command: &str, what: &'static str) -> QmpError {
+    QmpError::Malformed {
+        command: command.to_owned(),
+        what,
+    }
+}
+
+fn failed(command: &str, source: io::Error) -> QmpError {
+    QmpError::Socket {
+        command: command.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+
+    async fn server(socket: UnixStream, answers: Vec<&'static str>) {
+        let mut socket = BufReader::new(socket);
+        socket.write_all(b"{\"QMP\": {}}\n").await.unwrap();
+        for answer in answers {
+            let mut line = String::new();
+            socket.read_line(&mut line).await.unwrap();
+            socket.write_all(answer.as_bytes()).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn events_do_not_answer_commands() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let answers = vec![
+            "{\"return\": {}}\n",
+            "{\"event\": \"STOP\"}\n{\"return\": 7}\n",
+        ];
+        tokio::spawn(server(theirs, answers));
+        let mut qmp = Qmp::connect(ours).await.unwrap();
+        assert_eq!(qmp.execute("x", json!({})).await.unwrap(), json!(7));
+        assert_eq!(qmp.event().await.unwrap().name, "STOP");
+    }
+
+    #[tokio::test]
+    async fn refusals_and_nonsense_are_told_apart() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let answers = vec![
+            "{\"return\": {}}\n",
+            "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}\n",
+            "{}\n",
+            "]\n",
+        ];
+        tokio::spawn(server(theirs, answers));
+        let mut qmp = Qmp::connect(ours).await.unwrap();
+        for expected in ["refused `x`: no", "neither", "no JSON", "closed"] {
+            let error = qmp.execute("x", json!({})).await.unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_line_without_end_is_refused() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        tokio::spawn(async move {
+            let _ = theirs.write_all(&vec![b'x'; 2 * MAX_LINE]).await;
+        });
+        let error = Qmp::connect(ours).await.unwrap_err();
+        assert!(error.to_string().contains("without end"), "{error}");
+    }
+}

@@ -1,0 +1,199 @@
+//! Reads files and directories of the host and sends them into the guest, in bounded messages.
+//!
+//! Links are kept as links (the kubelet's `..data` layout), never followed: content outside the
+//! mounted directory does not get in.
+
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use joey_protocol::api;
+use joey_protocol::limits::MAX_COPY_IN_CHUNK;
+
+use crate::guest::{Client, GuestError};
+use crate::sandbox::plan::{Source, Volume};
+
+/// Most bytes of one volume: it lives in the guest's memory.
+pub const MAX_BYTES: u64 = 32 << 20;
+/// Most entries of one volume.
+pub const MAX_ENTRIES: usize = 10_000;
+/// Bytes after which a message is sent; ttrpc takes 4 MiB.
+const MESSAGE: usize = 2 << 20;
+
+/// Why a volume was not copied in.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// A file of the host cannot be read.
+    #[error("mount {destination}: read {path}: {source}")]
+    Read {
+        /// The mount.
+        destination: PathBuf,
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Too much for memory.
+    #[error(
+        "mount {destination}: {path} has more than {MAX_BYTES} bytes or {MAX_ENTRIES} entries, \
+         which is all that is copied into a guest"
+    )]
+    TooLarge {
+        /// The mount.
+        destination: PathBuf,
+        /// Its source.
+        path: PathBuf,
+    },
+    /// Something that is neither file nor directory nor link.
+    #[error("mount {destination}: {path} is a socket, FIFO or device, which cannot be copied")]
+    Special {
+        /// The mount.
+        destination: PathBuf,
+        /// The file.
+        path: PathBuf,
+    },
+    /// The guest refused.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+/// Copies the volumes into the guest.
+///
+/// # Errors
+/// A file cannot be read, is too large, or the guest refuses it.
+pub async fn copy_in(client: &Client, volumes: &[Volume]) -> Result<(), VolumeError> {
+    for volume in volumes {
+        let mut sender = Sender { client, volume, pending: Vec::new(), bytes: 0, total: 0, count: 0 };
+        match &volume.source {
+            Source::Inline(content) => {
+                let entry = api::FileEntry {
+                    mode: libc::S_IFREG | 0o644,
+                    data: content.clone(),
+                    ..Default::default()
+                };
+                sender.push(Path::new(""), entry).await?;
+            }
+            Source::Host(path) => sender.tree(path).await?,
+        }
+        sender.flush().await?;
+    }
+    Ok(())
+}
+
+struct Sender<'a> {
+    client: &'a Client,
+    volume: &'a Volume,
+    pending: Vec<api::FileEntry>,
+    bytes: usize,
+    total: u64,
+    count: usize,
+}
+
+impl Sender<'_> {
+    fn read_error(&self, path: &Path) -> impl FnOnce(io::Error) -> VolumeError + use<> {
+        let (destination, path) = (self.volume.destination.clone(), path.to_owned());
+        move |source| VolumeError::Read { destination, path, source }
+    }
+
+    fn too_large(&self, path: &Path) -> VolumeError {
+        VolumeError::TooLarge {
+            destination: self.volume.destination.clone(),
+            path: path.to_owned(),
+        }
+    }
+
+    /// Sends the source itself and, if it is a directory, everything below it.
+    async fn tree(&mut self, root: &Path) -> Result<(), VolumeError> {
+        // The mount's source may itself be a link; what lies below is not followed.
+        let root = fs::canonicalize(root).map_err(self.read_error(root))?;
+        let mut left = vec![PathBuf::new()];
+        while let Some(inner) = left.pop() {
+            let path = if inner.as_os_str().is_empty() { root.clone() } else { root.join(&inner) };
+            let meta = fs::symlink_metadata(&path).map_err(self.read_error(&path))?;
+            if meta.is_dir() {
+                self.push(&inner, entry(&inner, &meta, Vec::new())).await?;
+                for child in fs::read_dir(&path).map_err(self.read_error(&path))? {
+                    let child = child.map_err(self.read_error(&path))?;
+                    left.push(inner.join(child.file_name()));
+                }
+            } else if meta.is_symlink() {
+                let target = fs::read_link(&path).map_err(self.read_error(&path))?;
+                let data = target.as_os_str().as_bytes().to_vec();
+                self.push(&inner, entry(&inner, &meta, data)).await?;
+            } else if meta.is_file() {
+                self.file(&path, &inner).await?;
+            } else {
+                let destination = self.volume.destination.clone();
+                return Err(VolumeError::Special { destination, path });
+            }
+        }
+        Ok(())
+    }
+
+    async fn file(&mut self, path: &Path, inner: &Path) -> Result<(), VolumeError> {
+        let mut file = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(path)
+            .map_err(self.read_error(path))?;
+        let meta = file.metadata().map_err(self.read_error(path))?;
+        let mut offset = 0;
+        loop {
+            let data = read_piece(&mut file).map_err(self.read_error(path))?;
+            let length = data.len();
+            if length == 0 && offset > 0 {
+                return Ok(());
+            }
+            let mut piece = entry(inner, &meta, data);
+            piece.offset = offset;
+            self.push(inner, piece).await?;
+            offset += length as u64;
+            if length < MAX_COPY_IN_CHUNK {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn push(&mut self, inner: &Path, entry: api::FileEntry) -> Result<(), VolumeError> {
+        self.count += 1;
+        self.total += entry.data.len() as u64;
+        if self.count > MAX_ENTRIES || self.total > MAX_BYTES {
+            return Err(self.too_large(inner));
+        }
+        self.bytes += entry.data.len() + entry.path.len() + 64;
+        self.pending.push(entry);
+        if self.bytes >= MESSAGE { self.flush().await } else { Ok(()) }
+    }
+
+    async fn flush(&mut self) -> Result<(), VolumeError> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let request = api::CopyInRequest {
+            volume_id: self.volume.id.clone(),
+            entries: std::mem::take(&mut self.pending),
+            ..Default::default()
+        };
+        self.bytes = 0;
+        Ok(self.client.copy_in(&request).await?)
+    }
+}
+
+fn entry(inner: &Path, meta: &Metadata, data: Vec<u8>) -> api::FileEntry {
+    api::FileEntry {
+        path: inner.to_string_lossy().into_owned(),
+        mode: meta.mode(),
+        uid: meta.uid(),
+        gid: meta.gid(),
+        data,
+        ..Default::default()
+    }
+}
+
+fn read_piece(file: &mut File) -> io::Result<Vec<u8>> {
+    let mut data = Vec::new();
+    file.take(MAX_COPY_IN_CHUNK as u64).read_to_end(&mut data)?;
+    Ok(data)
+}
