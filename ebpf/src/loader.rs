@@ -1,0 +1,84 @@
+//! Loading the wire's program and pinning it: once per node and version, by `joey ebpf load`.
+//!
+//! Kept off the start path of pods: verifying takes milliseconds, and the loader reads the kernel's
+//! type information first. Whoever finds the pin missing runs the tool, as often as they like.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::{EbpfError, EbpfLoader, include_bytes_aligned};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+static OBJECT: &[u8] = include_bytes_aligned!(env!("JOEY_WIRE_OBJECT"));
+/// The function in `bpf/wire.bpf.c`.
+const PROGRAM: &str = "wire";
+
+/// Why the program is not pinned.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// There is nowhere to pin.
+    #[error(
+        "{0} is not on a BPF file system: mount one there (mount -t bpf bpf {0}), or set bpf_dir to \
+         a directory below one"
+    )]
+    NotBpf(PathBuf),
+    /// A step on the file system.
+    #[error("BPF directory {path}: {step}: {source}")]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The object could not be read or its maps made.
+    #[error("the wire's object: {0}")]
+    Object(#[from] EbpfError),
+    /// The kernel did not take the program.
+    #[error("the wire's program: {0}; Joey needs Linux 5.4 or later with CONFIG_BPF_SYSCALL")]
+    Program(#[from] ProgramError),
+    /// Another program than the one built.
+    #[error("the wire's object has no program {PROGRAM:?}")]
+    Missing,
+}
+
+/// Loads and pins the wire's program unless it is there; returns where.
+pub fn load(bpf_dir: &Path) -> Result<PathBuf, LoadError> {
+    let fail = |step| {
+        move |source: io::Error| LoadError::Io { path: bpf_dir.to_owned(), step, source }
+    };
+    let parent = bpf_dir.parent().unwrap_or(bpf_dir);
+    let kind = statfs(parent).map_err(|error| LoadError::Io {
+        path: parent.to_owned(),
+        step: "look at its file system",
+        source: error.into(),
+    })?;
+    if kind.filesystem_type() != BPF_FS_MAGIC {
+        return Err(LoadError::NotBpf(parent.to_owned()));
+    }
+    match DirBuilder::new().mode(0o700).create(bpf_dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(fail("create")(error));
+        }
+        _ => {}
+    }
+    // A BPF file system has no plain files, so the directory itself is what is locked.
+    let directory = File::open(bpf_dir).map_err(fail("open"))?;
+    let _lock = Flock::lock(directory, FlockArg::LockExclusive)
+        .map_err(|(_, error)| fail("lock")(error.into()))?;
+    let path = crate::pinned_path(bpf_dir);
+    if fs::symlink_metadata(&path).is_ok() {
+        return Ok(path);
+    }
+    let mut object = EbpfLoader::new().load(OBJECT)?;
+    let program = object.program_mut(PROGRAM).ok_or(LoadError::Missing)?;
+    let program: &mut SchedClassifier = program.try_into()?;
+    program.load()?;
+    program.pin(&path).map_err(|error| fail("pin")(io::Error::other(error)))?;
+    Ok(path)
+}
