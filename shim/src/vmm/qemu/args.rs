@@ -68,13 +68,7 @@ pub struct Machine<'a> {
 pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
     let mut args: Vec<String> = Vec::with_capacity(128);
     let mut add = |parts: &[&str]| args.extend(parts.iter().map(|part| (*part).to_owned()));
-    add(&[
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]);
+    add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     add(&["-sandbox", SANDBOX]);
     add(&["-machine", MACHINE]);
     if machine.kvm {
@@ -93,22 +87,12 @@ pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
     add(&["-global", "virtio-mmio.force-legacy=false"]);
     add(&["-chardev", &format!("socket,id=channel,fd={}", fd::CHANNEL)]);
     add(&["-device", "virtio-serial-device,max_ports=2"]);
-    add(&[
-        "-device",
-        "virtserialport,chardev=channel,name=joey.channel,nr=1",
-    ]);
+    add(&["-device", "virtserialport,chardev=channel,name=joey.channel,nr=1"]);
     add(&["-netdev", &format!("tap,id=net,fd={},vhost=off", fd::TAP)]);
-    add(&[
-        "-device",
-        &format!("virtio-net-device,netdev=net,mac={TEMPLATE_MAC}"),
-    ]);
+    add(&["-device", &format!("virtio-net-device,netdev=net,mac={TEMPLATE_MAC}")]);
     for slot in 0..DISK_SLOTS {
         add(&["-blockdev", &empty_slot(slot).to_string()]);
-        let share = if slot_is_writable(slot) {
-            ""
-        } else {
-            ",share-rw=on"
-        };
+        let share = if slot_is_writable(slot) { "" } else { ",share-rw=on" };
         add(&[
             "-device",
             &format!(
@@ -121,10 +105,9 @@ pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
         add(&["-initrd", &initrd.display().to_string()]);
     }
     add(&["-append", KERNEL_COMMAND_LINE]);
-    add(&["-global", "migration.x-ignore-shared=on"]);
     if machine.mode == Mode::Clone {
         add(&["-add-fd", &format!("fd={},set=1,opaque=state", fd::STATE)]);
-        add(&["-incoming", "file:/dev/fdset/1"]);
+        add(&["-incoming", "defer"]);
     }
     args
 }
@@ -190,7 +173,7 @@ mod tests {
     fn a_clone_never_writes_the_template() {
         let line = line(Mode::Clone, false);
         assert!(line.contains("share=off,readonly=on,rom=off"), "{line}");
-        assert!(line.contains("-incoming file:/dev/fdset/1"), "{line}");
+        assert!(line.contains("-incoming defer"), "{line}");
         assert!(!line.contains("-initrd"), "{line}");
     }
 
@@ -207,9 +190,7 @@ mod tests {
 
     #[test]
     fn slots_divide_into_read_only_and_writable() {
-        let writable = (0..DISK_SLOTS)
-            .filter(|slot| slot_is_writable(*slot))
-            .count();
+        let writable = (0..DISK_SLOTS).filter(|slot| slot_is_writable(*slot)).count();
         assert_eq!(writable, 4);
         assert!(!slot_is_writable(DISK_SLOTS));
     }

@@ -65,10 +65,7 @@ pub fn version(path: &Path, run_dir: &Path) -> Result<Version, VmmError> {
     {
         return Ok(version);
     }
-    let version = Version {
-        text: ask_version(path)?,
-        identity,
-    };
+    let version = Version { text: ask_version(path)?, identity };
     let temporary = known.with_extension(std::process::id().to_string());
     let _ = fs::create_dir_all(run_dir);
     if fs::write(&temporary, serde_json::to_vec(&version).unwrap_or_default()).is_ok() {
@@ -81,10 +78,7 @@ fn ask_version(path: &Path) -> Result<String, VmmError> {
     let output = std::process::Command::new(path)
         .arg("--version")
         .output()
-        .map_err(VmmError::io(format!(
-            "running {} --version",
-            path.display()
-        )))?;
+        .map_err(VmmError::io(format!("running {} --version", path.display())))?;
     let answer = String::from_utf8_lossy(&output.stdout);
     let unknown = || VmmError::QemuUnknown {
         path: path.to_owned(),
@@ -136,11 +130,7 @@ impl QemuVm {
             Ok(Err(error)) => return Err(explain(&id, error, &ended, &stderr).await),
             Err(_) => {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-                return Err(VmmError::Deadline {
-                    id,
-                    what: "QEMU's start",
-                    limit: READY_DEADLINE,
-                });
+                return Err(VmmError::Deadline { id, what: "QEMU's start", limit: READY_DEADLINE });
             }
         };
         let vm = Self {
@@ -154,23 +144,19 @@ impl QemuVm {
         };
         phases.push(("vmm_ready", begun.elapsed()));
         let begun = Instant::now();
-        jail.empty(pid).map_err(VmmError::io(format!(
-            "sandbox {}: emptying the VMM's jail",
-            vm.id
-        )))?;
+        jail.empty(pid)
+            .map_err(VmmError::io(format!("sandbox {}: emptying the VMM's jail", vm.id)))?;
         phases.push(("jail_empty", begun.elapsed()));
         Ok(vm)
     }
 
-    /// Waits until a clone has its state and runs.
+    /// Restores a clone's state and waits until it runs.
     pub(crate) async fn restored(&self) -> Result<(), VmmError> {
         let wait = async {
             let mut qmp = self.qmp.lock().await;
-            // Events before this command were not sent; later ones are.
-            let status = qmp.execute("query-status", json!({})).await?;
-            if status.get("status") == Some(&json!("running")) {
-                return Ok(());
-            }
+            qmp.execute("migrate-set-capabilities", capabilities()).await?;
+            let source = json!({"uri": "file:/dev/fdset/1"});
+            qmp.execute("migrate-incoming", source).await?;
             while qmp.event().await?.name != "RESUME" {}
             Ok(())
         };
@@ -189,13 +175,10 @@ impl QemuVm {
     pub(crate) async fn save(&self, state: OwnedFd) -> Result<(), VmmError> {
         let mut qmp = self.qmp.lock().await;
         qmp.execute("stop", json!({})).await?;
-        let capabilities = json!({"capabilities": [{"capability": "events", "state": true}]});
-        qmp.execute("migrate-set-capabilities", capabilities)
-            .await?;
+        qmp.execute("migrate-set-capabilities", capabilities()).await?;
         let set = json!({"fdset-id": 900});
         qmp.execute_with("add-fd", set, Some(state.as_fd())).await?;
-        qmp.execute("migrate", json!({"uri": "file:/dev/fdset/900"}))
-            .await?;
+        qmp.execute("migrate", json!({"uri": "file:/dev/fdset/900"})).await?;
         loop {
             let event = qmp.event().await?;
             match event.data.get("status").and_then(|status| status.as_str()) {
@@ -204,10 +187,7 @@ impl QemuVm {
                     let info = qmp.execute("query-migrate", json!({})).await?;
                     return Err(QmpError::Refused {
                         command: "migrate".to_owned(),
-                        reason: info
-                            .get("error-desc")
-                            .map(ToString::to_string)
-                            .unwrap_or_default(),
+                        reason: info.get("error-desc").map(ToString::to_string).unwrap_or_default(),
                     }
                     .into());
                 }
@@ -221,21 +201,13 @@ impl QemuVm {
             "driver": "raw", "node-name": format!("slot{slot}"),
             "read-only": !slot_is_writable(slot), "file": file,
         }]});
-        self.qmp
-            .lock()
-            .await
-            .execute("blockdev-reopen", node)
-            .await
-            .map(drop)
+        self.qmp.lock().await.execute("blockdev-reopen", node).await.map(drop)
     }
 
     async fn attach(&self, slot: u32, disk: OwnedFd) -> Result<(), VmmError> {
         let mut attached = self.attached.lock().await;
         if attached.contains_key(&slot) {
-            return Err(VmmError::Slot {
-                slot,
-                reason: "already has a disk",
-            });
+            return Err(VmmError::Slot { slot, reason: "already has a disk" });
         }
         let node = format!("file{slot}");
         let read_only = !slot_is_writable(slot);
@@ -249,9 +221,7 @@ impl QemuVm {
             });
             let added = qmp.execute("blockdev-add", file).await;
             // The block node holds its own duplicate.
-            let _ = qmp
-                .execute("remove-fd", json!({"fdset-id": 100 + slot}))
-                .await;
+            let _ = qmp.execute("remove-fd", json!({"fdset-id": 100 + slot})).await;
             added?;
         }
         if let Err(error) = self.swap(slot, &node).await {
@@ -275,12 +245,7 @@ impl QemuVm {
 
     async fn delete_node(&self, node: &str) -> Result<(), QmpError> {
         let arguments = json!({"node-name": node});
-        self.qmp
-            .lock()
-            .await
-            .execute("blockdev-del", arguments)
-            .await
-            .map(drop)
+        self.qmp.lock().await.execute("blockdev-del", arguments).await.map(drop)
     }
 
     async fn command(&self, name: &str) -> Result<(), VmmError> {
@@ -289,12 +254,17 @@ impl QemuVm {
     }
 }
 
+/// Shared memory is not in the state: it is the template's memory file itself.
+fn capabilities() -> serde_json::Value {
+    json!({"capabilities": [
+        {"capability": "events", "state": true},
+        {"capability": "x-ignore-shared", "state": true},
+    ]})
+}
+
 fn check_slot(slot: u32, read_only: bool) -> Result<(), VmmError> {
     if slot >= DISK_SLOTS {
-        return Err(VmmError::Slot {
-            slot,
-            reason: "the machine has no such slot",
-        });
+        return Err(VmmError::Slot { slot, reason: "the machine has no such slot" });
     }
     if slot_is_writable(slot) == read_only {
         return Err(VmmError::Slot {
@@ -311,13 +281,8 @@ impl Vm for QemuVm {
     }
 
     fn take_channel(&self) -> Result<UnixStream, VmmError> {
-        let mut channel = self
-            .channel
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        channel
-            .take()
-            .ok_or_else(|| VmmError::ChannelTaken(self.id.clone()))
+        let mut channel = self.channel.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        channel.take().ok_or_else(|| VmmError::ChannelTaken(self.id.clone()))
     }
 
     fn attach_disk(
@@ -406,11 +371,7 @@ async fn explain(
         _ => return error.into(),
     };
     tokio::task::yield_now().await;
-    VmmError::Ended {
-        id: id.to_owned(),
-        status,
-        stderr: stderr.text(),
-    }
+    VmmError::Ended { id: id.to_owned(), status, stderr: stderr.text() }
 }
 
 /// The part of a kernel image that QEMU wants to see even when the machine's memory is restored.
@@ -454,10 +415,7 @@ mod tests {
     fn a_missing_qemu_is_named() {
         let run = tempfile::tempdir().unwrap();
         let error = version(Path::new("/nowhere/qemu"), run.path()).unwrap_err();
-        assert!(
-            error.to_string().contains("install qemu-system-x86"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("install qemu-system-x86"), "{error}");
     }
 
     #[test]

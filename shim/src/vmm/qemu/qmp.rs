@@ -83,11 +83,7 @@ pub struct Event {
 impl Qmp {
     /// Reads the greeting and enables commands.
     pub async fn connect(socket: UnixStream) -> Result<Self, QmpError> {
-        let mut client = Self {
-            socket,
-            buffer: Vec::with_capacity(1024),
-            events: VecDeque::new(),
-        };
+        let mut client = Self { socket, buffer: Vec::with_capacity(1024), events: VecDeque::new() };
         let greeting = client.line("greeting").await?;
         if greeting.get("QMP").is_none() {
             return Err(malformed("greeting", "no greeting of QEMU"));
@@ -116,11 +112,7 @@ impl Qmp {
         };
         timeout(COMMAND_DEADLINE, exchange)
             .await
-            .unwrap_or_else(|_| {
-                Err(QmpError::Deadline {
-                    command: command.to_owned(),
-                })
-            })
+            .unwrap_or_else(|_| Err(QmpError::Deadline { command: command.to_owned() }))
     }
 
     /// The next event, of those that wait or that QEMU sends next.
@@ -180,15 +172,11 @@ impl Qmp {
             }
             match self.socket.read_buf(&mut self.buffer).await {
                 Ok(0) => {
-                    return Err(QmpError::Closed {
-                        command: command.to_owned(),
-                    });
+                    return Err(QmpError::Closed { command: command.to_owned() });
                 }
                 Ok(_) => {}
                 Err(source) if source.kind() == io::ErrorKind::ConnectionReset => {
-                    return Err(QmpError::Closed {
-                        command: command.to_owned(),
-                    });
+                    return Err(QmpError::Closed { command: command.to_owned() });
                 }
                 Err(source) => return Err(failed(command, source)),
             }
@@ -222,9 +210,7 @@ impl Qmp {
                 })
                 .await
                 .map_err(|source| match source.kind() {
-                    io::ErrorKind::BrokenPipe => QmpError::Closed {
-                        command: command.to_owned(),
-                    },
+                    io::ErrorKind::BrokenPipe => QmpError::Closed { command: command.to_owned() },
                     _ => failed(command, source),
                 })?;
             rights.clear();
@@ -235,17 +221,11 @@ impl Qmp {
 }
 
 fn malformed(command: &str, what: &'static str) -> QmpError {
-    QmpError::Malformed {
-        command: command.to_owned(),
-        what,
-    }
+    QmpError::Malformed { command: command.to_owned(), what }
 }
 
 fn failed(command: &str, source: io::Error) -> QmpError {
-    QmpError::Socket {
-        command: command.to_owned(),
-        source,
-    }
+    QmpError::Socket { command: command.to_owned(), source }
 }
 
 #[cfg(test)]
@@ -267,10 +247,7 @@ mod tests {
     #[tokio::test]
     async fn events_do_not_answer_commands() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let answers = vec![
-            "{\"return\": {}}\n",
-            "{\"event\": \"STOP\"}\n{\"return\": 7}\n",
-        ];
+        let answers = vec!["{\"return\": {}}\n", "{\"event\": \"STOP\"}\n{\"return\": 7}\n"];
         tokio::spawn(server(theirs, answers));
         let mut qmp = Qmp::connect(ours).await.unwrap();
         assert_eq!(qmp.execute("x", json!({})).await.unwrap(), json!(7));

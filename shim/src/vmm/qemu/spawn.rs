@@ -48,11 +48,7 @@ impl Tail {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes: Vec<u8> = kept.iter().copied().collect();
         let text = String::from_utf8_lossy(&bytes);
-        let lines: Vec<&str> = text
-            .lines()
-            .map(str::trim)
-            .filter(|l| !l.is_empty())
-            .collect();
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
         let start = lines.len().saturating_sub(6);
         lines.get(start..).unwrap_or_default().join("; ")
     }
@@ -99,23 +95,12 @@ pub(crate) async fn spawn(launch: Launch<'_>) -> Result<Process, VmmError> {
     let program = text(launch.program.as_os_str().as_bytes()).map_err(failed("naming QEMU"))?;
     let arguments = [Ok(program.clone())]
         .into_iter()
-        .chain(
-            launch
-                .arguments
-                .iter()
-                .map(|argument| text(argument.as_bytes())),
-        )
+        .chain(launch.arguments.iter().map(|argument| text(argument.as_bytes())))
         .collect::<io::Result<Vec<_>>>()
         .map_err(failed("writing the command line"))?;
     let jail = Arc::new(launch.jail);
-    let (pid, pidfd) = fork(
-        &jail,
-        &descriptors,
-        report_theirs.as_raw_fd(),
-        &program,
-        &arguments,
-    )
-    .map_err(failed("forking"))?;
+    let (pid, pidfd) = fork(&jail, &descriptors, report_theirs.as_raw_fd(), &program, &arguments)
+        .map_err(failed("forking"))?;
     drop((descriptors, report_theirs));
     let tokio_stream = |stream: StdStream| {
         stream.set_nonblocking(true)?;
@@ -124,28 +109,14 @@ pub(crate) async fn spawn(launch: Launch<'_>) -> Result<Process, VmmError> {
     let stderr = Tail::default();
     let (qmp, channel, console) = (|| {
         keep_errors(errors.into(), stderr.clone())?;
-        Ok((
-            tokio_stream(qmp)?,
-            tokio_stream(channel)?,
-            tokio_stream(console)?,
-        ))
+        Ok((tokio_stream(qmp)?, tokio_stream(channel)?, tokio_stream(console)?))
     })()
     .map_err(failed("registering descriptors"))?;
     tokio::spawn(keep_console(console, launch.console_log));
-    let process = Process {
-        pid,
-        pidfd,
-        qmp,
-        channel,
-        stderr,
-        jail,
-    };
+    let process = Process { pid, pidfd, qmp, channel, stderr, jail };
     let mut message = Vec::new();
     let mut report = pipe::Receiver::from_owned_fd(report.into()).map_err(failed("the report"))?;
-    report
-        .read_to_end(&mut message)
-        .await
-        .map_err(failed("the report"))?;
+    report.read_to_end(&mut message).await.map_err(failed("the report"))?;
     match jail::parse_report(&message) {
         None => Ok(process),
         Some((step, source)) => {
