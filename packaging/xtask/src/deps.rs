@@ -16,13 +16,14 @@ const PACKAGES: &[&str] = &[
     "busybox-static",              // test images
     "clang",                       // eBPF programs
     "containernetworking-plugins", // pods' network
-    "cpio",                        // initramfs
+    "binutils",                    // strips the agent
     "erofs-utils",                 // image layers
     "iproute2",
     "libbpf-dev",
     "llvm",
     "protobuf-compiler", // the runtime interface's types
     "runc",              // the other handler
+    "xz-utils",          // the guest kernel's modules
 ];
 const QEMU: &str = "qemu-system-x86";
 /// containerd releases and the Debian release that carries each.
@@ -116,7 +117,7 @@ fn unpack_containerd(version: &str, release: &str) -> Result<()> {
 }
 
 /// An apt configuration with its own sources and lists; updates the lists.
-fn private_apt(name: &str, suites: &[&str]) -> Result<PathBuf> {
+pub fn private_apt(name: &str, suites: &[&str]) -> Result<PathBuf> {
     let folder = folder().join(format!("apt-{name}"));
     for below in ["sources.d", "lists/partial", "cache/archives/partial"] {
         fs::create_dir_all(folder.join(below))?;
@@ -156,7 +157,7 @@ fn mirror() -> Result<String> {
     Ok((*uri).to_owned())
 }
 
-fn apt(config: Option<&Path>, arguments: &[&str]) -> std::process::Command {
+pub fn apt(config: Option<&Path>, arguments: &[&str]) -> std::process::Command {
     let mut apt = command("apt-get", arguments);
     apt.env("DEBIAN_FRONTEND", "noninteractive");
     if let Some(config) = config {

@@ -6,6 +6,7 @@
 
 mod command;
 mod deps;
+mod guest;
 mod node;
 mod rules;
 mod test;
@@ -26,6 +27,8 @@ struct Cli {
 enum Task {
     /// Install what building and testing need (Debian 12)
     Deps,
+    /// Build the guest image: kernel and initramfs, in target/guest
+    Guest,
     /// Run every check: style, lints, unit tests, pods on each containerd
     Test {
         /// Only the node tests whose names hold one of these
@@ -59,6 +62,10 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<bool> {
     match task {
         Task::Deps => deps::install()?,
+        Task::Guest => {
+            deps::install()?;
+            guest::build()?;
+        }
         Task::Test { filters } if filters.is_empty() => return test::all(),
         Task::Test { filters } => test::only_promises(&filters)?,
         Task::Node { arguments } => node::run_tool(&arguments)?,

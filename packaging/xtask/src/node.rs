@@ -5,8 +5,8 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::command::{command, repository, run, target};
-use crate::deps;
+use crate::command::{command, run, target};
+use crate::{deps, guest};
 
 /// How the binaries under test are built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ pub fn environment(command: &mut Command, profile: Profile) {
     command
         .env("JOEY_DEPS", deps::folder())
         .env("JOEY_BIN", profile.folder())
-        .env("JOEY_GUEST", repository().join("target/guest"));
+        .env("JOEY_GUEST", guest::folder());
 }
 
 /// Runs `joey-node` with these arguments, after all it needs was built.
@@ -57,6 +57,7 @@ pub fn run_tool(arguments: &[String]) -> Result<()> {
     );
     if !(needs_nothing && tool.exists()) {
         deps::install()?;
+        guest::build()?;
         build(Profile::Release)?;
     }
     let mut tool = Command::new(tool);

@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::command::{command, run, target, tee};
 use crate::node::{Profile, build, environment};
-use crate::{deps, rules};
+use crate::{deps, guest, rules};
 
 /// Counts of tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -114,6 +114,7 @@ fn unit_tests() -> Result<Count> {
 }
 
 fn promises() -> Result<Count> {
+    guest::build()?;
     build(Profile::Debug)?;
     let mut tests = command(
         "cargo",
@@ -156,6 +157,7 @@ fn number_before(line: &str, word: &str) -> usize {
 /// Runs the node tests only, with the harness's own filters.
 pub fn only_promises(filters: &[String]) -> Result<()> {
     deps::install()?;
+    guest::build()?;
     build(Profile::Debug)?;
     let mut tests: Command = command(
         "cargo",

@@ -1,0 +1,333 @@
+//! The guest image: a Debian cloud kernel and an initramfs with the agent and the modules it loads.
+//!
+//! Reproducible: the same agent and kernel package give the same bytes, since the archive is written
+//! here with sorted names and no times. `manifest.json` says what is in it; its digest is part of
+//! every template's key.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+
+use crate::command::{command, output, repository, run, target};
+use crate::deps;
+
+/// Kernel package and the Debian release that carries it.
+const RELEASE: &str = "bookworm-backports";
+const METAPACKAGE: &str = "linux-image-cloud-amd64";
+/// Oldest kernel that serves: EROFS on file-backed mounts, cgroup v2 as the agent uses it.
+const OLDEST: (u32, u32) = (6, 12);
+/// What the agent's static build runs on.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Modules that the guest needs; what they depend on is found.
+const MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "virtio_net", "erofs", "overlay"];
+/// Layout of the image; raised when the agent expects another one.
+const VERSION: u32 = 1;
+
+/// Where the image is put.
+pub fn folder() -> PathBuf {
+    repository().join("target/guest")
+}
+
+/// Builds the image if anything it is made of has changed.
+pub fn build() -> Result<()> {
+    let agent = build_agent()?;
+    let kernel = unpack_kernel()?;
+    let modules = Modules::find(&kernel.tree)?;
+    let archive = archive(&agent, &modules)?;
+    let vmlinuz = fs::read(&kernel.vmlinuz)?;
+    let manifest = serde_json::to_string_pretty(&json!({
+        "version": VERSION,
+        "kernel": {"package": kernel.package, "version": kernel.version, "sha256": hex(&vmlinuz)},
+        "initrd": {"sha256": hex(&archive), "bytes": archive.len()},
+        "agent": {"sha256": hex(&fs::read(&agent)?)},
+        "modules": modules.files.iter().map(|(name, data)| json!({
+            "name": name, "sha256": hex(data),
+        })).collect::<Vec<_>>(),
+    }))?;
+    let out = folder();
+    if fs::read_to_string(out.join("manifest.json")).is_ok_and(|old| old == manifest) {
+        return Ok(());
+    }
+    fs::create_dir_all(&out)?;
+    // The manifest goes last: a build that is cut short is seen as stale.
+    let _ = fs::remove_file(out.join("manifest.json"));
+    write(&out.join("vmlinuz"), &vmlinuz)?;
+    write(&out.join("initrd"), &archive)?;
+    write(&out.join("manifest.json"), manifest.as_bytes())?;
+    eprintln!(
+        "guest: kernel {}, initramfs {} KiB, in {}",
+        kernel.version,
+        archive.len() / 1024,
+        out.display()
+    );
+    Ok(())
+}
+
+fn write(path: &Path, data: &[u8]) -> Result<()> {
+    let beside = path.with_extension("new");
+    fs::write(&beside, data).with_context(|| format!("write {}", beside.display()))?;
+    fs::rename(&beside, path).with_context(|| format!("rename to {}", path.display()))
+}
+
+fn hex(data: &[u8]) -> String {
+    Sha256::digest(data).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The static agent, with nothing of this machine's paths in it.
+fn build_agent() -> Result<PathBuf> {
+    let mut build = command(
+        "cargo",
+        &["build", "--quiet", "--release", "-p", "joey-agent", "--target", TARGET],
+    );
+    let remap = format!("--remap-path-prefix={}=joey", repository().display());
+    let cargo_home = std::env::var("CARGO_HOME")
+        .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))
+        .unwrap_or_default();
+    let crates = format!("--remap-path-prefix={cargo_home}=cargo");
+    run(build.env("RUSTFLAGS", format!("-C target-feature=+crt-static {remap} {crates}")))?;
+    let agent = target().join(TARGET).join("release/joey-agent");
+    let stripped = target().join("joey-agent.stripped");
+    run(command("strip", &["--strip-all", "-o"]).arg(&stripped).arg(agent))?;
+    Ok(stripped)
+}
+
+struct Kernel {
+    package: String,
+    version: String,
+    vmlinuz: PathBuf,
+    tree: PathBuf,
+}
+
+/// Downloads and unpacks the kernel's package once; a newer one is fetched when the folder is gone.
+fn unpack_kernel() -> Result<Kernel> {
+    let unpacked = deps::folder().join("kernel");
+    if !unpacked.join("root").exists() {
+        eprintln!("guest: fetching the kernel from {RELEASE}");
+        let config = deps::private_apt("kernel", &[RELEASE])?;
+        let depends = apt_cache(&config, &["depends", METAPACKAGE])?;
+        let package = depends
+            .split_whitespace()
+            .find(|word| word.starts_with("linux-image-") && *word != METAPACKAGE)
+            .with_context(|| format!("{METAPACKAGE} depends on no kernel"))?
+            .to_owned();
+        let work = deps::folder().join("kernel.new");
+        let _ = fs::remove_dir_all(&work);
+        fs::create_dir_all(&work)?;
+        run(deps::apt(Some(&config), &["download", "-qq", &package]).current_dir(&work))?;
+        let deb = fs::read_dir(&work)?
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+            .context("no kernel package was downloaded")?;
+        run(command("dpkg", &["-x"]).arg(&deb).arg(work.join("root")))?;
+        let version = output(command("dpkg-deb", &["-f"]).arg(&deb).arg("Version"))?;
+        fs::write(work.join("version"), format!("{package}\n{}\n", version.trim()))?;
+        fs::remove_file(deb)?;
+        let _ = fs::remove_dir_all(&unpacked);
+        fs::rename(&work, &unpacked)?;
+    }
+    let named = fs::read_to_string(unpacked.join("version"))?;
+    let (package, version) = named.trim().split_once('\n').context("kernel: no version noted")?;
+    check_age(version)?;
+    let boot = unpacked.join("root/boot");
+    let vmlinuz = fs::read_dir(&boot)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-")))
+        .with_context(|| format!("no kernel in {}", boot.display()))?;
+    let lib = ["root/lib/modules", "root/usr/lib/modules"].map(|below| unpacked.join(below));
+    let modules = lib.iter().find(|path| path.is_dir()).context("kernel package has no modules")?;
+    let tree = fs::read_dir(modules)?.flatten().next().context("kernel package has no modules")?;
+    Ok(Kernel {
+        package: package.to_owned(),
+        version: version.to_owned(),
+        vmlinuz,
+        tree: tree.path(),
+    })
+}
+
+fn apt_cache(config: &Path, arguments: &[&str]) -> Result<String> {
+    output(command("apt-cache", arguments).env("APT_CONFIG", config))
+}
+
+fn check_age(version: &str) -> Result<()> {
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
+        bail!("kernel version {version:?} is not one");
+    };
+    if (major, minor) < OLDEST {
+        bail!("kernel {version} is too old: {}.{} or newer is needed", OLDEST.0, OLDEST.1);
+    }
+    Ok(())
+}
+
+/// The modules, decompressed, in the order in which they are loaded.
+struct Modules {
+    files: Vec<(String, Vec<u8>)>,
+}
+
+impl Modules {
+    fn find(tree: &Path) -> Result<Self> {
+        let built_in = fs::read_to_string(tree.join("modules.builtin")).unwrap_or_default();
+        let mut modules = Self { files: Vec::new() };
+        for name in MODULES {
+            modules.add(tree, &built_in, name)?;
+        }
+        Ok(modules)
+    }
+
+    /// Adds a module after those it depends on (`depends=` in its .modinfo section).
+    fn add(&mut self, tree: &Path, built_in: &str, name: &str) -> Result<()> {
+        let file = format!("{name}.ko");
+        let same = |line: &str| line.rsplit('/').next().is_some_and(|last| normal(last) == file);
+        if self.files.iter().any(|(known, _)| *known == file) || built_in.lines().any(same) {
+            return Ok(());
+        }
+        let path = search(tree, &file)?
+            .with_context(|| format!("kernel module {name} is not in the package"))?;
+        let data = decompress(&path)?;
+        for needed in depends(&data) {
+            self.add(tree, built_in, &needed)?;
+        }
+        self.files.push((file, data));
+        Ok(())
+    }
+}
+
+/// Module names are the same with `-` and `_`.
+fn normal(name: &str) -> String {
+    name.replace('-', "_")
+}
+
+fn search(folder: &Path, file: &str) -> Result<Option<PathBuf>> {
+    for entry in fs::read_dir(folder)?.flatten() {
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            if let Some(found) = search(&path, file)? {
+                return Ok(Some(found));
+            }
+        } else if normal(&entry.file_name().to_string_lossy()).trim_end_matches(".xz") == file {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
+fn decompress(path: &Path) -> Result<Vec<u8>> {
+    if path.extension().is_none_or(|extension| extension != "xz") {
+        return Ok(fs::read(path)?);
+    }
+    let mut xz = command("xz", &["--decompress", "--stdout"]);
+    let output = xz.arg(path).output().context("start xz (package xz-utils)")?;
+    if !output.status.success() {
+        bail!("xz cannot decompress {}", path.display());
+    }
+    Ok(output.stdout)
+}
+
+fn depends(module: &[u8]) -> Vec<String> {
+    const KEY: &[u8] = b"\0depends=";
+    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else {
+        return Vec::new();
+    };
+    let value = module[at + KEY.len()..].split(|byte| *byte == 0).next().unwrap_or_default();
+    let names = String::from_utf8_lossy(value);
+    names.split(',').filter(|name| !name.is_empty()).map(normal).collect()
+}
+
+/// The initramfs: directories, the agent as /init, modules and the order they are loaded in.
+fn archive(agent: &Path, modules: &Modules) -> Result<Vec<u8>> {
+    let mut archive = Cpio { out: Vec::new(), inode: 0 };
+    for folder in ["dev", "lib", "lib/modules", "proc", "run", "sys"] {
+        archive.entry(folder, 0o040_755, &[])?;
+    }
+    let order: String = modules.files.iter().map(|(name, _)| format!("{name}\n")).collect();
+    archive.entry("init", 0o100_755, &fs::read(agent)?)?;
+    archive.entry("lib/modules/order", 0o100_644, order.as_bytes())?;
+    for (name, data) in &modules.files {
+        archive.entry(&format!("lib/modules/{name}"), 0o100_644, data)?;
+    }
+    archive.entry("TRAILER!!!", 0, &[])?;
+    Ok(archive.out)
+}
+
+/// Writer of the kernel's `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
+struct Cpio {
+    out: Vec<u8>,
+    inode: u32,
+}
+
+impl Cpio {
+    fn entry(&mut self, name: &str, mode: u32, data: &[u8]) -> Result<()> {
+        self.inode += 1;
+        let fields = [
+            self.inode,
+            mode,
+            0, // uid
+            0, // gid
+            1, // links
+            0, // mtime
+            u32::try_from(data.len()).context("file too large for an initramfs")?,
+            0, // device of the file, major and minor
+            0,
+            0, // device that the file is, major and minor
+            0,
+            u32::try_from(name.len() + 1)?,
+            0, // checksum, unused in this format
+        ];
+        write!(self.out, "070701")?;
+        for field in fields {
+            write!(self.out, "{field:08X}")?;
+        }
+        self.out.extend_from_slice(name.as_bytes());
+        self.out.push(0);
+        self.pad();
+        self.out.extend_from_slice(data);
+        self.pad();
+        Ok(())
+    }
+
+    fn pad(&mut self) {
+        self.out.resize(self.out.len().next_multiple_of(4), 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_archive_depends_on_its_content_only() {
+        let dir = std::env::temp_dir().join(format!("joey-guest-test-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let agent = dir.join("agent");
+        fs::write(&agent, b"agent").unwrap();
+        let modules = Modules { files: vec![("a.ko".to_owned(), b"abc".to_vec())] };
+        let first = archive(&agent, &modules).unwrap();
+        let touched = fs::OpenOptions::new().append(true).open(&agent).unwrap();
+        touched.set_modified(std::time::UNIX_EPOCH).unwrap();
+        let second = archive(&agent, &modules).unwrap();
+        fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(first, second);
+        assert_eq!(first.len() % 4, 0);
+        assert!(first.starts_with(b"070701"));
+    }
+
+    #[test]
+    fn a_modules_needs_are_found() {
+        assert_eq!(depends(b"x\0depends=net-failover,a\0name=b\0"), ["net_failover", "a"]);
+        assert!(depends(b"\0depends=\0").is_empty());
+        assert!(depends(b"nothing").is_empty());
+    }
+
+    #[test]
+    fn old_kernels_are_refused() {
+        assert!(check_age("6.12.95-1~bpo12+1").is_ok());
+        assert!(check_age("7.2.1-1").is_ok());
+        assert!(check_age("6.1.192-2").unwrap_err().to_string().contains("6.1.192"));
+    }
+}
