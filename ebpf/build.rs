@@ -25,7 +25,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .arg(&object)
         .status()
         .map_err(|error| {
-            format!("running {clang} for {SOURCE}: {error}; install clang 14 or later, or set CLANG")
+            format!(
+                "running {clang} for {SOURCE}: {error}; install clang 14 or later, or set CLANG"
+            )
         })?;
     if !status.success() {
         return Err(format!(

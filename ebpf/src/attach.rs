@@ -71,8 +71,8 @@ pub fn detach(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
     // The kernel answers EINVAL where there is no qdisc for filters at all.
     let gone = [libc::ENOENT, libc::ENODEV, libc::EINVAL];
     let step = format!("detach the wire from interface {index}");
-    let delete = Message::new(step, libc::RTM_DELTFILTER, 0, &filter(index))
-        .text(libc::TCA_KIND, "bpf");
+    let delete =
+        Message::new(step, libc::RTM_DELTFILTER, 0, &filter(index)).text(libc::TCA_KIND, "bpf");
     ignore(socket.request(delete), &gone)?;
     for parent in [INGRESS, EGRESS] {
         let step = format!("list the filters of interface {index}");
@@ -85,8 +85,7 @@ pub fn detach(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
     }
     let step = format!("remove the clsact qdisc of interface {index}");
     let header = tcmsg(index, CLSACT_HANDLE, CLSACT, 0);
-    let delete =
-        Message::new(step, libc::RTM_DELQDISC, 0, &header).text(libc::TCA_KIND, "clsact");
+    let delete = Message::new(step, libc::RTM_DELQDISC, 0, &header).text(libc::TCA_KIND, "clsact");
     ignore(socket.request(delete), &gone)
 }
 

@@ -9,6 +9,7 @@ pub mod attach;
 #[cfg(feature = "loader")]
 pub mod loader;
 pub mod netlink;
+pub mod route;
 mod sys;
 
 /// Where the wire's program is pinned below `bpf_dir`.

@@ -49,9 +49,8 @@ pub enum LoadError {
 
 /// Loads and pins the wire's program unless it is there; returns where.
 pub fn load(bpf_dir: &Path) -> Result<PathBuf, LoadError> {
-    let fail = |step| {
-        move |source: io::Error| LoadError::Io { path: bpf_dir.to_owned(), step, source }
-    };
+    let fail =
+        |step| move |source: io::Error| LoadError::Io { path: bpf_dir.to_owned(), step, source };
     let parent = bpf_dir.parent().unwrap_or(bpf_dir);
     let kind = statfs(parent).map_err(|error| LoadError::Io {
         path: parent.to_owned(),

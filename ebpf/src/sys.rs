@@ -21,11 +21,7 @@ struct ObjectAttributes {
 /// Opens what is pinned at `path`.
 pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let attributes = ObjectAttributes {
-        pathname: path.as_ptr() as u64,
-        bpf_fd: 0,
-        file_flags: 0,
-    };
+    let attributes = ObjectAttributes { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
     // SAFETY: the kernel reads `size_of` bytes of the attributes and the path they point to, both of
     // which live until the call returns.
     let result = unsafe {

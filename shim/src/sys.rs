@@ -136,6 +136,18 @@ pub(crate) fn make_tap(tun: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// Chooses the interface index of the tap that [`make_tap`] is about to make of the descriptor.
+pub(crate) fn set_tap_index(tun: BorrowedFd<'_>, index: u32) -> io::Result<()> {
+    // `_IOW('T', 218, unsigned int)`
+    const TUNSETIFINDEX: libc::c_ulong = 0x4004_54DA;
+    // SAFETY: the kernel reads one unsigned int, which lives until the call returns.
+    let result = unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFINDEX, &raw const index) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Makes a virtual machine with one processor that halts, and says why that does not work.
 pub(crate) fn run_kvm_guest(kvm: BorrowedFd<'_>) -> Result<(), (&'static str, io::Error)> {
     const KVM_CREATE_VM: libc::c_ulong = 0xAE01;
@@ -292,4 +304,10 @@ pub(crate) fn random(buffer: &mut [u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The processor's time-stamp counter.
+pub(crate) fn time_stamp() -> u64 {
+    // SAFETY: every x86-64 processor has the instruction and Linux lets programs use it.
+    unsafe { std::arch::x86_64::_rdtsc() }
 }

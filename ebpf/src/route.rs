@@ -1,0 +1,120 @@
+//! Requests about links, addresses, routes and neighbours, and the fixed headers of the answers.
+
+use crate::netlink::{Message, Reply};
+
+/// Length of `struct ifinfomsg`.
+pub const LINK: usize = 16;
+/// Length of `struct ifaddrmsg`.
+pub const ADDRESS: usize = 8;
+/// Length of `struct rtmsg`.
+pub const ROUTE: usize = 12;
+/// Length of `struct ndmsg`.
+pub const NEIGHBOUR: usize = 12;
+
+/// `IFLA_ADDRESS`: hardware address.
+pub const LINK_MAC: u16 = 1;
+/// `IFLA_IFNAME`.
+pub const LINK_NAME: u16 = 3;
+/// `IFLA_MTU`.
+pub const LINK_MTU: u16 = 4;
+/// `IFA_ADDRESS`: the address, or its peer when there is a local one.
+pub const ADDRESS_ADDRESS: u16 = 1;
+/// `IFA_LOCAL`.
+pub const ADDRESS_LOCAL: u16 = 2;
+/// `IFA_BROADCAST`.
+pub const ADDRESS_BROADCAST: u16 = 4;
+/// `IFA_FLAGS`.
+pub const ADDRESS_FLAGS: u16 = 8;
+/// `NDA_DST`.
+pub const NEIGHBOUR_IP: u16 = 1;
+/// `NDA_LLADDR`.
+pub const NEIGHBOUR_MAC: u16 = 2;
+
+/// `RTNH_F_ONLINK` of a route's flags.
+pub const ON_LINK: u32 = 4;
+
+/// Makes if missing, replaces if there.
+pub const PUT: i32 = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+
+/// The address family of an address.
+#[must_use]
+pub fn family(ip: &[u8]) -> u8 {
+    (if ip.len() == 16 { libc::AF_INET6 } else { libc::AF_INET }) as u8
+}
+
+/// `RTM_GETLINK`, `RTM_GETADDR`, `RTM_GETROUTE` or `RTM_GETNEIGH` for all of a namespace.
+#[must_use]
+pub fn list(step: &str, kind: u16) -> Message {
+    let header: &[u8] = match kind {
+        libc::RTM_GETLINK => &[0; LINK],
+        libc::RTM_GETADDR => &[0; ADDRESS],
+        _ => &[0; ROUTE],
+    };
+    Message::new(step, kind, 0, header)
+}
+
+/// A request about the link with `index`: `RTM_NEWLINK` to change it, `RTM_DELLINK` to remove it.
+/// `up` sets it up.
+#[must_use]
+pub fn link(step: impl Into<String>, kind: u16, index: u32, up: bool) -> Message {
+    let flags = if up { libc::IFF_UP as u32 } else { 0 };
+    let mut header = [0; LINK];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    header[8..12].copy_from_slice(&flags.to_ne_bytes());
+    header[12..16].copy_from_slice(&flags.to_ne_bytes());
+    Message::new(step, kind, 0, &header)
+}
+
+/// `RTM_NEWADDR` of `ip` on a link, to which the caller adds attributes.
+#[must_use]
+pub fn address(step: impl Into<String>, index: u32, ip: &[u8], prefix: u8) -> Message {
+    let mut header = [family(ip), prefix, 0, 0, 0, 0, 0, 0];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    Message::new(step, libc::RTM_NEWADDR, PUT, &header)
+        .attribute(ADDRESS_LOCAL, ip)
+        .attribute(ADDRESS_ADDRESS, ip)
+}
+
+/// What [`route`] is told beside attributes.
+#[derive(Debug, Clone, Copy)]
+pub struct RouteHeader {
+    /// Destination is IPv6.
+    pub ipv6: bool,
+    /// Length of the destination's prefix.
+    pub prefix: u8,
+    /// `RT_SCOPE_*`.
+    pub scope: u8,
+    /// The gateway is on the link although no route says so.
+    pub on_link: bool,
+}
+
+/// `RTM_NEWROUTE` into the main table, to which the caller adds attributes.
+#[must_use]
+pub fn route(step: impl Into<String>, route: RouteHeader) -> Message {
+    let family = if route.ipv6 { libc::AF_INET6 } else { libc::AF_INET } as u8;
+    let flags = if route.on_link { ON_LINK } else { 0 };
+    let table = libc::RT_TABLE_MAIN;
+    let (protocol, kind) = (libc::RTPROT_STATIC, libc::RTN_UNICAST);
+    let mut header = [family, route.prefix, 0, 0, table, protocol, route.scope, kind, 0, 0, 0, 0];
+    header[8..12].copy_from_slice(&flags.to_ne_bytes());
+    Message::new(step, libc::RTM_NEWROUTE, PUT, &header)
+}
+
+/// A permanent `RTM_NEWNEIGH`.
+#[must_use]
+pub fn neighbour(step: impl Into<String>, index: u32, ip: &[u8], mac: &[u8]) -> Message {
+    let mut header = [0; NEIGHBOUR];
+    header[0] = family(ip);
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    header[8..10].copy_from_slice(&libc::NUD_PERMANENT.to_ne_bytes());
+    Message::new(step, libc::RTM_NEWNEIGH, PUT, &header)
+        .attribute(NEIGHBOUR_IP, ip)
+        .attribute(NEIGHBOUR_MAC, mac)
+}
+
+/// The 32-bit word at `offset` of an answer's fixed header.
+#[must_use]
+pub fn word(reply: &Reply, offset: usize) -> Option<u32> {
+    let bytes = reply.header(offset + 4)?.get(offset..)?;
+    bytes.try_into().ok().map(u32::from_ne_bytes)
+}

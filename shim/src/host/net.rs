@@ -1,0 +1,263 @@
+//! The wire between a pod's network interface and its VM: all frames, both ways, unchanged.
+//!
+//! CNI made an interface in the pod's network namespace; the VM has a tap there. A pinned eBPF program
+//! on both sends what enters one out of the other, so the host's stack is not involved and the guest
+//! owns the interface's addresses. `docs/network.md` follows a packet.
+//!
+//! Invariants: the namespace is entered only by short-lived threads of this module. The tap's index is
+//! derived from the interface's (`joey_ebpf::attach::partner`). The tap is not persistent: it dies with
+//! its last descriptor, the VMM's. What is left then are filters that drop, which [`Wire::unplug`]
+//! removes knowing nothing but the namespace.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use joey_ebpf::netlink::{NetlinkError, Socket};
+use joey_ebpf::{attach, route};
+use joey_protocol::api::Network;
+use nix::sched::{CloneFlags, setns};
+
+use crate::config::Config;
+use crate::sys;
+
+mod read;
+#[cfg(test)]
+mod tests;
+
+/// Name of the tap in the pod's namespace.
+const TAP: &str = "joey0";
+/// What the VM's device is called by hardware when the pod has no interface.
+const NO_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
+
+/// Why the VM is not on the pod's network, or why something of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// The namespace cannot be entered.
+    #[error("network namespace {netns}: {step}: {source}")]
+    Namespace {
+        /// Its path.
+        netns: PathBuf,
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// CNI made something that the guest cannot have.
+    #[error("network namespace {netns}: {reason}")]
+    Unsupported {
+        /// Its path.
+        netns: PathBuf,
+        /// What, and what to do.
+        reason: String,
+    },
+    /// The kernel refused.
+    #[error("network namespace {netns}: {source}")]
+    Netlink {
+        /// Its path.
+        netns: PathBuf,
+        /// What.
+        source: NetlinkError,
+    },
+    /// The tap could not be made.
+    #[error("network namespace {netns}: tap {TAP}: {step}: {source}")]
+    Tap {
+        /// The namespace.
+        netns: PathBuf,
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The program is not on the node and could not be brought there.
+    #[error("the wire's program {pin}: {reason}")]
+    Program {
+        /// Where it should be pinned.
+        pin: PathBuf,
+        /// Why it is not.
+        reason: String,
+    },
+}
+
+/// A plugged wire, as long as the tap's descriptor lives here or elsewhere.
+#[derive(Debug)]
+pub struct Wire {
+    tap: OwnedFd,
+    mac: [u8; 6],
+    network: Network,
+}
+
+impl Wire {
+    /// Makes the tap and joins it to the pod's interface. A pod that has none gets a tap that leads
+    /// nowhere, and an empty [`Network`]. Whatever an earlier attempt left is replaced.
+    pub fn plug(netns: &Path, config: &Config) -> Result<Self, NetError> {
+        if is_host_netns(netns) {
+            let reason = "this is the host's own network, which a pod with a VM cannot share";
+            return Err(NetError::Unsupported {
+                netns: netns.to_owned(),
+                reason: reason.to_owned(),
+            });
+        }
+        let program = program(config)?;
+        inside(netns, |place| {
+            let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
+            let pod = read::pod(place, netns)?;
+            if let Some(old) = pod.tap {
+                let delete = route::link("remove an old tap", libc::RTM_DELLINK, old, false);
+                place.request(delete).map_err(netlink)?;
+            }
+            let tap = make_tap(netns, pod.interface.as_ref().map(|i| attach::partner(i.index)))?;
+            let Some(interface) = pod.interface else {
+                return Ok(Self { tap, mac: NO_MAC, network: Network::new() });
+            };
+            if let Err(error) = join(place, interface.index, interface.mtu, &program) {
+                // The first error is the one to tell.
+                let _ = attach::detach(place, interface.index);
+                return Err(netlink(error));
+            }
+            Ok(Self { tap, mac: interface.mac, network: pod.network })
+        })
+    }
+
+    /// A descriptor of the tap, for the VMM.
+    pub fn tap_fd(&self) -> io::Result<OwnedFd> {
+        self.tap.try_clone()
+    }
+
+    /// The hardware address the guest must use: the pod's interface's.
+    #[must_use]
+    pub fn mac(&self) -> [u8; 6] {
+        self.mac
+    }
+
+    /// The pod's network as the guest is to set it up.
+    #[must_use]
+    pub fn network(&self) -> Network {
+        self.network.clone()
+    }
+
+    /// Takes everything of Joey's out of the namespace. Fine when there is nothing, or no namespace.
+    pub fn unplug(netns: &Path) -> Result<(), NetError> {
+        if is_host_netns(netns) {
+            return Ok(());
+        }
+        let result = inside(netns, |place| {
+            let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
+            for link in read::links(place, netns)? {
+                let result = if link.name == TAP {
+                    let delete =
+                        route::link("remove the tap", libc::RTM_DELLINK, link.index, false);
+                    place.request(delete)
+                } else {
+                    attach::detach(place, link.index)
+                };
+                match result {
+                    // Gone between the listing and now.
+                    Err(error) if error.errno() == Some(libc::ENODEV) => {}
+                    other => other.map_err(netlink)?,
+                }
+            }
+            Ok(())
+        });
+        match result {
+            Err(NetError::Namespace { source, .. }) if is_gone(&source) => Ok(()),
+            other => other,
+        }
+    }
+}
+
+/// Whether the path is the namespace of the host: a pod with `hostNetwork`.
+#[must_use]
+pub fn is_host_netns(path: &Path) -> bool {
+    let identity = |path: &Path| fs::metadata(path).map(|data| (data.dev(), data.ino())).ok();
+    let wanted = identity(path);
+    ["/proc/1/ns/net", "/proc/self/ns/net"]
+        .iter()
+        .any(|host| wanted.is_some() && identity(Path::new(host)) == wanted)
+}
+
+/// No file, or one on which the namespace is no longer mounted (`setns` says EINVAL then).
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// Runs `work` in a thread of its own inside the namespace, so that no other thread is ever there.
+fn inside<T: Send>(
+    netns: &Path,
+    work: impl FnOnce(&mut Socket) -> Result<T, NetError> + Send,
+) -> Result<T, NetError> {
+    let fail = |step| move |source| NetError::Namespace { netns: netns.to_owned(), step, source };
+    let file = File::open(netns).map_err(fail("open"))?;
+    std::thread::scope(|scope| {
+        let entered =
+            std::thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
+                setns(file.as_fd(), CloneFlags::CLONE_NEWNET)
+                    .map_err(|error| fail("enter")(error.into()))?;
+                let mut socket = Socket::open()
+                    .map_err(|source| NetError::Netlink { netns: netns.to_owned(), source })?;
+                work(&mut socket)
+            });
+        entered
+            .map_err(fail("start a thread"))?
+            .join()
+            .unwrap_or_else(|_| Err(fail("work inside")(io::Error::other("the thread panicked"))))
+    })
+}
+
+/// Makes the tap, silent: the host's own stack must never speak on it.
+fn make_tap(netns: &Path, index: Option<u32>) -> Result<OwnedFd, NetError> {
+    let fail = |step| move |source| NetError::Tap { netns: netns.to_owned(), step, source };
+    let tun = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .map_err(fail("open /dev/net/tun"))?;
+    if let Some(index) = index {
+        sys::set_tap_index(tun.as_fd(), index).map_err(fail("choose its index"))?;
+    }
+    sys::make_tap(tun.as_fd(), TAP).map_err(fail("create"))?;
+    let ipv6 = format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6");
+    match fs::write(ipv6, "1") {
+        // A host without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        other => other.map_err(fail("disable IPv6 on the host's side"))?,
+    }
+    Ok(tun.into())
+}
+
+/// Tap up, filters on both.
+fn join(place: &mut Socket, index: u32, mtu: u32, program: &OwnedFd) -> Result<(), NetlinkError> {
+    let tap = attach::partner(index);
+    let up = route::link("set the tap up", libc::RTM_NEWLINK, tap, true);
+    place.request(up.number(route::LINK_MTU, mtu))?;
+    for device in [tap, index] {
+        attach::carry(place, device)?;
+    }
+    place.batch([tap, index].map(|device| attach::attach(device, program)))
+}
+
+/// The pinned program; loaded by Joey's tool when this node has not got it yet.
+fn program(config: &Config) -> Result<OwnedFd, NetError> {
+    let pin = joey_ebpf::pinned_path(&config.bpf_dir);
+    let fail = |reason: String| NetError::Program { pin: pin.clone(), reason };
+    match attach::open(&config.bpf_dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        other => return other.map_err(|error| fail(error.to_string())),
+    }
+    let joey = config.joey().map_err(|error| fail(format!("find the tool `joey`: {error}")))?;
+    let command = format!("{} ebpf load", joey.display());
+    let output = Command::new(&joey)
+        .args(["ebpf", "load", "--json"])
+        .output()
+        .map_err(|error| fail(format!("run `{command}`: {error}")))?;
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr);
+        return Err(fail(format!("`{command}` failed ({}): {}", output.status, words.trim())));
+    }
+    attach::open(&config.bpf_dir).map_err(|error| {
+        fail(format!("not there after `{command}`, which may read another configuration: {error}"))
+    })
+}
