@@ -29,7 +29,7 @@ fn config(directory: &Path, guest: &str) -> VmmConfig {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt().init();
+    tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(false).init();
     let mut arguments = std::env::args().skip(1);
     let directory = PathBuf::from(arguments.next().context("no directory")?);
     let guest = arguments.next().context("no guest image")?;

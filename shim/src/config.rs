@@ -154,6 +154,33 @@ impl Config {
         }
     }
 
+    /// What the VMM needs to know.
+    ///
+    /// # Errors
+    /// The tool's place cannot be found out.
+    pub fn vmm(&self) -> io::Result<crate::vmm::VmmConfig> {
+        let joey = self.joey()?.to_string_lossy().into_owned();
+        Ok(crate::vmm::VmmConfig {
+            qemu: self.qemu(),
+            guest_dir: self.guest_dir(),
+            templates_dir: self.state_dir.join("templates"),
+            run_dir: self.run_dir.clone(),
+            use_templates: true,
+            ids: crate::host::jail::IdRange { first: self.jail_first_id, count: self.jail_ids },
+            builder: Some(vec![joey, "template".to_owned(), "build".to_owned()]),
+        })
+    }
+
+    /// QEMU: as configured, or the first in `PATH`, or where distributions put it.
+    fn qemu(&self) -> PathBuf {
+        const NAME: &str = "qemu-system-x86_64";
+        let in_path = || {
+            let path = std::env::var_os("PATH")?;
+            std::env::split_paths(&path).map(|dir| dir.join(NAME)).find(|file| file.is_file())
+        };
+        self.qemu.clone().or_else(in_path).unwrap_or_else(|| Path::new("/usr/bin").join(NAME))
+    }
+
     fn check(self) -> Result<Self, ConfigError> {
         let paths = [
             ("state_dir", Some(&self.state_dir)),

@@ -76,9 +76,9 @@ pub fn undo(run_dir: &Path, record: &Record) -> Result<(), Incomplete> {
     if let Err(error) = cgroup::remove(&record.cgroups) {
         left.push(error.to_string());
     }
-    remove(&record.socket, std::fs::remove_file, &mut left);
+    remove(&record.socket, |path| std::fs::remove_file(path), &mut left);
     if left.is_empty() {
-        remove(&directory(run_dir, &record.id), std::fs::remove_dir_all, &mut left);
+        remove(&directory(run_dir, &record.id), |path| std::fs::remove_dir_all(path), &mut left);
     }
     if left.is_empty() { Ok(()) } else { Err(Incomplete { id: record.id.clone(), left }) }
 }

@@ -27,6 +27,9 @@ pub struct Acceleration {
     pub kvm: bool,
     /// Why not, or that it does.
     pub reason: String,
+    /// Under software emulation the guest reads the host's time-stamp counter, and finding its speed
+    /// out by itself takes longer than its kernel waits on a busy node: so it is told, in kHz.
+    pub tsc_khz: Option<u64>,
 }
 
 impl Acceleration {
@@ -74,12 +77,21 @@ fn keep(path: &Path, found: &Acceleration) -> std::io::Result<()> {
 /// Probes without looking at what is known.
 pub fn probe_now() -> Acceleration {
     match try_kvm() {
-        Ok(()) => Acceleration {
-            kvm: true,
-            reason: "a trial guest ran".to_owned(),
-        },
-        Err(reason) => Acceleration { kvm: false, reason },
+        Ok(()) => {
+            Acceleration { kvm: true, reason: "a trial guest ran".to_owned(), tsc_khz: None }
+        }
+        Err(reason) => Acceleration { kvm: false, reason, tsc_khz: Some(tsc_khz()) },
     }
+}
+
+/// Speed of the time-stamp counter against the monotonic clock: 100 ms give it to a few parts in a
+/// million.
+fn tsc_khz() -> u64 {
+    let (begun, from) = (std::time::Instant::now(), sys::time_stamp());
+    std::thread::sleep(Duration::from_millis(100));
+    let (took, ticks) = (begun.elapsed(), sys::time_stamp().wrapping_sub(from));
+    let khz = u128::from(ticks) * 1_000_000 / took.as_nanos().max(1);
+    u64::try_from(khz).unwrap_or(0)
 }
 
 fn try_kvm() -> Result<(), String> {
@@ -163,6 +175,7 @@ mod tests {
         let known = Acceleration {
             kvm: true,
             reason: "known".to_owned(),
+            tsc_khz: None,
         };
         keep(&directory.path().join("accelerator.json"), &known).unwrap();
         assert_eq!(probe(directory.path()), known);

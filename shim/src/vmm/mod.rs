@@ -216,6 +216,7 @@ pub(crate) fn prepare<'a>(
     let machine = Machine {
         mode,
         kvm: store.acceleration().kvm,
+        tsc_khz: store.acceleration().tsc_khz,
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib,
         kernel: Path::new("/vmlinuz"),

@@ -52,6 +52,8 @@ pub struct Machine<'a> {
     pub mode: Mode,
     /// KVM, or software emulation.
     pub kvm: bool,
+    /// Speed of the time-stamp counter, where the guest is told.
+    pub tsc_khz: Option<u64>,
     /// Processors.
     pub vcpus: u32,
     /// Memory.
@@ -104,7 +106,8 @@ pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
     if let Some(initrd) = machine.initrd {
         add(&["-initrd", &initrd.display().to_string()]);
     }
-    add(&["-append", KERNEL_COMMAND_LINE]);
+    let tsc = machine.tsc_khz.map(|khz| format!(" tsc_early_khz={khz}")).unwrap_or_default();
+    add(&["-append", &format!("{KERNEL_COMMAND_LINE}{tsc}")]);
     if machine.mode == Mode::Clone {
         add(&["-add-fd", &format!("fd={},set=1,opaque=state", fd::STATE)]);
         add(&["-incoming", "defer"]);
@@ -160,6 +163,7 @@ mod tests {
         let machine = Machine {
             mode,
             kvm,
+            tsc_khz: None,
             vcpus: 2,
             memory_mib: 256,
             kernel: Path::new("/vmlinuz"),

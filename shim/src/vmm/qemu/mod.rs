@@ -157,7 +157,9 @@ impl QemuVm {
             qmp.execute("migrate-set-capabilities", capabilities()).await?;
             let source = json!({"uri": "file:/dev/fdset/1"});
             qmp.execute("migrate-incoming", source).await?;
-            while qmp.event().await?.name != "RESUME" {}
+            migrated(&mut qmp).await?;
+            // A machine that runs already does not mind.
+            qmp.execute("cont", json!({})).await?;
             Ok(())
         };
         match timeout(RESTORE_DEADLINE, wait).await {
@@ -179,21 +181,7 @@ impl QemuVm {
         let set = json!({"fdset-id": 900});
         qmp.execute_with("add-fd", set, Some(state.as_fd())).await?;
         qmp.execute("migrate", json!({"uri": "file:/dev/fdset/900"})).await?;
-        loop {
-            let event = qmp.event().await?;
-            match event.data.get("status").and_then(|status| status.as_str()) {
-                Some("completed") if event.name == "MIGRATION" => return Ok(()),
-                Some("failed") if event.name == "MIGRATION" => {
-                    let info = qmp.execute("query-migrate", json!({})).await?;
-                    return Err(QmpError::Refused {
-                        command: "migrate".to_owned(),
-                        reason: info.get("error-desc").map(ToString::to_string).unwrap_or_default(),
-                    }
-                    .into());
-                }
-                _ => {}
-            }
-        }
+        Ok(migrated(&mut qmp).await?)
     }
 
     async fn swap(&self, slot: u32, file: &str) -> Result<(), QmpError> {
@@ -251,6 +239,25 @@ impl QemuVm {
     async fn command(&self, name: &str) -> Result<(), VmmError> {
         self.qmp.lock().await.execute(name, json!({})).await?;
         Ok(())
+    }
+}
+
+/// Waits for the end of a migration, in or out.
+async fn migrated(qmp: &mut Qmp) -> Result<(), QmpError> {
+    loop {
+        let event = qmp.event().await?;
+        tracing::debug!(name = event.name, data = %event.data, "QEMU's event");
+        match event.data.get("status").and_then(|status| status.as_str()) {
+            Some("completed") if event.name == "MIGRATION" => return Ok(()),
+            Some("failed") if event.name == "MIGRATION" => {
+                let info = qmp.execute("query-migrate", json!({})).await?;
+                return Err(QmpError::Refused {
+                    command: "migrate".to_owned(),
+                    reason: info.get("error-desc").map(ToString::to_string).unwrap_or_default(),
+                });
+            }
+            _ => {}
+        }
     }
 }
 
