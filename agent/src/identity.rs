@@ -18,6 +18,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
+use crate::network::{self, NetworkError};
 use crate::sys;
 
 /// Size of the pod's /dev/shm when the host names none.
@@ -40,6 +41,9 @@ pub(crate) enum IdentityError {
         /// What is wrong with it.
         problem: String,
     },
+    /// The pod's network could not be set up.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A sysctl that a pod may not set.
     #[error(
         "sysctl {0:?} is not one a pod may set (net.*, kernel.shm*, kernel.msg*, kernel.sem, \
@@ -59,6 +63,9 @@ pub(crate) enum IdentityError {
 impl IdentityError {
     /// Whether the request, not the guest, is at fault.
     pub(crate) fn is_callers(&self) -> bool {
+        if let Self::Network(error) = self {
+            return error.is_callers();
+        }
         matches!(
             self,
             Self::Version(_) | Self::Invalid { .. } | Self::SysctlRefused(_)
@@ -83,6 +90,8 @@ pub(crate) fn assume(
     phases.measure("clock", || set_clock(request.wall_clock_ns))?;
     phases.measure("entropy", || set_entropy(&request.entropy))?;
     phases.measure("names", || set_names(request))?;
+    // Before the sysctls, which may be an interface's.
+    phases.measure("network", || Ok(network::apply(&request.network)?))?;
     phases.measure("sysctls", || set_sysctls(request))?;
     phases.measure("shared memory", || set_shared_memory(request.shm_bytes))?;
     let boot_id = fs::read_to_string(BOOT_ID).map_err(step("boot id"))?;

@@ -14,6 +14,7 @@ mod events;
 mod fd_io;
 mod identity;
 mod log;
+mod network;
 mod oom;
 mod paths;
 mod pod_pid;

@@ -1,0 +1,234 @@
+//! The pod's network in the guest: exactly what CNI made on the host, on the virtio device instead.
+//!
+//! The host sends what it read; here it is checked and turned into one batch of netlink requests, in
+//! the order their effects need: link, addresses, routes on the link, routes behind a gateway,
+//! neighbours. Addresses bring no routes of their own, since the pod's are complete, and are used
+//! at once: nobody else on the network can have them.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+
+use joey_ebpf::netlink::{Message, NetlinkError, Reply, Socket};
+use joey_ebpf::route::{self, RouteHeader, word};
+use joey_protocol::api;
+
+/// `ARPHRD_ETHER`.
+const ETHERNET: u32 = 1;
+/// Index of every namespace's loopback.
+const LOOPBACK: u32 = 1;
+/// `IFA_F_NODAD | IFA_F_NOPREFIXROUTE`.
+const ADDRESS_FLAGS: u32 = 0x02 | 0x200;
+/// Longest name of an interface.
+const NAME_MAX: usize = 15;
+
+/// Why the sandbox has no network.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NetworkError {
+    /// The host asks for something that cannot be.
+    #[error("network: {what}: {problem}")]
+    Invalid {
+        /// Which part of the request.
+        what: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The VM has fewer network devices than the pod interfaces.
+    #[error("network: interface {name}: the VM has no network device {index}")]
+    NoDevice {
+        /// Interface.
+        name: String,
+        /// Device wanted.
+        index: u32,
+    },
+    /// The kernel refused.
+    #[error("network: {0}")]
+    Netlink(#[from] NetlinkError),
+    /// A setting could not be made.
+    #[error("network: writing {path}: {source}")]
+    Setting {
+        /// File.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl NetworkError {
+    /// Whether the request, not the guest, is at fault.
+    pub(crate) fn is_callers(&self) -> bool {
+        matches!(self, Self::Invalid { .. })
+    }
+}
+
+/// A device of the guest.
+struct Device {
+    index: u32,
+    name: String,
+}
+
+/// Sets up loopback, and the pod's interfaces if it has any.
+pub(crate) fn apply(network: &api::Network) -> Result<(), NetworkError> {
+    let mut socket = Socket::open()?;
+    let mut batch = vec![route::link("set up loopback", libc::RTM_NEWLINK, LOOPBACK, true)];
+    if !network.interfaces.is_empty() {
+        let devices = devices(&mut socket)?;
+        for interface in &network.interfaces {
+            let device = device(&devices, interface)?;
+            without_detection(&device.name)?;
+            configure(&mut batch, device.index, interface)?;
+        }
+        let index = |name: &str| {
+            let interface = network.interfaces.iter().find(|i| i.name == name);
+            let interface = interface.ok_or_else(|| NetworkError::Invalid {
+                what: format!("interface {name:?} of a route or neighbour"),
+                problem: "is none of the pod's",
+            })?;
+            device(&devices, interface).map(|device| device.index)
+        };
+        let (near, far): (Vec<_>, Vec<_>) =
+            network.routes.iter().partition(|route| route.gateway.is_empty());
+        for route in near.into_iter().chain(far) {
+            batch.push(self::route(route, index(&route.interface)?)?);
+        }
+        for neighbour in &network.neighbours {
+            batch.push(self::neighbour(neighbour, index(&neighbour.interface)?)?);
+        }
+    }
+    Ok(socket.batch(batch)?)
+}
+
+/// The Ethernet devices in the order of their probing.
+fn devices(socket: &mut Socket) -> Result<Vec<Device>, NetworkError> {
+    let links = socket.dump(route::list("list network devices", libc::RTM_GETLINK))?;
+    let mut devices: Vec<Device> = links.iter().filter_map(ethernet).collect();
+    devices.sort_by_key(|device| device.index);
+    Ok(devices)
+}
+
+fn ethernet(reply: &Reply) -> Option<Device> {
+    let name = reply.attributes(route::LINK).text(route::LINK_NAME)?.to_owned();
+    let ethernet = word(reply, 0)? >> 16 == ETHERNET;
+    ethernet.then_some(Device { index: word(reply, 4)?, name })
+}
+
+fn device<'a>(
+    devices: &'a [Device],
+    interface: &api::Interface,
+) -> Result<&'a Device, NetworkError> {
+    let index = usize::try_from(interface.device_index).unwrap_or(usize::MAX);
+    devices.get(index).ok_or_else(|| NetworkError::NoDevice {
+        name: interface.name.clone(),
+        index: interface.device_index,
+    })
+}
+
+/// No duplicate address detection for the link-local address either: it would only cost a second.
+fn without_detection(device: &str) -> Result<(), NetworkError> {
+    let path = format!("/proc/sys/net/ipv6/conf/{device}/accept_dad");
+    match fs::write(&path, "0") {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(|source| NetworkError::Setting { path, source }),
+    }
+}
+
+fn configure(
+    batch: &mut Vec<Message>,
+    index: u32,
+    interface: &api::Interface,
+) -> Result<(), NetworkError> {
+    let name = interface.name.as_str();
+    let invalid =
+        |problem| Err(NetworkError::Invalid { what: format!("interface {name:?}"), problem });
+    let printable = name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
+    if name.is_empty() || name.len() > NAME_MAX || !printable || name == "." || name == ".." {
+        return invalid("is not a name for an interface");
+    }
+    if interface.mac.len() != 6 {
+        return invalid("has a hardware address that is not 6 bytes long");
+    }
+    let link = route::link(format!("configure {name}"), libc::RTM_NEWLINK, index, false)
+        .text(route::LINK_NAME, name)
+        .attribute(route::LINK_MAC, &interface.mac)
+        .number(route::LINK_MTU, interface.mtu);
+    batch.push(link);
+    batch.push(route::link(format!("set {name} up"), libc::RTM_NEWLINK, index, true));
+    for address in &interface.addresses {
+        let what = || format!("address {} of {name}", shown(&address.ip));
+        let prefix = prefix(&address.ip, address.prefix, &what)?;
+        let mut message = route::address(format!("add {}", what()), index, &address.ip, prefix)
+            .number(route::ADDRESS_FLAGS, ADDRESS_FLAGS);
+        if !address.broadcast.is_empty() {
+            message = message.attribute(route::ADDRESS_BROADCAST, &address.broadcast);
+        }
+        batch.push(message);
+    }
+    Ok(())
+}
+
+fn route(route: &api::Route, index: u32) -> Result<Message, NetworkError> {
+    let what = || format!("route to {}/{}", shown(&route.destination), route.prefix);
+    let length = if route.ipv6 { 16 } else { 4 };
+    let fits = |bytes: &[u8]| bytes.is_empty() || bytes.len() == length;
+    if ![&route.destination, &route.gateway, &route.source].iter().all(|bytes| fits(bytes)) {
+        return Err(NetworkError::Invalid {
+            what: what(),
+            problem: "has addresses of another family",
+        });
+    }
+    let prefix = match (route.destination.is_empty(), route.prefix) {
+        (true, 0) => 0,
+        _ => prefix(&route.destination, route.prefix, &what)?,
+    };
+    let scope = u8::try_from(route.scope).unwrap_or(libc::RT_SCOPE_UNIVERSE);
+    let header = RouteHeader { ipv6: route.ipv6, prefix, scope, on_link: route.on_link };
+    let mut message =
+        self::route::route(format!("add {}", what()), header).number(libc::RTA_OIF, index);
+    for (kind, value) in [
+        (libc::RTA_DST, &route.destination),
+        (libc::RTA_GATEWAY, &route.gateway),
+        (libc::RTA_PREFSRC, &route.source),
+    ] {
+        if !value.is_empty() {
+            message = message.attribute(kind, value);
+        }
+    }
+    if route.metric != 0 {
+        message = message.number(libc::RTA_PRIORITY, route.metric);
+    }
+    Ok(message)
+}
+
+fn neighbour(neighbour: &api::Neighbour, index: u32) -> Result<Message, NetworkError> {
+    let what = format!("neighbour {}", shown(&neighbour.ip));
+    if !matches!(neighbour.ip.len(), 4 | 16) || neighbour.mac.len() != 6 {
+        return Err(NetworkError::Invalid { what, problem: "has no usable addresses" });
+    }
+    Ok(route::neighbour(format!("add {what}"), index, &neighbour.ip, &neighbour.mac))
+}
+
+fn prefix(ip: &[u8], prefix: u32, what: &dyn Fn() -> String) -> Result<u8, NetworkError> {
+    let invalid = |problem| NetworkError::Invalid { what: what(), problem };
+    if !matches!(ip.len(), 4 | 16) {
+        return Err(invalid("is neither IPv4 nor IPv6"));
+    }
+    u8::try_from(prefix)
+        .ok()
+        .filter(|prefix| usize::from(*prefix) <= ip.len() * 8)
+        .ok_or_else(|| invalid("has a prefix that is too long"))
+}
+
+fn shown(ip: &[u8]) -> String {
+    let v4 = <[u8; 4]>::try_from(ip).map(IpAddr::from);
+    let any = v4.or_else(|_| <[u8; 16]>::try_from(ip).map(IpAddr::from));
+    match any {
+        Ok(ip) => ip.to_string(),
+        Err(_) if ip.is_empty() => "default".to_owned(),
+        Err(_) => format!("{ip:?}"),
+    }
+}
+
+#[cfg(test)]
+#[path = "network/tests.rs"]
+mod tests;
