@@ -14,6 +14,9 @@ use serde::Deserialize;
 /// Where the file is when nobody says otherwise.
 pub const DEFAULT_FILE: &str = "/etc/joey/config.toml";
 
+/// Environment variable that names another file.
+pub const CONFIG: &str = "JOEY_CONFIG";
+
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -89,6 +92,9 @@ pub struct Config {
     pub template_memory_mib: Vec<u32>,
     /// How long a sandbox may take to start.
     pub start_timeout_seconds: u64,
+    /// The file that was read, for the programs that the shim runs.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -110,6 +116,7 @@ impl Default for Config {
             template_vcpus: vec![1, 2, 4, 8],
             template_memory_mib: vec![128, 256, 512, 1024, 2048, 4096, 8192, 16384],
             start_timeout_seconds: 60,
+            file: None,
         }
     }
 }
@@ -118,7 +125,7 @@ impl Config {
     /// Reads, merges and checks; `options` are what containerd passed for the runtime, if anything.
     pub fn load(options: Option<&Any>) -> Result<Self, ConfigError> {
         let options = options.map(decode).transpose()?.unwrap_or_default();
-        let from_env = std::env::var_os("JOEY_CONFIG").map(PathBuf::from);
+        let from_env = std::env::var_os(CONFIG).map(PathBuf::from);
         let named = options.path.map(PathBuf::from).or(from_env);
         let must_exist = named.is_some();
         let path = named.unwrap_or_else(|| DEFAULT_FILE.into());
@@ -136,7 +143,19 @@ impl Config {
                     origin: path.display().to_string(),
                     message: error.to_string(),
                 })?;
-        config.check()
+        let file = path.exists().then_some(path);
+        Self { file, ..config }.check()
+    }
+
+    /// Reads the configuration of a file that the operator named.
+    ///
+    /// # Errors
+    /// It cannot be read, or is not a configuration.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = read(path, true)?.try_into().map_err(|error: toml::de::Error| {
+            ConfigError::Parse { origin: path.display().to_string(), message: error.to_string() }
+        })?;
+        Self { file: Some(path.to_owned()), ..config }.check()
     }
 
     /// Where the guest's kernel and initramfs are.

@@ -14,8 +14,8 @@ use crate::api::convert::timestamp;
 use crate::api::publisher::Publisher;
 use crate::api::{events, sandbox, task};
 use crate::bootstrap::Invocation;
-use crate::config::Config;
-use crate::log;
+use crate::config::{CONFIG, Config};
+use crate::{log, sys};
 use crate::sandbox::record::{Record, directory};
 use crate::sandbox::{Boot, Handle, teardown};
 
@@ -32,6 +32,10 @@ const KILLED: u32 = 137;
 /// The runtime or the server could not be started.
 pub fn run(config: Config, invocation: Invocation, listener: UnixListener) -> Result<()> {
     log::init(&invocation.bundle, invocation.flags.debug);
+    if let Some(file) = &config.file {
+        // So that `joey`, run by this shim, reads the same configuration.
+        sys::set_environment(CONFIG, file);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

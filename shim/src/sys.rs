@@ -311,3 +311,9 @@ pub(crate) fn time_stamp() -> u64 {
     // SAFETY: every x86-64 processor has the instruction and Linux lets programs use it.
     unsafe { std::arch::x86_64::_rdtsc() }
 }
+
+/// Sets a variable of this process's environment. Only while it has a single thread.
+pub(crate) fn set_environment(name: &str, value: &std::path::Path) {
+    // SAFETY: called by the forked server before its runtime exists, so nobody reads meanwhile.
+    unsafe { std::env::set_var(name, value) }
+}

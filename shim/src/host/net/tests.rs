@@ -261,6 +261,21 @@ fn interfaces_that_a_guest_cannot_have_are_refused() {
 }
 
 #[test]
+fn a_node_that_cannot_load_says_so() {
+    let Some(mut lab) = Lab::new() else { return };
+    lab.config.bpf_dir = lab.bpf.path().join("other");
+    for (joey, words) in [
+        ("/nonexistent/joey", "run `/nonexistent/joey ebpf load`"),
+        ("/bin/false", "`/bin/false ebpf load` failed (exit status: 1)"),
+        ("/bin/true", "may read another configuration"),
+    ] {
+        lab.config.joey = Some(joey.into());
+        let error = lab.plug().unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
 fn a_pod_without_interface_gets_a_tap_to_nowhere() {
     let Some(lab) = Lab::new() else { return };
     let wire = lab.plug().unwrap();

@@ -1,0 +1,129 @@
+//! `joey`: the operator's tool. Checks a node, keeps its templates, shows its sandboxes; and does for
+//! the shims what is heavy and done once per node.
+#![allow(clippy::print_stdout)]
+
+mod check;
+mod sandboxes;
+mod templates;
+mod timeline;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use joey_shim::config::Config;
+
+#[derive(Parser)]
+#[command(version, about = "Joey: every pod in its own lightweight virtual machine")]
+struct Cli {
+    /// Configuration file (else JOEY_CONFIG, else /etc/joey/config.toml)
+    #[arg(long, global = true)]
+    config: Option<PathBuf>,
+    /// Machine-readable output
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Is this node able to run pods? What is missing, and what to do about it
+    Check,
+    /// The virtual machines that sandboxes are cloned from
+    #[command(subcommand)]
+    Template(templates::Task),
+    /// The eBPF program that joins pods to their VMs
+    #[command(subcommand)]
+    Ebpf(Ebpf),
+    /// Images made of the node's snapshots
+    #[command(subcommand)]
+    Image(Image),
+    /// Sandboxes on this node
+    Ps,
+    /// One sandbox: its size, processes, and how long each step of its start took
+    Inspect {
+        /// Its id, or the beginning of it
+        id: String,
+    },
+    /// The guest's console and the agent's log
+    Console {
+        /// Its id, or the beginning of it
+        id: String,
+        /// Wait for more
+        #[arg(short, long)]
+        follow: bool,
+    },
+}
+
+#[derive(Subcommand)]
+enum Ebpf {
+    /// Load and pin the program, unless it is there
+    Load,
+}
+
+#[derive(Subcommand)]
+enum Image {
+    /// Make an EROFS image of directories, unless it is there (run by the shim)
+    Convert {
+        /// Where the image goes
+        #[arg(long)]
+        output: PathBuf,
+        /// Most bytes that cached images may have together
+        #[arg(long)]
+        bound: u64,
+        /// Directories, the top one first
+        #[arg(required = true)]
+        lowers: Vec<PathBuf>,
+    },
+    /// Cached images
+    Ls,
+    /// Remove cached images that no sandbox uses
+    Prune,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            use std::io::Write as _;
+            let _ = writeln!(std::io::stderr(), "joey: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs the task; `false` if it found something wrong that it has told already.
+fn run(cli: &Cli) -> Result<bool> {
+    let config = match &cli.config {
+        Some(path) => Config::from_file(path)?,
+        None => Config::load(None)?,
+    };
+    match &cli.task {
+        Task::Check => return check::run(&config, cli.json),
+        Task::Template(task) => templates::run(&config, task, cli.json)?,
+        Task::Ebpf(Ebpf::Load) => {
+            let path = joey_ebpf::loader::load(&config.bpf_dir)?;
+            if cli.json {
+                println!("{}", serde_json::json!({ "pinned": path }));
+            } else {
+                println!("pinned at {}", path.display());
+            }
+        }
+        Task::Image(Image::Convert { output, bound, lowers }) => {
+            joey_shim::rootfs::convert::run(&config, output, *bound, lowers)?;
+        }
+        Task::Image(Image::Ls) => joey_shim::rootfs::cache::list(&config, cli.json)?,
+        Task::Image(Image::Prune) => {
+            let removed = joey_shim::rootfs::cache::shrink(&config, 0)?;
+            println!("{} images removed", removed.len());
+        }
+        Task::Ps => sandboxes::list(&config, cli.json)?,
+        Task::Inspect { id } => sandboxes::inspect(&config, id, cli.json)?,
+        Task::Console { id, follow } => sandboxes::console(&config, id, *follow, cli.json)?,
+    }
+    Ok(true)
+}

@@ -1,0 +1,139 @@
+//! `joey ps`, `joey inspect`, `joey console`: from the records that shims keep.
+
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use joey_shim::config::Config;
+use joey_shim::sandbox::record::{ProcessId, Record, directory};
+use joey_shim::sandbox::timeline::Steps;
+use serde_json::json;
+
+use crate::timeline;
+
+fn state(record: &Record) -> &'static str {
+    let alive = |process: Option<ProcessId>| process.is_some_and(|process| process.alive());
+    match (alive(record.shim), alive(record.vmm)) {
+        (true, true) => "running",
+        (true, false) if record.vmm.is_none() => "starting",
+        (true, false) => "stopped",
+        // containerd calls `delete`, which cleans up from the record.
+        (false, _) => "orphaned",
+    }
+}
+
+fn age(record: &Record) -> String {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    match now.saturating_sub(record.started_at) {
+        seconds @ 0..=119 => format!("{seconds}s"),
+        seconds @ 120..=7199 => format!("{}m", seconds / 60),
+        seconds @ 7200..=172_799 => format!("{}h", seconds / 3600),
+        seconds => format!("{}d", seconds / 86_400),
+    }
+}
+
+pub(crate) fn list(config: &Config, json: bool) -> Result<()> {
+    let records = Record::all(&config.run_dir).context("list the sandboxes")?;
+    if json {
+        let all: Vec<_> = records
+            .iter()
+            .map(|record| json!({"state": state(record), "record": record}))
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&all)?);
+        return Ok(());
+    }
+    println!(
+        "{:<14} {:<40} {:<9} {:>5} {:>8} {:>8} {:>6}",
+        "SANDBOX", "POD", "STATE", "VCPUS", "MEMORY", "VMM PID", "AGE"
+    );
+    for record in &records {
+        println!(
+            "{:<14.13} {:<40.40} {:<9} {:>5} {:>8} {:>8} {:>6}",
+            record.id,
+            record.pod.as_deref().unwrap_or("-"),
+            state(record),
+            record.vcpus,
+            format!("{}Mi", record.memory_mib),
+            record.vmm.map_or_else(|| "-".to_owned(), |vmm| vmm.pid.to_string()),
+            age(record),
+        );
+    }
+    Ok(())
+}
+
+/// The one sandbox whose id begins with `prefix`.
+fn find(config: &Config, prefix: &str) -> Result<Record> {
+    let mut matching: Vec<Record> = Record::all(&config.run_dir)?
+        .into_iter()
+        .filter(|record| record.id.starts_with(prefix))
+        .collect();
+    match (matching.len(), matching.pop()) {
+        (1, Some(record)) => Ok(record),
+        (0, _) => anyhow::bail!("no sandbox has an id that begins with {prefix:?}; see `joey ps`"),
+        (count, _) => anyhow::bail!("{count} sandboxes have an id that begins with {prefix:?}"),
+    }
+}
+
+pub(crate) fn inspect(config: &Config, id: &str, json: bool) -> Result<()> {
+    let record = find(config, id)?;
+    let steps = Steps::read(&directory(&config.run_dir, &record.id)).unwrap_or_default();
+    if json {
+        let all = json!({"state": state(&record), "record": record, "timeline": steps});
+        println!("{}", serde_json::to_string_pretty(&all)?);
+        return Ok(());
+    }
+    let pid = |process: Option<ProcessId>| {
+        process.map_or_else(|| "-".to_owned(), |process| process.pid.to_string())
+    };
+    println!("sandbox    {}", record.id);
+    println!("pod        {}", record.pod.as_deref().unwrap_or("-"));
+    println!("state      {}", state(&record));
+    println!("size       {} vCPUs, {} MiB", record.vcpus, record.memory_mib);
+    println!(
+        "started    {} ago, {}",
+        age(&record),
+        match record.cloned {
+            Some(true) => "cloned from a template",
+            Some(false) => "booted cold",
+            None => "not running yet",
+        }
+    );
+    println!("processes  shim {}, VMM {}", pid(record.shim), pid(record.vmm));
+    if let Some(netns) = &record.netns {
+        println!("network    {}", netns.display());
+    }
+    print!("\n{}", timeline::draw(&steps));
+    Ok(())
+}
+
+pub(crate) fn console(config: &Config, id: &str, follow: bool, json: bool) -> Result<()> {
+    let record = find(config, id)?;
+    let path = directory(&config.run_dir, &record.id).join("console.log");
+    let mut file = std::fs::File::open(&path)
+        .with_context(|| format!("the guest has printed nothing yet ({})", path.display()))?;
+    let mut text = Vec::new();
+    file.read_to_end(&mut text)?;
+    if json {
+        let text = String::from_utf8_lossy(&text);
+        println!("{}", json!({"sandbox": record.id, "console": text}));
+        return Ok(());
+    }
+    let mut out = std::io::stdout().lock();
+    out.write_all(&text)?;
+    while follow && directory(&config.run_dir, &record.id).exists() {
+        out.flush()?;
+        std::thread::sleep(Duration::from_millis(200));
+        text.clear();
+        // A console that was started anew is shorter than what was read of it.
+        let position = file.stream_position()?;
+        if std::fs::metadata(&path).is_ok_and(|meta| meta.len() < position) {
+            file = std::fs::File::open(&path)?;
+            file.seek(SeekFrom::Start(0))?;
+        }
+        file.read_to_end(&mut text)?;
+        out.write_all(&text)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,131 @@
+//! The folder of cached images: what is there, and what goes when it is full.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+
+use super::{RootfsError, io_error};
+use crate::config::Config;
+
+/// A cached image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Cached {
+    /// Its key.
+    pub key: String,
+    /// Bytes it takes on disk.
+    pub bytes: u64,
+    /// When a container last used it.
+    pub used: SystemTime,
+    #[serde(skip)]
+    path: PathBuf,
+}
+
+/// Where images are cached.
+#[must_use]
+pub fn folder(config: &Config) -> PathBuf {
+    config.state_dir.join("images")
+}
+
+/// All cached images, the one that was not used for longest first.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn all(config: &Config) -> Result<Vec<Cached>, RootfsError> {
+    let folder = folder(config);
+    let entries = match std::fs::read_dir(&folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(io_error("list", &folder))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let key = path.file_stem().and_then(|stem| stem.to_str()).map(ToOwned::to_owned);
+        let is_image = path.extension().is_some_and(|extension| extension == "erofs");
+        // What vanishes meanwhile was evicted by somebody else.
+        if let (Some(key), Ok(meta), true) = (key, entry.metadata(), is_image) {
+            let used = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            found.push(Cached { key, bytes: meta.blocks() * 512, used, path });
+        }
+    }
+    found.sort_by_key(|cached| cached.used);
+    Ok(found)
+}
+
+/// Removes images, those that were not used for longest first, until no more than `bound` bytes are
+/// left; images in use stay. Gives the keys of the removed ones.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn shrink(config: &Config, bound: u64) -> Result<Vec<String>, RootfsError> {
+    let images = all(config)?;
+    let mut total: u64 = images.iter().map(|image| image.bytes).sum();
+    let mut removed = Vec::new();
+    for image in images {
+        if total <= bound {
+            break;
+        }
+        if evict(&image.path) {
+            total -= image.bytes;
+            removed.push(image.key);
+        }
+    }
+    Ok(removed)
+}
+
+/// Removes one image unless somebody uses it.
+fn evict(path: &Path) -> bool {
+    let Ok(file) = File::open(path) else { return false };
+    let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return false };
+    let removed = std::fs::remove_file(path).is_ok();
+    let _ = std::fs::remove_file(path.with_extension("lock"));
+    removed
+}
+
+/// Prints the cached images.
+///
+/// # Errors
+/// The folder cannot be read.
+#[allow(clippy::print_stdout)]
+pub fn list(config: &Config, json: bool) -> Result<(), RootfsError> {
+    let images = all(config)?;
+    if json {
+        println!("{}", serde_json::json!({ "images": images }));
+        return Ok(());
+    }
+    println!("{:<44} {:>10}  LAST USED", "KEY", "MIB");
+    for image in images {
+        let ago = image.used.elapsed().unwrap_or_default().as_secs() / 60;
+        println!("{:<44} {:>10}  {ago} min ago", image.key, image.bytes >> 20);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_unused_goes_and_what_is_in_use_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config { state_dir: dir.path().to_owned(), ..Config::default() };
+        std::fs::create_dir(folder(&config)).unwrap();
+        for (age, key) in [(30, "a"), (20, "b"), (10, "c")] {
+            let path = folder(&config).join(format!("{key}.erofs"));
+            std::fs::write(&path, vec![1; 8192]).unwrap();
+            let used = SystemTime::now() - std::time::Duration::from_secs(age);
+            File::open(&path).unwrap().set_modified(used).unwrap();
+        }
+        let in_use = File::open(folder(&config).join("a.erofs")).unwrap();
+        let _in_use = Flock::lock(in_use, FlockArg::LockShared).unwrap();
+        assert_eq!(shrink(&config, 16384).unwrap(), ["b"]);
+        assert_eq!(shrink(&config, 16384).unwrap(), [""; 0]);
+        assert_eq!(shrink(&config, 0).unwrap(), ["c"]);
+        let left: Vec<String> = all(&config).unwrap().into_iter().map(|image| image.key).collect();
+        assert_eq!(left, ["a"]);
+    }
+}
