@@ -81,3 +81,47 @@ pub fn load(bpf_dir: &Path) -> Result<PathBuf, LoadError> {
     program.pin(&path).map_err(|error| fail("pin")(io::Error::other(error)))?;
     Ok(path)
 }
+
+#[cfg(test)]
+#[allow(clippy::print_stdout)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_elsewhere_is_refused() {
+        let error = load(Path::new("/tmp/joey")).unwrap_err();
+        assert!(matches!(error, LoadError::NotBpf(_)), "{error}");
+        assert!(error.to_string().contains("mount -t bpf"), "{error}");
+    }
+
+    #[test]
+    fn loading_twice_is_loading_once() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: loading programs needs root");
+            return;
+        }
+        let root = std::env::temp_dir().join(format!("joey-bpf-{}", std::process::id()));
+        fs::create_dir(&root).unwrap();
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("bpf"), &root, Some("bpf"), flags, None::<&str>).unwrap();
+        let directory = root.join("joey");
+        assert_eq!(
+            crate::attach::open(&directory).unwrap_err().kind(),
+            io::ErrorKind::NotFound,
+            "who attaches must see that it was not loaded"
+        );
+        let loads: Vec<_> = (0..4)
+            .map(|_| {
+                let directory = directory.clone();
+                std::thread::spawn(move || load(&directory))
+            })
+            .collect();
+        for load in loads {
+            assert_eq!(load.join().unwrap().unwrap(), crate::pinned_path(&directory));
+        }
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 1);
+        crate::attach::open(&directory).unwrap();
+        nix::mount::umount(&root).unwrap();
+        fs::remove_dir(&root).unwrap();
+    }
+}

@@ -359,3 +359,45 @@ fn acknowledged(step: &str, flags: u16, body: &[u8]) -> Result<(), NetlinkError>
         message: message.unwrap_or_default().to_owned(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_found_in_what_was_built() {
+        let message = Message::new("test", 1, 0, &[7; 4])
+            .text(3, "eth0")
+            .nest(5, |inner| inner.number(1, 42).attribute(2, &[1, 2, 3]))
+            .number(9, 7);
+        let reply = Reply { bytes: message.bytes[HEADER..].to_vec() };
+        let attributes = reply.attributes(4);
+        assert_eq!(attributes.text(3), Some("eth0"));
+        let inner = Attributes::of(attributes.get(5).unwrap());
+        assert_eq!((inner.number(1), inner.get(2)), (Some(42), Some(&[1, 2, 3][..])));
+        assert_eq!(attributes.number(9), Some(7));
+        assert_eq!(attributes.get(10), None);
+    }
+
+    #[test]
+    fn malformed_attributes_end_the_list() {
+        for bytes in [&[][..], &[4], &[0, 0, 1, 0], &[3, 0, 1, 0], &[200, 0, 1, 0, 5, 5]] {
+            assert_eq!(Attributes(bytes).count(), 0, "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_step_and_spares_the_rest() {
+        let mut socket = Socket::open().unwrap();
+        let bad = Message::new("remove link 2147483000", libc::RTM_DELLINK, 0, &{
+            let mut header = [0; 16];
+            header[4..8].copy_from_slice(&2_147_483_000_u32.to_ne_bytes());
+            header
+        });
+        let error = socket.batch([bad.clone(), bad]).unwrap_err();
+        assert!(error.errno().is_some());
+        assert!(error.to_string().starts_with("remove link 2147483000: "), "{error}");
+        let links = Message::new("list links", libc::RTM_GETLINK, 0, &[0; 16]);
+        assert!(!socket.dump(links).unwrap().is_empty(), "the socket still works");
+    }
+}

@@ -1,3 +1,5 @@
+#![allow(clippy::print_stdout)]
+
 use std::process::Command;
 
 use nix::sched::{CloneFlags, unshare};

@@ -1,6 +1,8 @@
 //! In namespaces of their own, as root: a node with a router, a pod with an interface made as CNI
 //! would, and a guest that is another namespace, whose tap is joined to the wire's in user space.
 
+#![allow(clippy::print_stdout)]
+
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
