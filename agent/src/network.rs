@@ -183,8 +183,7 @@ fn route(route: &api::Route, index: u32) -> Result<Message, NetworkError> {
     };
     let scope = u8::try_from(route.scope).unwrap_or(libc::RT_SCOPE_UNIVERSE);
     let header = RouteHeader { ipv6: route.ipv6, prefix, scope, on_link: route.on_link };
-    let mut message =
-        self::route::route(format!("add {}", what()), header).number(libc::RTA_OIF, index);
+    let mut message = route::route(format!("add {}", what()), header).number(libc::RTA_OIF, index);
     for (kind, value) in [
         (libc::RTA_DST, &route.destination),
         (libc::RTA_GATEWAY, &route.gateway),
