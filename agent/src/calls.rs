@@ -32,13 +32,6 @@ fn engine(error: EngineError) -> SandboxError {
     SandboxError::Engine(error)
 }
 
-fn gone(id: &str) -> SandboxError {
-    SandboxError::Unknown {
-        kind: "container",
-        id: id.to_owned(),
-    }
-}
-
 impl Sandbox {
     /// Runs a call to its end even when its caller is gone.
     pub(crate) async fn to_the_end<T: Send + 'static>(
@@ -162,11 +155,8 @@ impl Sandbox {
         stdio: &api::Stdio,
     ) -> Result<(crate::container::Exec, Process), SandboxError> {
         let (ends, io) = streams::prepare(&self.mux, stdio)?;
-        let guard = container.engine.lock().await;
-        let running = guard.as_ref().ok_or_else(|| gone(container.id()))?;
-        let mut exec = running.exec(process, io).await.map_err(engine)?;
+        let mut exec = container.engine.exec(process, io).await.map_err(engine)?;
         let child = self.reaper.adopted(Pid::from_raw(exec.pid));
-        drop(guard);
         let pumps = ends.run(exec.pty_master.take())?;
         Ok((exec, Process::new(child, pumps)))
     }
@@ -179,9 +169,7 @@ impl Sandbox {
         let container = self.containers.get(&request.container_id)?;
         let begin = sys::monotonic();
         let pid = if request.exec_id.is_empty() {
-            let mut guard = container.engine.lock().await;
-            let engine_side = guard.as_mut().ok_or_else(|| gone(&request.container_id))?;
-            engine_side.start().await.map_err(engine)?;
+            container.engine.start().await.map_err(engine)?;
             container.init.child.pid()
         } else {
             let exec = container.exec(&request.exec_id)?;
@@ -209,10 +197,7 @@ impl Sandbox {
             let signal = Signal::try_from(number).map_err(|_| {
                 SandboxError::Invalid(format!("signal {number} cannot go to a whole container"))
             })?;
-            return match container.engine.lock().await.as_ref() {
-                Some(running) => running.kill_all(signal).map_err(engine),
-                None => Err(gone(&request.container_id)),
-            };
+            return container.engine.kill_all(signal).map_err(engine);
         }
         if request.exec_id.is_empty() {
             container.init.signal(number)
@@ -246,20 +231,13 @@ impl Sandbox {
                 .delete_exec(&request.exec_id);
         }
         let (entry, reservation) = self.containers.take(&request.container_id)?;
-        let engine_side = entry.engine.lock().await.take();
-        if let Some(container) = engine_side {
-            match container.destroy().await {
-                Ok(()) => {}
-                Err(error) => {
-                    entry.unwatch();
-                    return Err(engine(error));
-                }
-            }
+        if let Err(error) = entry.engine.destroy().await {
+            reservation.keep(entry);
+            return Err(engine(error));
         }
-        entry.unwatch();
-        // The mounts go with the last process; the slots are free when the name is.
+        // The mounts go with the last process; the disks are free before the name is.
         entry.init.child.wait().await;
-        drop(entry);
+        entry.release();
         drop(reservation);
         Ok(())
     }
@@ -268,9 +246,7 @@ impl Sandbox {
     pub(crate) async fn update(&self, request: &api::UpdateRequest) -> Result<(), SandboxError> {
         let resources: LinuxResources = parse("resources", &request.resources)?;
         let container = self.containers.get(&request.container_id)?;
-        let guard = container.engine.lock().await;
-        let running = guard.as_ref().ok_or_else(|| gone(&request.container_id))?;
-        running.update(&resources).map_err(engine)
+        container.engine.update(&resources).map_err(engine)
     }
 
     /// Stops a container's processes, or lets them go on.
@@ -280,9 +256,7 @@ impl Sandbox {
         frozen: bool,
     ) -> Result<(), SandboxError> {
         let container = self.containers.get(&request.container_id)?;
-        let mut guard = container.engine.lock().await;
-        let running = guard.as_mut().ok_or_else(|| gone(&request.container_id))?;
-        running.freeze(frozen).await.map_err(engine)
+        container.engine.freeze(frozen).await.map_err(engine)
     }
 
     /// What a container uses.
@@ -291,9 +265,7 @@ impl Sandbox {
         request: &api::ContainerRequest,
     ) -> Result<api::StatsResponse, SandboxError> {
         let container = self.containers.get(&request.container_id)?;
-        let guard = container.engine.lock().await;
-        let running = guard.as_ref().ok_or_else(|| gone(&request.container_id))?;
-        running.stats().map_err(engine)
+        container.engine.stats().map_err(engine)
     }
 
     /// A container's processes.
@@ -302,9 +274,7 @@ impl Sandbox {
         request: &api::ContainerRequest,
     ) -> Result<api::ProcessesResponse, SandboxError> {
         let container = self.containers.get(&request.container_id)?;
-        let guard = container.engine.lock().await;
-        let running = guard.as_ref().ok_or_else(|| gone(&request.container_id))?;
-        let pids = running.pids().map_err(engine)?;
+        let pids = container.engine.pids().map_err(engine)?;
         let processes = pids
             .into_iter()
             .take(limits::MAX_PROCESSES)

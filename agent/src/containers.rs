@@ -6,13 +6,12 @@
 //! ```
 //!
 //! The same holds for an exec. An exit is told to the host the moment the reaper has it, memory kills
-//! before it; output still in the pipes follows on its own streams. Locks: the table's and each
-//! process's small state are held for a few instructions only; an engine call that waits holds its
-//! own container's engine, so a container that hangs cannot delay another, and signals need no lock
-//! that waits.
+//! before it; output still in the pipes follows on its own streams. Locks are held for a few
+//! instructions only, never across a wait: a start or a freeze that hangs delays no other call, not
+//! even one to the same container. A container whose removal failed stays, disks and all, for the
+//! host to try again.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -75,13 +74,13 @@ impl Process {
 pub(crate) struct ExecEntry {
     /// Its process.
     pub(crate) process: Process,
-    engine: tokio::sync::Mutex<Exec>,
+    engine: Exec,
 }
 
 impl ExecEntry {
     /// Runs the prepared command.
     pub(crate) async fn start(&self) -> Result<(), EngineError> {
-        self.engine.lock().await.start().await
+        self.engine.start().await
     }
 }
 
@@ -90,13 +89,12 @@ pub(crate) struct ContainerEntry {
     id: String,
     /// Its first process.
     pub(crate) init: Process,
-    /// The engine's side. Held across the engine's own waiting, of this container alone.
-    pub(crate) engine: tokio::sync::Mutex<Option<Container>>,
-    cgroup: PathBuf,
+    /// The engine's side.
+    pub(crate) engine: Container,
     execs: Mutex<HashMap<String, Option<Arc<ExecEntry>>>>,
     oom_kills: AtomicU64,
     oom_watch: Mutex<Option<JoinHandle<()>>>,
-    _slots: SlotClaim,
+    slots: Mutex<Option<SlotClaim>>,
     events: Events,
 }
 
@@ -193,18 +191,17 @@ impl ContainerEntry {
         let entry = Arc::new(Self {
             id: id.to_owned(),
             init,
-            cgroup: container.cgroup().to_owned(),
-            engine: tokio::sync::Mutex::new(Some(container)),
+            engine: container,
             execs: Mutex::default(),
             oom_kills: AtomicU64::new(0),
             oom_watch: Mutex::default(),
-            _slots: slots,
+            slots: Mutex::new(Some(slots)),
             events,
         });
         let watched = Arc::clone(&entry);
         let task = tokio::spawn(async move {
             let checked = Arc::clone(&watched);
-            if let Err(error) = crate::oom::watch(&watched.cgroup, || checked.check_oom()).await {
+            if let Err(error) = crate::oom::watch(watched.engine.cgroup(), || checked.check_oom()).await {
                 warning!("watching the memory of container {}: {error}", watched.id);
             }
         });
@@ -218,14 +215,9 @@ impl ContainerEntry {
         entry
     }
 
-    /// Its name.
-    pub(crate) fn id(&self) -> &str {
-        &self.id
-    }
-
     /// Tells the host of memory kills that it does not know of yet.
     fn check_oom(&self) {
-        let kills = crate::oom::kills(&self.cgroup);
+        let kills = self.engine.oom_kills();
         if self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {
             self.events.oom(&self.id);
         }
@@ -266,7 +258,7 @@ impl ContainerEntry {
         };
         let entry = Arc::new(ExecEntry {
             process,
-            engine: tokio::sync::Mutex::new(exec),
+            engine: exec,
         });
         lock(&self.execs).insert(id.to_owned(), Some(Arc::clone(&entry)));
         let container = Arc::clone(self);
@@ -314,10 +306,11 @@ impl ContainerEntry {
             .unwrap_or_default()
     }
 
-    /// Stops watching: the cgroup is about to go.
-    pub(crate) fn unwatch(&self) {
+    /// Gives back what outlives the container's processes: the watch and the disks.
+    pub(crate) fn release(&self) {
         if let Some(task) = lock(&self.oom_watch).take() {
             task.abort();
         }
+        lock(&self.slots).take();
     }
 }

@@ -7,50 +7,8 @@ use oci_spec::runtime::{Capability, LinuxCapabilities};
 
 use super::sys;
 
-/// In the order of the kernel's numbers.
-const NAMES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
+/// Capabilities that this kernel may know: the last one's number and one.
+const COUNT: u64 = caps::Capability::CAP_CHECKPOINT_RESTORE as u64 + 1;
 
 /// A process's capabilities, one bit each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,11 +22,8 @@ pub(crate) struct Sets {
 
 fn bits(set: &Option<HashSet<Capability>>) -> u64 {
     let bit = |capability: &Capability| {
-        let name = capability.to_string();
-        NAMES
-            .iter()
-            .position(|known| *known == name)
-            .map_or(0, |number| 1 << number)
+        let name = format!("CAP_{capability}");
+        name.parse::<caps::Capability>().map_or(0, |known| known.bitmask())
     };
     set.as_ref()
         .map_or(0, |set| set.iter().map(bit).fold(0, |all, bit| all | bit))
@@ -88,7 +43,7 @@ impl Sets {
 
     /// Cuts the bounding set and keeps the permitted ones over the coming change of user.
     pub(crate) fn before_user(&self) -> io::Result<()> {
-        for number in 0..NAMES.len() as u64 {
+        for number in 0..COUNT {
             if self.bounding & (1 << number) == 0 {
                 match sys::process_control(libc::PR_CAPBSET_DROP, number, 0) {
                     // A capability newer than this kernel.
@@ -111,7 +66,7 @@ impl Sets {
     pub(crate) fn after_user(&self) -> io::Result<()> {
         sys::process_control(libc::PR_SET_KEEPCAPS, 0, 0)?;
         sys::set_capabilities(self.effective, self.permitted, self.inheritable)?;
-        for number in 0..NAMES.len() as u64 {
+        for number in 0..COUNT {
             if self.ambient & (1 << number) != 0 {
                 let raise = libc::PR_CAP_AMBIENT_RAISE as u64;
                 sys::process_control(libc::PR_CAP_AMBIENT, raise, number)?;

@@ -17,6 +17,9 @@ use tokio::io::Interest;
 use super::device_policy;
 use super::{Error, Kind};
 
+/// How often a cgroup is killed anew when a process was born in it before it could be removed.
+const REMOVAL_ATTEMPTS: u32 = 16;
+
 /// A container's cgroup.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
@@ -257,8 +260,6 @@ impl Cgroup {
         if !self.path.exists() {
             return Ok(());
         }
-        self.write("cgroup.kill", "1")?;
-        self.until("populated", "0").await?;
         let remove = || -> io::Result<()> {
             for directory in tree(&self.path)?.iter().rev() {
                 match fs::remove_dir(directory) {
@@ -268,7 +269,22 @@ impl Cgroup {
             }
             Ok(())
         };
-        remove().map_err(|error| Error::failed(format!("removing {:?}: {error}", self.path)))
+        let mut attempts = REMOVAL_ATTEMPTS;
+        loop {
+            self.write("cgroup.kill", "1")?;
+            self.until("populated", "0").await?;
+            match remove() {
+                // An exec was being born between the kill and the removal.
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) && attempts > 1 => {
+                    attempts -= 1;
+                }
+                result => {
+                    return result.map_err(|error| {
+                        Error::failed(format!("removing {:?}: {error}", self.path))
+                    });
+                }
+            }
+        }
     }
 
     /// Waits until `cgroup.events` says so.
