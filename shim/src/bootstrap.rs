@@ -80,7 +80,7 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> B
 enum Reply {
     /// A bare address: task API 2.
     Address,
-    /// JSON: task API 3.
+    /// JSON: task API 3; a bare address where containerd does not take it.
     Json,
     /// Protobuf: containerd 2.3 and later, task API 3.
     Bootstrap,
@@ -182,20 +182,25 @@ impl Invocation {
             let any = Any::parse_from_bytes(&input)?;
             self.options = (!any.type_url.is_empty()).then_some(any);
         }
-        self.reply = if self.speaks_version_3() { Reply::Json } else { Reply::Address };
+        self.reply = Reply::Json;
         Ok(())
     }
 
     /// Whether this containerd takes task API 3. Both 1.7 and 2.x announce a highest version of 2,
     /// so the binary itself is asked, once per binary.
-    fn speaks_version_3(&self) -> bool {
+    fn speaks_version_3(&self, run_dir: &Path) -> bool {
         // Only containerd's Sandbox API launches a shim without a specification.
-        self.spec.is_none() || containerd_major(&self.flags.publish_binary).unwrap_or(1) >= 2
+        self.spec.is_none()
+            || containerd_major(&self.flags.publish_binary, run_dir).unwrap_or(1) >= 2
     }
 
-    fn answer(&self, socket: &Path) -> Result<Vec<u8>, BootstrapError> {
+    fn answer(&self, socket: &Path, run_dir: &Path) -> Result<Vec<u8>, BootstrapError> {
         let address = format!("unix://{}", socket.display());
-        Ok(match self.reply {
+        let reply = match self.reply {
+            Reply::Json if !self.speaks_version_3(run_dir) => Reply::Address,
+            reply => reply,
+        };
+        Ok(match reply {
             Reply::Address => address.into_bytes(),
             Reply::Json => serde_json::json!({
                 "version": 3, "address": address, "protocol": "ttrpc",
@@ -228,13 +233,13 @@ fn read_spec(bundle: &Path) -> Result<Option<Spec>, BootstrapError> {
         .map_err(|source| BootstrapError::Spec { path: bundle.to_owned(), source })
 }
 
-/// Major version of the containerd binary, remembered in a file per binary beside the sockets:
-/// asking costs as much as a tenth of a sandbox's start.
-fn containerd_major(binary: &str) -> Option<u32> {
+/// Major version of the containerd binary, remembered in `run_dir`, a file per binary: asking costs as
+/// much as a tenth of a sandbox's start.
+fn containerd_major(binary: &str, run_dir: &Path) -> Option<u32> {
     let path = which(binary)?;
     let meta = std::fs::metadata(&path).ok()?;
-    let memo = Path::new(SOCKET_DIR).join(format!(
-        "joey-containerd-{:x}-{:x}-{:x}",
+    let memo = run_dir.join(format!(
+        "containerd-{:x}-{:x}-{:x}",
         meta.dev(),
         meta.ino(),
         meta.mtime_nsec() ^ meta.mtime()
@@ -245,7 +250,8 @@ fn containerd_major(binary: &str) -> Option<u32> {
     let output = std::process::Command::new(&path).arg("--version").output().ok()?;
     let major = parse_major(&String::from_utf8_lossy(&output.stdout))?;
     // Only a memo: a failure to keep it costs time on the next start, nothing else.
-    let _ = make_socket_dir().map(|()| std::fs::write(&memo, major.to_string()));
+    let _ = std::fs::create_dir_all(run_dir);
+    let _ = std::fs::write(&memo, major.to_string());
     Some(major)
 }
 
@@ -292,9 +298,9 @@ pub enum Start {
 ///
 /// # Errors
 /// The socket cannot be made, or a container's sandbox has no shim.
-pub fn start(invocation: &Invocation) -> Result<Start, BootstrapError> {
+pub fn start(invocation: &Invocation, run_dir: &Path) -> Result<Start, BootstrapError> {
     let socket = invocation.socket_path();
-    let answer = invocation.answer(&socket)?;
+    let answer = invocation.answer(&socket, run_dir)?;
     if UnixStream::connect(&socket).is_ok() {
         return Ok(Start::Running(answer));
     }

@@ -45,7 +45,7 @@ fn run(args: &[OsString]) -> Result<()> {
 fn start(invocation: Invocation) -> Result<()> {
     // Read before the fork, so that containerd gets to see what is wrong with it.
     let config = config::Config::load(invocation.options.as_ref())?;
-    match bootstrap::start(&invocation)? {
+    match bootstrap::start(&invocation, &config.run_dir)? {
         Start::Running(answer) => Ok(bootstrap::print(&answer)?),
         Start::Serve { listener, answer } => {
             if sys::fork_server().context("fork the shim's server")? {

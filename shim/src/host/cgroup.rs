@@ -160,19 +160,27 @@ pub fn processes(directories: &[PathBuf]) -> Vec<u32> {
     pids
 }
 
-/// Removes the groups; what is gone already is fine. This process, if it is in one, moves to the
-/// parent first.
+/// Root of the hierarchy that a group is in: the root of the tree on a unified host.
+fn hierarchy(group: &Path) -> PathBuf {
+    let root = Path::new(ROOT);
+    let first = group.strip_prefix(root).ok().and_then(|rest| rest.components().next());
+    match first {
+        Some(first) if !root.join("cgroup.controllers").exists() => root.join(first),
+        _ => root.to_owned(),
+    }
+}
+
+/// Removes the groups; what is gone already is fine. This process, if it is in one, leaves first: to
+/// the root, since the kubelet removes the parent next.
 ///
 /// # Errors
 /// A group still has processes.
 pub fn remove(directories: &[PathBuf]) -> Result<(), CgroupError> {
     let me = std::process::id();
     for path in directories {
-        if let Some(parent) = path.parent()
-            && processes(std::slice::from_ref(path)).contains(&me)
-        {
-            // A v2 parent with controllers takes no processes: then the root does.
-            let _ = move_to(parent, me).or_else(|_| move_to(Path::new(ROOT), me));
+        if processes(std::slice::from_ref(path)).contains(&me) {
+            // If it fails, so does the removal, which says why.
+            let _ = move_to(&hierarchy(path), me);
         }
         match std::fs::remove_dir(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -59,6 +59,7 @@ pub struct Image {
     /// The same for the same content.
     pub key: String,
     /// Keeps a cached image from being evicted.
+    #[allow(dead_code, reason = "its drop is what counts")]
     pub(crate) lock: Option<Flock<File>>,
 }
 

@@ -31,7 +31,8 @@ pub fn spawn(tool: &Path, tied: bool) -> Result<Child> {
     if tied {
         command.arg("--tied").stdin(Stdio::piped());
     } else {
-        command.stdin(Stdio::null()).process_group(0);
+        // Whoever reads this command's output must not wait for the node's end.
+        command.stdin(Stdio::null()).stderr(Stdio::null()).process_group(0);
     }
     let start = move || -> Result<Child> {
         unshare(CloneFlags::CLONE_NEWPID).context("new pid namespace for the node (needs root)")?;

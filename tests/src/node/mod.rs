@@ -148,7 +148,12 @@ impl Node {
             .arg(self.dir.join("config.toml"))
             .env(
                 "PATH",
-                format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display()),
+                // With a sandboxer of its own containerd 2.x looks for the shim here, too.
+                format!(
+                    "{}:{}:/usr/sbin:/usr/bin:/sbin:/bin",
+                    bin.display(),
+                    paths::binaries().display()
+                ),
             )
             .env("JOEY_CONFIG", self.dir.join("joey.toml"))
             .stdin(Stdio::null())

@@ -76,8 +76,9 @@ pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
     if machine.kvm {
         add(&["-accel", "kvm", "-cpu", "host"]);
     } else {
-        // Each translated block costs memory of the sandbox; 16 MiB hold the guest's kernel and agent.
-        add(&["-accel", "tcg,tb-size=16,thread=multi", "-cpu", "max"]);
+        // A cache of translated code that is too small is flushed whole, again and again: 16 MiB make
+        // everything in the guest several times slower. Only what is used of it costs memory.
+        add(&["-accel", "tcg,tb-size=64,thread=multi", "-cpu", "max"]);
     }
     add(&["-smp", &machine.vcpus.to_string()]);
     add(&["-m", &format!("{}M", machine.memory_mib)]);
@@ -107,7 +108,9 @@ pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
         add(&["-initrd", &initrd.display().to_string()]);
     }
     let tsc = machine.tsc_khz.map(|khz| format!(" tsc_early_khz={khz}")).unwrap_or_default();
-    add(&["-append", &format!("{KERNEL_COMMAND_LINE}{tsc}")]);
+    // Translated code does not speculate: the kernel's mitigations would only cost time.
+    let plain = if machine.kvm { "" } else { " mitigations=off" };
+    add(&["-append", &format!("{KERNEL_COMMAND_LINE}{tsc}{plain}")]);
     if machine.mode == Mode::Clone {
         add(&["-add-fd", &format!("fd={},set=1,opaque=state", fd::STATE)]);
         add(&["-incoming", "defer"]);
