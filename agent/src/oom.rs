@@ -50,7 +50,7 @@ mod tests {
         fs::write(&file, "oom_kill 0\n").unwrap();
         let (sender, mut calls) = tokio::sync::mpsc::unbounded_channel();
         let path = cgroup.path().to_owned();
-        let task = tokio::spawn(async move { watch(&path, || drop(sender.send(()))).await });
+        let task = tokio::spawn(async move { watch(&path, || sender.send(()).unwrap()).await });
         calls.recv().await.unwrap();
         fs::write(&file, "oom 3\noom_kill 1\noom_group_kill 0\n").unwrap();
         calls.recv().await.unwrap();

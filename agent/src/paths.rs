@@ -136,6 +136,6 @@ mod tests {
         replace_symlink(parent.as_fd(), name, Path::new("/y"), (0, 0)).unwrap();
         fs::write(inside.path().join("y"), "inner").unwrap();
         let file = open_to_read(root.as_fd(), Path::new("a/b/c")).unwrap();
-        assert_eq!(std::io::read_to_string(File::from(file)).unwrap(), "inner");
+        assert_eq!(io::read_to_string(File::from(file)).unwrap(), "inner");
     }
 }

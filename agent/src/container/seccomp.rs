@@ -335,7 +335,8 @@ mod tests {
     fn arguments_are_compared_in_64_bits() {
         let wide = 0x1_0000_0005u64;
         // Operator, value, second value, arguments that hold, arguments that do not.
-        let cases: &[(&str, u64, u64, &[u64], &[u64])] = &[
+        type Case<'a> = (&'a str, u64, u64, &'a [u64], &'a [u64]);
+        let cases: &[Case<'_>] = &[
             ("EQ", wide, 0, &[wide], &[5, wide + 1, 0x2_0000_0005]),
             ("NE", wide, 0, &[5, 0x2_0000_0005], &[wide]),
             (
