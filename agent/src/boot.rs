@@ -78,30 +78,10 @@ const NO_SUID_DEV_EXEC: MsFlags = NO_SUID_DEV.union(MsFlags::MS_NOEXEC);
 
 /// In order, below the new root.
 const MOUNTS: &[Mount] = &[
-    Mount {
-        kind: "tmpfs",
-        target: "",
-        flags: NO_SUID_DEV,
-        options: "mode=755",
-    },
-    Mount {
-        kind: "proc",
-        target: "proc",
-        flags: NO_SUID_DEV_EXEC,
-        options: "",
-    },
-    Mount {
-        kind: "sysfs",
-        target: "sys",
-        flags: NO_SUID_DEV_EXEC,
-        options: "",
-    },
-    Mount {
-        kind: "devtmpfs",
-        target: "dev",
-        flags: MsFlags::MS_NOSUID,
-        options: "mode=755",
-    },
+    Mount { kind: "tmpfs", target: "", flags: NO_SUID_DEV, options: "mode=755" },
+    Mount { kind: "proc", target: "proc", flags: NO_SUID_DEV_EXEC, options: "" },
+    Mount { kind: "sysfs", target: "sys", flags: NO_SUID_DEV_EXEC, options: "" },
+    Mount { kind: "devtmpfs", target: "dev", flags: MsFlags::MS_NOSUID, options: "mode=755" },
     Mount {
         kind: "devpts",
         target: "dev/pts",
@@ -114,12 +94,7 @@ const MOUNTS: &[Mount] = &[
         flags: NO_SUID_DEV_EXEC,
         options: "mode=1777,size=64m",
     },
-    Mount {
-        kind: "tmpfs",
-        target: "run",
-        flags: NO_SUID_DEV,
-        options: "mode=755",
-    },
+    Mount { kind: "tmpfs", target: "run", flags: NO_SUID_DEV, options: "mode=755" },
     Mount {
         kind: "cgroup2",
         target: "sys/fs/cgroup",
@@ -141,11 +116,7 @@ pub(crate) fn boot() -> Result<(), BootError> {
             entry.flags,
             (!entry.options.is_empty()).then_some(entry.options),
         )
-        .map_err(|source| BootError::Mount {
-            kind: entry.kind,
-            target,
-            source,
-        })?;
+        .map_err(|source| BootError::Mount { kind: entry.kind, target, source })?;
     }
     open_console(&root.join("dev/console"));
     load_modules(Path::new(MODULES))?;
@@ -163,10 +134,7 @@ pub(crate) fn boot() -> Result<(), BootError> {
 }
 
 fn make_directory(path: &Path) -> Result<(), BootError> {
-    fs::create_dir_all(path).map_err(|source| BootError::File {
-        path: path.to_owned(),
-        source,
-    })
+    fs::create_dir_all(path).map_err(|source| BootError::File { path: path.to_owned(), source })
 }
 
 /// The kernel gives PID 1 a console only if the initramfs had the node; make sure of it.
@@ -182,18 +150,13 @@ fn load_modules(directory: &Path) -> Result<(), BootError> {
         Ok(names) => names,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => {
-            return Err(BootError::File {
-                path: order,
-                source,
-            });
+            return Err(BootError::File { path: order, source });
         }
     };
     for name in names.lines().map(str::trim).filter(|name| !name.is_empty()) {
         let path = directory.join(name.trim_start_matches('/'));
-        let file = File::open(&path).map_err(|source| BootError::File {
-            path: path.clone(),
-            source,
-        })?;
+        let file =
+            File::open(&path).map_err(|source| BootError::File { path: path.clone(), source })?;
         match sys::finit_module(&file, &CString::default(), 0) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
@@ -212,13 +175,7 @@ fn enter_root(root: &Path) -> nix::Result<()> {
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)?;
     nix::unistd::chroot(".")?;
     nix::unistd::chdir("/")?;
-    mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        None::<&str>,
-    )
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
 }
 
 /// Lets children of the cgroup be limited by whatever this kernel can limit.

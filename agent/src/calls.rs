@@ -38,9 +38,7 @@ impl Sandbox {
         self: &Arc<Self>,
         call: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
     ) -> Result<T, SandboxError> {
-        tokio::spawn(call)
-            .await
-            .unwrap_or(Err(SandboxError::Cancelled))
+        tokio::spawn(call).await.unwrap_or(Err(SandboxError::Cancelled))
     }
 
     /// Makes a container, up to its command.
@@ -55,11 +53,7 @@ impl Sandbox {
         let plan = storage::plan(rootfs, memory_bytes())?;
         let reservation = self.containers.reserve(id.as_str())?;
         let slots = SlotClaim::take(&self.slots, rootfs)?;
-        let shared_pid = if shares_pid(&spec) {
-            Some(self.pod_pid()?)
-        } else {
-            None
-        };
+        let shared_pid = if shares_pid(&spec) { Some(self.pod_pid()?) } else { None };
         let (ends, io) = streams::prepare(&self.mux, request.stdio.get_or_default())?;
         let begin = sys::monotonic();
         let mut container = Container::create(CreateRequest {
@@ -73,28 +67,15 @@ impl Sandbox {
         .await
         .map_err(engine)?;
         let child = self.reaper.adopted(Pid::from_raw(container.pid));
-        let mut phases: Vec<_> = container
-            .phases
-            .iter()
-            .map(|(name, took)| phase(name, *took))
-            .collect();
+        let mut phases: Vec<_> =
+            container.phases.iter().map(|(name, took)| phase(name, *took)).collect();
         phases.push(phase("container", sys::monotonic() - begin));
         let pumps = ends.run(container.pty_master.take())?;
         let pid = child.pid().as_raw().unsigned_abs();
         let init = Process::new(child, pumps);
         let events = self.events.clone();
-        reservation.keep(ContainerEntry::watched(
-            id.as_str(),
-            container,
-            init,
-            slots,
-            events,
-        ));
-        Ok(api::CreateContainerResponse {
-            pid,
-            phases,
-            ..Default::default()
-        })
+        reservation.keep(ContainerEntry::watched(id.as_str(), container, init, slots, events));
+        Ok(api::CreateContainerResponse { pid, phases, ..Default::default() })
     }
 
     /// Parses a specification and puts guest paths in place of what names the host's volumes.
@@ -137,9 +118,7 @@ impl Sandbox {
         let id = ExecId::new(&request.exec_id)?;
         let process: OciProcess = parse("process", &request.process)?;
         container.reserve_exec(id.as_str())?;
-        let made = self
-            .make_exec(&container, &process, request.stdio.get_or_default())
-            .await;
+        let made = self.make_exec(&container, &process, request.stdio.get_or_default()).await;
         let (made, result) = match made {
             Ok(made) => (Some(made), Ok(())),
             Err(error) => (None, Err(error)),
@@ -187,10 +166,7 @@ impl Sandbox {
     pub(crate) async fn signal(&self, request: &api::SignalRequest) -> Result<(), SandboxError> {
         let container = self.containers.get(&request.container_id)?;
         if request.signal > SIGNAL_MAX {
-            return Err(SandboxError::Invalid(format!(
-                "there is no signal {}",
-                request.signal
-            )));
+            return Err(SandboxError::Invalid(format!("there is no signal {}", request.signal)));
         }
         let number = request.signal as i32;
         if request.all {
@@ -212,10 +188,7 @@ impl Sandbox {
         if request.exec_id.is_empty() {
             container.init.resize(request.width, request.height)
         } else {
-            container
-                .exec(&request.exec_id)?
-                .process
-                .resize(request.width, request.height)
+            container.exec(&request.exec_id)?.process.resize(request.width, request.height)
         }
     }
 
@@ -225,10 +198,7 @@ impl Sandbox {
         request: api::ProcessRequest,
     ) -> Result<(), SandboxError> {
         if !request.exec_id.is_empty() {
-            return self
-                .containers
-                .get(&request.container_id)?
-                .delete_exec(&request.exec_id);
+            return self.containers.get(&request.container_id)?.delete_exec(&request.exec_id);
         }
         let (entry, reservation) = self.containers.take(&request.container_id)?;
         if let Err(error) = entry.engine.destroy().await {
@@ -284,10 +254,7 @@ impl Sandbox {
                 ..Default::default()
             })
             .collect();
-        Ok(api::ProcessesResponse {
-            processes,
-            ..Default::default()
-        })
+        Ok(api::ProcessesResponse { processes, ..Default::default() })
     }
 }
 
@@ -297,10 +264,7 @@ fn parse<T: serde::de::DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, S
 
 /// Whether a container joins the pod's pid namespace: its own namespace list names one by path.
 fn shares_pid(spec: &Spec) -> bool {
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_ref());
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     namespaces.is_some_and(|namespaces| {
         namespaces.iter().any(|namespace| {
             namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some()

@@ -52,11 +52,7 @@ pub(crate) fn open() -> Result<OwnedFd, ChannelError> {
             break path;
         }
         let mut message = [0_u8; 4096];
-        match recv(
-            events.as_raw_fd(),
-            &mut message,
-            nix::sys::socket::MsgFlags::empty(),
-        ) {
+        match recv(events.as_raw_fd(), &mut message, nix::sys::socket::MsgFlags::empty()) {
             Ok(_) | Err(nix::Error::EINTR | nix::Error::ENOBUFS) => {}
             Err(nix::Error::EAGAIN) => return Err(ChannelError::NoPort),
             Err(error) => return Err(error.into()),
@@ -80,11 +76,7 @@ fn uevents() -> nix::Result<OwnedFd> {
         SockProtocol::NetlinkKObjectUEvent,
     )?;
     bind(events.as_raw_fd(), &NetlinkAddr::new(0, 1))?;
-    setsockopt(
-        &events,
-        sockopt::ReceiveTimeout,
-        &TimeVal::new(PORT_DEADLINE_SECONDS, 0),
-    )?;
+    setsockopt(&events, sockopt::ReceiveTimeout, &TimeVal::new(PORT_DEADLINE_SECONDS, 0))?;
     Ok(events)
 }
 

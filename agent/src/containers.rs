@@ -37,10 +37,7 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn new(child: Child, pumps: Pumps) -> Self {
-        Self {
-            child,
-            pumps: Mutex::new(pumps),
-        }
+        Self { child, pumps: Mutex::new(pumps) }
     }
 
     /// Sends a signal, unless the process has ended: its number may be another's by then.
@@ -50,19 +47,13 @@ impl Process {
         }
         crate::sys::kill(self.child.pid(), signal).map_err(|error| match error {
             Errno::ESRCH => SandboxError::Ended(self.child.pid().as_raw()),
-            error => SandboxError::Signal {
-                pid: self.child.pid().as_raw(),
-                signal,
-                error,
-            },
+            error => SandboxError::Signal { pid: self.child.pid().as_raw(), signal, error },
         })
     }
 
     /// Sets the size of its terminal.
     pub(crate) fn resize(&self, width: u32, height: u32) -> Result<(), SandboxError> {
-        lock(&self.pumps)
-            .resize(width, height)
-            .map_err(SandboxError::Resize)
+        lock(&self.pumps).resize(width, height).map_err(SandboxError::Resize)
     }
 
     fn ended(&self) {
@@ -117,16 +108,10 @@ impl Containers {
     pub(crate) fn reserve(&self, id: &str) -> Result<Reservation<'_>, SandboxError> {
         let mut table = lock(&self.0);
         if table.contains_key(id) {
-            return Err(SandboxError::Exists {
-                kind: "container",
-                id: id.to_owned(),
-            });
+            return Err(SandboxError::Exists { kind: "container", id: id.to_owned() });
         }
         table.insert(id.to_owned(), None);
-        Ok(Reservation {
-            table: &self.0,
-            id: Some(id.to_owned()),
-        })
+        Ok(Reservation { table: &self.0, id: Some(id.to_owned()) })
     }
 
     /// Finds a container.
@@ -134,10 +119,7 @@ impl Containers {
         lock(&self.0)
             .get(id)
             .and_then(Clone::clone)
-            .ok_or_else(|| SandboxError::Unknown {
-                kind: "container",
-                id: id.to_owned(),
-            })
+            .ok_or_else(|| SandboxError::Unknown { kind: "container", id: id.to_owned() })
     }
 
     /// Takes a container out; its name stays reserved until the result is dropped.
@@ -148,17 +130,8 @@ impl Containers {
         let entry = lock(&self.0)
             .get_mut(id)
             .and_then(Option::take)
-            .ok_or_else(|| SandboxError::Unknown {
-                kind: "container",
-                id: id.to_owned(),
-            })?;
-        Ok((
-            entry,
-            Reservation {
-                table: &self.0,
-                id: Some(id.to_owned()),
-            },
-        ))
+            .ok_or_else(|| SandboxError::Unknown { kind: "container", id: id.to_owned() })?;
+        Ok((entry, Reservation { table: &self.0, id: Some(id.to_owned()) }))
     }
 }
 
@@ -201,7 +174,9 @@ impl ContainerEntry {
         let watched = Arc::clone(&entry);
         let task = tokio::spawn(async move {
             let checked = Arc::clone(&watched);
-            if let Err(error) = crate::oom::watch(watched.engine.cgroup(), || checked.check_oom()).await {
+            if let Err(error) =
+                crate::oom::watch(watched.engine.cgroup(), || checked.check_oom()).await
+            {
                 warning!("watching the memory of container {}: {error}", watched.id);
             }
         });
@@ -241,10 +216,7 @@ impl ContainerEntry {
     pub(crate) fn reserve_exec(&self, id: &str) -> Result<(), SandboxError> {
         let mut execs = lock(&self.execs);
         if execs.contains_key(id) {
-            return Err(SandboxError::Exists {
-                kind: "exec",
-                id: id.to_owned(),
-            });
+            return Err(SandboxError::Exists { kind: "exec", id: id.to_owned() });
         }
         execs.insert(id.to_owned(), None);
         Ok(())
@@ -256,10 +228,7 @@ impl ContainerEntry {
             lock(&self.execs).remove(id);
             return;
         };
-        let entry = Arc::new(ExecEntry {
-            process,
-            engine: exec,
-        });
+        let entry = Arc::new(ExecEntry { process, engine: exec });
         lock(&self.execs).insert(id.to_owned(), Some(Arc::clone(&entry)));
         let container = Arc::clone(self);
         let id = id.to_owned();
@@ -275,10 +244,7 @@ impl ContainerEntry {
         lock(&self.execs)
             .get(id)
             .and_then(Clone::clone)
-            .ok_or_else(|| SandboxError::Unknown {
-                kind: "exec",
-                id: id.to_owned(),
-            })
+            .ok_or_else(|| SandboxError::Unknown { kind: "exec", id: id.to_owned() })
     }
 
     /// Forgets an exec, ending it if it still runs.

@@ -33,10 +33,7 @@ impl Events {
 
     fn send(&self, event: api::event::Event) {
         // Without a receiver the channel is gone, and the machine is about to end.
-        let _ = self.0.send(api::Event {
-            event: Some(event),
-            ..Default::default()
-        });
+        let _ = self.0.send(api::Event { event: Some(event), ..Default::default() });
     }
 }
 
@@ -70,10 +67,7 @@ mod tests {
         let (events, queue) = Events::new();
         let (near, mut far) = tokio::io::duplex(1024);
         events.oom("c1");
-        events.exit(api::ExitEvent {
-            status: 137,
-            ..Default::default()
-        });
+        events.exit(api::ExitEvent { status: 137, ..Default::default() });
         drop(events);
         run(queue, near).await;
         let mut bytes = Vec::new();

@@ -121,11 +121,7 @@ mod tests {
         nix::unistd::write(&pty.slave, b"bye").unwrap();
         drop(pty.slave);
         let mut received = Vec::new();
-        FdIo::new(pty.master)
-            .unwrap()
-            .read_to_end(&mut received)
-            .await
-            .unwrap();
+        FdIo::new(pty.master).unwrap().read_to_end(&mut received).await.unwrap();
         assert_eq!(received, b"bye");
     }
 }

@@ -66,19 +66,13 @@ impl IdentityError {
         if let Self::Network(error) = self {
             return error.is_callers();
         }
-        matches!(
-            self,
-            Self::Version(_) | Self::Invalid { .. } | Self::SysctlRefused(_)
-        )
+        matches!(self, Self::Version(_) | Self::Invalid { .. } | Self::SysctlRefused(_))
     }
 }
 
 fn step<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> IdentityError {
     let step = step.into();
-    move |source| IdentityError::Step {
-        step,
-        source: source.into(),
-    }
+    move |source| IdentityError::Step { step, source: source.into() }
 }
 
 /// Gives this clone its identity; on any error the sandbox must not start.
@@ -107,26 +101,15 @@ fn check(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
     let invalid = |field, problem: String| Err(IdentityError::Invalid { field, problem });
     handshake::check("host", request.protocol_version)?;
     if request.entropy.len() != limits::ENTROPY_BYTES {
-        let problem = format!(
-            "has {} bytes, not {}",
-            request.entropy.len(),
-            limits::ENTROPY_BYTES
-        );
+        let problem = format!("has {} bytes, not {}", request.entropy.len(), limits::ENTROPY_BYTES);
         return invalid("entropy", problem);
     }
-    if request
-        .entropy
-        .iter()
-        .all(|byte| *byte == request.entropy[0])
-    {
+    if request.entropy.iter().all(|byte| *byte == request.entropy[0]) {
         return invalid("entropy", "is one byte repeated".to_owned());
     }
     if request.machine_id.len() != limits::MACHINE_ID_BYTES {
-        let problem = format!(
-            "has {} bytes, not {}",
-            request.machine_id.len(),
-            limits::MACHINE_ID_BYTES
-        );
+        let problem =
+            format!("has {} bytes, not {}", request.machine_id.len(), limits::MACHINE_ID_BYTES);
         return invalid("machine_id", problem);
     }
     if request.wall_clock_ns <= 0 {
@@ -134,10 +117,7 @@ fn check(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
     }
     let name = request.hostname.as_bytes();
     if name.len() > HOSTNAME_MAX || name.iter().any(|byte| !byte.is_ascii_graphic()) {
-        return invalid(
-            "hostname",
-            format!("{:?} is not a host name", request.hostname),
-        );
+        return invalid("hostname", format!("{:?} is not a host name", request.hostname));
     }
     for name in request.sysctls.keys() {
         sysctl_path(name)?;
@@ -187,11 +167,7 @@ fn set_entropy(entropy: &[u8]) -> Result<(), IdentityError> {
 }
 
 fn set_names(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
-    let mut id: String = request
-        .machine_id
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let mut id: String = request.machine_id.iter().map(|byte| format!("{byte:02x}")).collect();
     id.push('\n');
     fs::write("/etc/machine-id", id).map_err(step("machine id"))?;
     if !request.hostname.is_empty() {
@@ -233,14 +209,8 @@ fn set_shared_memory(bytes: u64) -> Result<(), IdentityError> {
     let bytes = if bytes == 0 { DEFAULT_SHM_BYTES } else { bytes };
     let options = format!("mode=1777,size={bytes}");
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(
-        None::<&str>,
-        "/dev/shm",
-        None::<&str>,
-        flags,
-        Some(options.as_str()),
-    )
-    .map_err(step(format!("/dev/shm of {bytes} bytes")))
+    mount(None::<&str>, "/dev/shm", None::<&str>, flags, Some(options.as_str()))
+        .map_err(step(format!("/dev/shm of {bytes} bytes")))
 }
 
 #[cfg(test)]
@@ -262,10 +232,7 @@ mod tests {
     fn sysctls_of_a_pod_only() {
         for (name, path) in [
             ("net.ipv4.ip_forward", "/proc/sys/net/ipv4/ip_forward"),
-            (
-                "net/ipv4/conf/eth0.100/rp_filter",
-                "/proc/sys/net/ipv4/conf/eth0.100/rp_filter",
-            ),
+            ("net/ipv4/conf/eth0.100/rp_filter", "/proc/sys/net/ipv4/conf/eth0.100/rp_filter"),
             ("kernel.shm_rmid_forced", "/proc/sys/kernel/shm_rmid_forced"),
             ("kernel.sem", "/proc/sys/kernel/sem"),
             ("fs.mqueue.msg_max", "/proc/sys/fs/mqueue/msg_max"),
@@ -305,10 +272,7 @@ mod tests {
         for (index, fault) in faults.iter().enumerate() {
             let mut request = request();
             fault(&mut request);
-            assert!(
-                check(&request).is_err_and(|e| e.is_callers()),
-                "fault {index}"
-            );
+            assert!(check(&request).is_err_and(|e| e.is_callers()), "fault {index}");
         }
     }
 }

@@ -9,11 +9,8 @@ use std::io::Write;
 /// Writes one line to the console; a console that is gone is no reason to fail.
 pub(crate) fn line(level: &str, message: Arguments<'_>) {
     let now = crate::sys::monotonic();
-    let text = format!(
-        "joey-agent {}.{:06} {level} {message}\n",
-        now.as_secs(),
-        now.subsec_micros()
-    );
+    let text =
+        format!("joey-agent {}.{:06} {level} {message}\n", now.as_secs(), now.subsec_micros());
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 

@@ -89,10 +89,7 @@ fn work() -> Result<(), AgentError> {
     boot::boot()?;
     let port = channel::open()?;
     info!("booted");
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(serve(port))
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(port))
 }
 
 async fn serve(port: OwnedFd) -> Result<(), AgentError> {

@@ -25,9 +25,7 @@ pub(crate) fn is_inside(path: &Path) -> bool {
     !text.is_empty()
         && text.len() < PATH_MAX
         && !text.contains(&0)
-        && path
-            .components()
-            .all(|part| matches!(part, Component::Normal(_)))
+        && path.components().all(|part| matches!(part, Component::Normal(_)))
 }
 
 /// Opens the directory that holds `path`, making what is missing, and gives its last name.
@@ -62,13 +60,7 @@ pub(crate) fn open_entry(
     flags: libc::c_int,
 ) -> io::Result<OwnedFd> {
     let mode = if flags & libc::O_CREAT == 0 { 0 } else { 0o600 };
-    sys::open_below(
-        directory,
-        name,
-        flags | libc::O_NOFOLLOW | libc::O_NONBLOCK,
-        mode,
-        WRITING,
-    )
+    sys::open_below(directory, name, flags | libc::O_NOFOLLOW | libc::O_NONBLOCK, mode, WRITING)
 }
 
 /// Opens a file for reading; links lead where they lead inside the root.
@@ -123,12 +115,7 @@ mod tests {
         assert!(make_parents(root.as_fd(), Path::new("way/file")).is_err());
         assert!(open_to_read(root.as_fd(), Path::new("way/secret")).is_err());
         assert!(
-            open_entry(
-                root.as_fd(),
-                Path::new("way"),
-                libc::O_CREAT | libc::O_WRONLY
-            )
-            .is_err()
+            open_entry(root.as_fd(), Path::new("way"), libc::O_CREAT | libc::O_WRONLY).is_err()
         );
         let (parent, name) = make_parents(root.as_fd(), Path::new("a/b/c")).unwrap();
         assert_eq!(name, Path::new("c"));

@@ -32,10 +32,7 @@ impl PodPidNamespace {
 
     /// The namespace's descriptor, unless its init was killed, and every process in it with it.
     pub(crate) fn descriptor(&self) -> Option<io::Result<OwnedFd>> {
-        self.init
-            .exited()
-            .is_none()
-            .then(|| self.namespace.try_clone())
+        self.init.exited().is_none().then(|| self.namespace.try_clone())
     }
 }
 

@@ -59,15 +59,9 @@ impl Child {
     pub(crate) async fn wait(&self) -> Exit {
         let mut exit = self.exit.clone();
         match exit.wait_for(Option::is_some).await {
-            Ok(value) => value.unwrap_or(Exit {
-                status: 255,
-                at: now(),
-            }),
+            Ok(value) => value.unwrap_or(Exit { status: 255, at: now() }),
             // The sender lives until it has sent; only a replaced announcement can come here.
-            Err(_) => Exit {
-                status: 255,
-                at: now(),
-            },
+            Err(_) => Exit { status: 255, at: now() },
         }
     }
 }
@@ -88,10 +82,7 @@ impl Reaper {
     pub(crate) fn adopted(&self, pid: Pid) -> Child {
         let child = self.forked(pid);
         let mut children = self.children();
-        let ended = children
-            .unclaimed
-            .iter()
-            .position(|(ended, _)| *ended == pid.as_raw());
+        let ended = children.unclaimed.iter().position(|(ended, _)| *ended == pid.as_raw());
         if let Some((_, exit)) = ended.and_then(|index| children.unclaimed.remove(index))
             && let Some(owner) = children.announced.remove(&pid.as_raw())
         {
@@ -114,8 +105,7 @@ impl Reaper {
                     return;
                 }
             };
-            self.children()
-                .ended(pid.as_raw(), Exit { status, at: now() });
+            self.children().ended(pid.as_raw(), Exit { status, at: now() });
         }
     }
 
@@ -144,9 +134,7 @@ impl Children {
 
 /// The guest's wall clock since 1970.
 pub(crate) fn now() -> Duration {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -39,18 +39,12 @@ impl RootSource for RootfsPlan {
             lower.push(index.to_string());
         }
         lower.reverse();
-        let bytes = if self.read_only {
-            READ_ONLY_UPPER
-        } else {
-            self.writable_bytes
-        };
+        let bytes = if self.read_only { READ_ONLY_UPPER } else { self.writable_bytes };
         let upper = directory(UPPER)?;
         let options = format!("mode=755,size={bytes}");
         attempt("tmpfs", &upper, "tmpfs", MsFlags::empty(), &options)?;
-        let (upper, work) = (
-            directory(format!("{UPPER}/upper"))?,
-            directory(format!("{UPPER}/work"))?,
-        );
+        let (upper, work) =
+            (directory(format!("{UPPER}/upper"))?, directory(format!("{UPPER}/work"))?);
         // Relative names: the options of one mount have to fit into a page.
         std::env::set_current_dir(LAYERS).map_err(|error| format!("{LAYERS}: {error}"))?;
         let options = format!(
@@ -72,11 +66,7 @@ fn directory(path: impl Into<PathBuf>) -> Result<PathBuf, String> {
 }
 
 fn attach(disk: &LayerDisk, target: &Path) -> Result<(), String> {
-    let flags = if disk.writable {
-        MsFlags::MS_NOATIME
-    } else {
-        MsFlags::MS_RDONLY
-    };
+    let flags = if disk.writable { MsFlags::MS_NOATIME } else { MsFlags::MS_RDONLY };
     let device = disk.device.display().to_string();
     attempt(&device, target, disk.file_system.name(), flags, "")
 }
@@ -89,9 +79,6 @@ fn attempt(
     options: &str,
 ) -> Result<(), String> {
     mount(Some(source), target, Some(kind), flags, Some(options)).map_err(|error| {
-        format!(
-            "mounting {kind} from {source} on {} ({options}): {error}",
-            target.display()
-        )
+        format!("mounting {kind} from {source} on {} ({options}): {error}", target.display())
     })
 }

@@ -20,9 +20,7 @@ impl From<SandboxError> for ttrpc::Error {
     fn from(error: SandboxError) -> Self {
         let mut text = error.to_string();
         if text.len() > limits::MAX_ERROR_TEXT {
-            let end = (0..=limits::MAX_ERROR_TEXT)
-                .rev()
-                .find(|at| text.is_char_boundary(*at));
+            let end = (0..=limits::MAX_ERROR_TEXT).rev().find(|at| text.is_char_boundary(*at));
             text.truncate(end.unwrap_or_default());
         }
         ttrpc::Error::RpcStatus(get_status(error.code(), text))
@@ -69,10 +67,7 @@ impl api::Agent for Service {
         request: api::ReadFileRequest,
     ) -> ttrpc::Result<api::ReadFileResponse> {
         let data = reply(self.0.read_file(&request))?;
-        Ok(api::ReadFileResponse {
-            data,
-            ..Default::default()
-        })
+        Ok(api::ReadFileResponse { data, ..Default::default() })
     }
 
     async fn create_container(

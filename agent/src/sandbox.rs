@@ -183,9 +183,7 @@ impl Sandbox {
         let made = PodPidNamespace::new(&self.reaper).map_err(SandboxError::PodPid)?;
         let descriptor = made.descriptor();
         *pod = Some(made);
-        descriptor
-            .unwrap_or(Err(io::ErrorKind::Interrupted.into()))
-            .map_err(SandboxError::PodPid)
+        descriptor.unwrap_or(Err(io::ErrorKind::Interrupted.into())).map_err(SandboxError::PodPid)
     }
 
     /// Who the agent is; changes nothing.
@@ -285,16 +283,9 @@ mod tests {
             protocol_version: limits::PROTOCOL_VERSION,
             ..Default::default()
         };
-        assert_eq!(
-            sandbox.start(&request).unwrap_err().code(),
-            Code::INVALID_ARGUMENT
-        );
+        assert_eq!(sandbox.start(&request).unwrap_err().code(), Code::INVALID_ARGUMENT);
         let error = sandbox.start(&request).unwrap_err();
-        assert_eq!(
-            error.code(),
-            Code::FAILED_PRECONDITION,
-            "a failed clone stays failed"
-        );
+        assert_eq!(error.code(), Code::FAILED_PRECONDITION, "a failed clone stays failed");
         assert!(sandbox.require_started().is_err());
     }
 
@@ -302,10 +293,8 @@ mod tests {
     fn hello_checks_the_version() {
         let sandbox = sandbox();
         assert!(sandbox.hello(&api::HelloRequest::new()).is_err());
-        let request = api::HelloRequest {
-            protocol_version: limits::PROTOCOL_VERSION,
-            ..Default::default()
-        };
+        let request =
+            api::HelloRequest { protocol_version: limits::PROTOCOL_VERSION, ..Default::default() };
         assert!(sandbox.hello(&request).unwrap().memory_bytes > 0);
     }
 }

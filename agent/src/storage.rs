@@ -112,9 +112,7 @@ pub(crate) fn count_slots() -> u32 {
     let Ok(entries) = fs::read_dir("/sys/block") else {
         return 0;
     };
-    let disks = entries
-        .flatten()
-        .filter(|e| e.file_name().as_encoded_bytes().starts_with(b"vd"));
+    let disks = entries.flatten().filter(|e| e.file_name().as_encoded_bytes().starts_with(b"vd"));
     u32::try_from(disks.count()).unwrap_or(u32::MAX)
 }
 
@@ -132,33 +130,19 @@ pub(crate) fn plan(rootfs: &api::Rootfs, memory_bytes: u64) -> Result<RootfsPlan
             other => return invalid(format!("{other:?} is not a supported file system")),
         };
         if disk.writable && (file_system == FileSystem::Erofs || rootfs.layers.len() > 1) {
-            return invalid(format!(
-                "slot {} cannot be written: not a single ext4",
-                disk.slot
-            ));
+            return invalid(format!("slot {} cannot be written: not a single ext4", disk.slot));
         }
         let device = device(disk.slot)?;
-        if layers
-            .iter()
-            .any(|layer: &LayerDisk| layer.device == device)
-        {
+        if layers.iter().any(|layer: &LayerDisk| layer.device == device) {
             return invalid(format!("slot {} is named twice", disk.slot));
         }
-        layers.push(LayerDisk {
-            device,
-            file_system,
-            writable: disk.writable,
-        });
+        layers.push(LayerDisk { device, file_system, writable: disk.writable });
     }
     let writable_bytes = match rootfs.writable_bytes {
         0 => memory_bytes / 2,
         bytes => bytes,
     };
-    Ok(RootfsPlan {
-        layers,
-        read_only: rootfs.read_only,
-        writable_bytes,
-    })
+    Ok(RootfsPlan { layers, read_only: rootfs.read_only, writable_bytes })
 }
 
 /// The sandbox's slots.
@@ -174,24 +158,15 @@ pub(crate) struct SlotClaim {
 impl SlotClaim {
     /// Takes the slots of a container's root.
     pub(crate) fn take(slots: &SharedSlots, rootfs: &api::Rootfs) -> Result<Self, StorageError> {
-        slots
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take(rootfs)?;
+        slots.lock().unwrap_or_else(PoisonError::into_inner).take(rootfs)?;
         let taken = rootfs.layers.iter().map(|disk| disk.slot).collect();
-        Ok(Self {
-            slots: Arc::clone(slots),
-            taken,
-        })
+        Ok(Self { slots: Arc::clone(slots), taken })
     }
 }
 
 impl Drop for SlotClaim {
     fn drop(&mut self) {
-        self.slots
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .give_back(&self.taken);
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).give_back(&self.taken);
     }
 }
 
@@ -202,10 +177,7 @@ impl Slots {
             let device = device(disk.slot)?;
             match self.0.get(&disk.slot) {
                 Some(_) if disk.writable => {
-                    return Err(StorageError::Busy {
-                        slot: disk.slot,
-                        device,
-                    });
+                    return Err(StorageError::Busy { slot: disk.slot, device });
                 }
                 Some(_) => {}
                 None => refresh(disk.slot, &device)?,
@@ -239,15 +211,8 @@ fn refresh(slot: u32, path: &Path) -> Result<(), StorageError> {
         .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
         .open(path)
         .map_err(|source| match source.raw_os_error() {
-            Some(libc::EBUSY) => StorageError::Busy {
-                slot,
-                device: device(),
-            },
-            _ => StorageError::Device {
-                slot,
-                device: device(),
-                source,
-            },
+            Some(libc::EBUSY) => StorageError::Busy { slot, device: device() },
+            _ => StorageError::Device { slot, device: device(), source },
         })?;
     sys::flush_block_device(disk.as_fd()).map_err(|source| StorageError::Device {
         slot,
@@ -267,21 +232,14 @@ mod tests {
             writable: *writable,
             ..Default::default()
         });
-        api::Rootfs {
-            layers: layers.collect(),
-            ..Default::default()
-        }
+        api::Rootfs { layers: layers.collect(), ..Default::default() }
     }
 
     #[test]
     fn plans_layers_in_order_with_a_default_limit() {
         let plan = plan(&rootfs(&[(0, "erofs", false), (3, "erofs", false)]), 1000).unwrap();
         assert_eq!(plan.writable_bytes, 500);
-        let devices: Vec<_> = plan
-            .layers
-            .iter()
-            .map(|layer| layer.device.as_path())
-            .collect();
+        let devices: Vec<_> = plan.layers.iter().map(|layer| layer.device.as_path()).collect();
         assert_eq!(devices, [Path::new("/dev/vda"), Path::new("/dev/vdd")]);
     }
 

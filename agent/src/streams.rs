@@ -64,17 +64,9 @@ pub(crate) fn prepare(mux: &Mux, stdio: &api::Stdio) -> Result<(Ends, ProcessIo)
     let stdin = open(mux, stdio.stdin)?;
     let stdout = open(mux, stdio.stdout)?;
     let stderr = open(mux, stdio.stderr)?;
-    let mut ends = Ends {
-        stdin,
-        stdout,
-        stderr,
-        pipes: [None, None, None],
-    };
+    let mut ends = Ends { stdin, stdout, stderr, pipes: [None, None, None] };
     if stdio.terminal {
-        let io = ProcessIo::Terminal {
-            width: clamp(stdio.width),
-            height: clamp(stdio.height),
-        };
+        let io = ProcessIo::Terminal { width: clamp(stdio.width), height: clamp(stdio.height) };
         return Ok((ends, io));
     }
     let stdin = match &ends.stdin {
@@ -87,14 +79,7 @@ pub(crate) fn prepare(mux: &Mux, stdio: &api::Stdio) -> Result<(Ends, ProcessIo)
     };
     let stdout = output(ends.stdout.is_some(), &mut ends.pipes[1])?;
     let stderr = output(ends.stderr.is_some(), &mut ends.pipes[2])?;
-    Ok((
-        ends,
-        ProcessIo::Stdio {
-            stdin,
-            stdout,
-            stderr,
-        },
-    ))
+    Ok((ends, ProcessIo::Stdio { stdin, stdout, stderr }))
 }
 
 fn open(mux: &Mux, number: u32) -> Result<Option<MuxStream>, StdioError> {
@@ -112,11 +97,7 @@ fn clamp(cells: u32) -> u16 {
 }
 
 fn null() -> io::Result<OwnedFd> {
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .map(OwnedFd::from)
+    std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from)
 }
 
 fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -171,10 +152,7 @@ impl Pumps {
     /// Sets the terminal's size.
     pub(crate) fn resize(&self, width: u32, height: u32) -> io::Result<()> {
         let Some(terminal) = &self.terminal else {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "it has no terminal",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it has no terminal"));
         };
         sys::set_window_size(terminal.as_fd(), clamp(width), clamp(height))
     }
@@ -245,20 +223,12 @@ mod tests {
     }
 
     fn stdio(stdin: u32, stdout: u32) -> api::Stdio {
-        api::Stdio {
-            stdin,
-            stdout,
-            ..Default::default()
-        }
+        api::Stdio { stdin, stdout, ..Default::default() }
     }
 
     fn files(io: ProcessIo) -> [OwnedFd; 3] {
         match io {
-            ProcessIo::Stdio {
-                stdin,
-                stdout,
-                stderr,
-            } => [stdin, stdout, stderr],
+            ProcessIo::Stdio { stdin, stdout, stderr } => [stdin, stdout, stderr],
             ProcessIo::Terminal { .. } => panic!("a terminal nobody asked for"),
         }
     }
@@ -302,11 +272,7 @@ mod tests {
         stream.write_all(b"hello").await.unwrap();
         stream.shutdown().await.unwrap();
         let mut received = Vec::new();
-        FdIo::new(stdin)
-            .unwrap()
-            .read_to_end(&mut received)
-            .await
-            .unwrap();
+        FdIo::new(stdin).unwrap().read_to_end(&mut received).await.unwrap();
         assert_eq!(received, b"hello");
     }
 
@@ -316,18 +282,9 @@ mod tests {
         let mut request = stdio(0, 17);
         request.terminal = true;
         request.stderr = 18;
-        assert!(matches!(
-            prepare(&guest, &request),
-            Err(StdioError::StderrOfTerminal)
-        ));
+        assert!(matches!(prepare(&guest, &request), Err(StdioError::StderrOfTerminal)));
         let _first = prepare(&guest, &stdio(0, 20)).unwrap();
-        assert!(matches!(
-            prepare(&guest, &stdio(0, 20)),
-            Err(StdioError::Stream(_))
-        ));
-        assert!(matches!(
-            prepare(&guest, &stdio(0, 1)),
-            Err(StdioError::Reserved(1))
-        ));
+        assert!(matches!(prepare(&guest, &stdio(0, 20)), Err(StdioError::Stream(_))));
+        assert!(matches!(prepare(&guest, &stdio(0, 1)), Err(StdioError::Reserved(1))));
     }
 }

@@ -30,19 +30,12 @@ struct RandPoolInfo {
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// Time since boot, without what the machine slept.
 pub(crate) fn monotonic() -> Duration {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `now` is a valid, writable timespec for the length of the call.
     let result = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
     if result != 0 {
@@ -81,12 +74,7 @@ pub(crate) fn flush_block_device(device: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Sets a terminal's size, which signals its foreground process group.
 pub(crate) fn set_window_size(pty: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
-    let size = libc::winsize {
-        ws_row: height,
-        ws_col: width,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let size = libc::winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: `size` is a valid winsize for the length of the call.
     check(unsafe { libc::ioctl(pty.as_raw_fd(), libc::TIOCSWINSZ, &size) }).map(drop)
 }
@@ -95,12 +83,7 @@ pub(crate) fn set_window_size(pty: BorrowedFd<'_>, width: u16, height: u16) -> i
 pub(crate) fn finit_module(module: &File, parameters: &CStr, flags: libc::c_int) -> io::Result<()> {
     // SAFETY: the descriptor is open and the parameters are a NUL-terminated string.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_finit_module,
-            module.as_raw_fd(),
-            parameters.as_ptr(),
-            flags,
-        )
+        libc::syscall(libc::SYS_finit_module, module.as_raw_fd(), parameters.as_ptr(), flags)
     };
     check(result as libc::c_int).map(drop)
 }

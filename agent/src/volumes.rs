@@ -88,17 +88,12 @@ impl Volumes {
         }
         let inner = Path::new(id.as_str()).join(path);
         // Joining an empty path adds a slash, which would name a directory.
-        let inner = if entry.path.is_empty() {
-            Path::new(id.as_str())
-        } else {
-            inner.as_path()
-        };
-        self.write(inner, kind, entry)
-            .map_err(|source| VolumeError::File {
-                volume: id.to_string(),
-                path: entry.path.clone(),
-                source,
-            })
+        let inner = if entry.path.is_empty() { Path::new(id.as_str()) } else { inner.as_path() };
+        self.write(inner, kind, entry).map_err(|source| VolumeError::File {
+            volume: id.to_string(),
+            path: entry.path.clone(),
+            source,
+        })
     }
 
     fn write(&self, path: &Path, kind: u32, entry: &api::FileEntry) -> io::Result<()> {
@@ -141,18 +136,13 @@ impl Volumes {
                 problem: "does not stay inside the volume",
             });
         }
-        let limit = if limit == 0 {
-            limits::MAX_READ_FILE as u64
-        } else {
-            limit
-        };
+        let limit = if limit == 0 { limits::MAX_READ_FILE as u64 } else { limit };
         let limit = limit.min(limits::MAX_READ_FILE as u64);
-        self.read_bounded(id, path, limit)
-            .map_err(|source| VolumeError::File {
-                volume: id.to_string(),
-                path: path.to_owned(),
-                source,
-            })
+        self.read_bounded(id, path, limit).map_err(|source| VolumeError::File {
+            volume: id.to_string(),
+            path: path.to_owned(),
+            source,
+        })
     }
 
     fn read_bounded(&self, id: &VolumeId, path: &str, limit: u64) -> io::Result<Vec<u8>> {
@@ -167,10 +157,7 @@ impl Volumes {
         let file = File::from(file);
         // A container may have put a pipe or a device there; reading those could wait or act.
         if !file.metadata()?.is_file() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "not a regular file",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         let mut data = Vec::new();
         file.take(limit).read_to_end(&mut data)?;
@@ -186,20 +173,9 @@ mod tests {
     use super::*;
 
     fn entry(path: &str, mode: u32, data: &[u8], offset: u64) -> api::FileEntry {
-        let (uid, gid) = (
-            nix::unistd::getuid().as_raw(),
-            nix::unistd::getgid().as_raw(),
-        );
+        let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         let (path, data) = (path.to_owned(), data.to_vec());
-        api::FileEntry {
-            path,
-            mode,
-            data,
-            offset,
-            uid,
-            gid,
-            ..Default::default()
-        }
+        api::FileEntry { path, mode, data, offset, uid, gid, ..Default::default() }
     }
 
     #[test]
@@ -207,37 +183,16 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let volumes = Volumes::new(root.path());
         let id = VolumeId::new("v1").unwrap();
-        volumes
-            .put(&id, &entry("", libc::S_IFDIR | 0o711, b"", 0))
-            .unwrap();
-        volumes
-            .put(
-                &id,
-                &entry("..2024/key", libc::S_IFREG | 0o640, b"hello ", 0),
-            )
-            .unwrap();
-        volumes
-            .put(
-                &id,
-                &entry("..2024/key", libc::S_IFREG | 0o640, b"world", 6),
-            )
-            .unwrap();
-        volumes
-            .put(&id, &entry("..data", libc::S_IFLNK, b"..2024", 0))
-            .unwrap();
-        volumes
-            .put(&id, &entry("key", libc::S_IFLNK, b"..data/key", 0))
-            .unwrap();
+        volumes.put(&id, &entry("", libc::S_IFDIR | 0o711, b"", 0)).unwrap();
+        volumes.put(&id, &entry("..2024/key", libc::S_IFREG | 0o640, b"hello ", 0)).unwrap();
+        volumes.put(&id, &entry("..2024/key", libc::S_IFREG | 0o640, b"world", 6)).unwrap();
+        volumes.put(&id, &entry("..data", libc::S_IFLNK, b"..2024", 0)).unwrap();
+        volumes.put(&id, &entry("key", libc::S_IFLNK, b"..data/key", 0)).unwrap();
         assert_eq!(volumes.read(&id, "key", 0).unwrap(), b"hello world");
         assert_eq!(volumes.read(&id, "key", 5).unwrap(), b"hello");
-        let mode = fs::metadata(root.path().join("v1"))
-            .unwrap()
-            .permissions()
-            .mode();
+        let mode = fs::metadata(root.path().join("v1")).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o711);
-        volumes
-            .put(&id, &entry("..2024/key", libc::S_IFREG | 0o600, b"new", 0))
-            .unwrap();
+        volumes.put(&id, &entry("..2024/key", libc::S_IFREG | 0o600, b"new", 0)).unwrap();
         assert_eq!(volumes.read(&id, "key", 0).unwrap(), b"new");
     }
 
@@ -246,9 +201,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let volumes = Volumes::new(root.path());
         let id = VolumeId::new("hosts").unwrap();
-        volumes
-            .put(&id, &entry("", libc::S_IFREG | 0o644, b"127.0.0.1", 0))
-            .unwrap();
+        volumes.put(&id, &entry("", libc::S_IFREG | 0o644, b"127.0.0.1", 0)).unwrap();
         assert_eq!(volumes.read(&id, "", 0).unwrap(), b"127.0.0.1");
         assert!(volumes.read(&id, "x", 0).is_err());
     }
@@ -259,40 +212,18 @@ mod tests {
         let volumes = Volumes::new(root.path());
         let id = VolumeId::new("v").unwrap();
         for path in ["../x", "/etc/passwd", "a/../../b"] {
-            assert!(
-                volumes
-                    .put(&id, &entry(path, libc::S_IFREG, b"", 0))
-                    .is_err()
-            );
+            assert!(volumes.put(&id, &entry(path, libc::S_IFREG, b"", 0)).is_err());
             assert!(volumes.read(&id, path, 0).is_err());
         }
-        assert!(
-            volumes
-                .put(&id, &entry("", libc::S_IFLNK, b"/", 0))
-                .is_err()
-        );
-        assert!(
-            volumes
-                .put(&id, &entry("dev", libc::S_IFCHR, b"", 0))
-                .is_err()
-        );
-        assert!(
-            volumes
-                .put(&id, &entry("big", libc::S_IFREG, b"x", u64::MAX))
-                .is_err()
-        );
-        volumes
-            .put(&id, &entry("", libc::S_IFDIR | 0o755, b"", 0))
-            .unwrap();
+        assert!(volumes.put(&id, &entry("", libc::S_IFLNK, b"/", 0)).is_err());
+        assert!(volumes.put(&id, &entry("dev", libc::S_IFCHR, b"", 0)).is_err());
+        assert!(volumes.put(&id, &entry("big", libc::S_IFREG, b"x", u64::MAX)).is_err());
+        volumes.put(&id, &entry("", libc::S_IFDIR | 0o755, b"", 0)).unwrap();
         let fifo = root.path().join("v/fifo");
         nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).unwrap();
         assert!(volumes.read(&id, "fifo", 0).is_err());
         std::os::unix::fs::symlink("/etc/hostname", root.path().join("v/out")).unwrap();
         assert!(volumes.read(&id, "out", 0).is_err());
-        assert!(
-            volumes
-                .put(&id, &entry("out", libc::S_IFREG, b"x", 0))
-                .is_err()
-        );
+        assert!(volumes.put(&id, &entry("out", libc::S_IFREG, b"x", 0)).is_err());
     }
 }

@@ -19,10 +19,7 @@ fn config(directory: &Path, guest: &str) -> VmmConfig {
         templates_dir: directory.join("templates"),
         run_dir: directory.join("run"),
         use_templates: true,
-        ids: IdRange {
-            first: 700_000,
-            count: 1000,
-        },
+        ids: IdRange { first: 700_000, count: 1000 },
         builder: None,
     }
 }
@@ -55,23 +52,13 @@ async fn main() -> anyhow::Result<()> {
         let driver = tokio::spawn(driver);
         let socket = ttrpc::r#async::transport::Socket::new(mux.open(limits::STREAM_RPC)?);
         let agent = api::AgentClient::new(ttrpc::r#async::Client::new(socket));
-        let request = api::HelloRequest {
-            protocol_version: 1,
-            ..Default::default()
-        };
-        agent
-            .hello(ttrpc::context::Context::default(), &request)
-            .await?;
+        let request = api::HelloRequest { protocol_version: 1, ..Default::default() };
+        agent.hello(ttrpc::context::Context::default(), &request).await?;
         times.push(begun.elapsed());
         let cpu = cpu_time(vm.pid())?;
-        println!(
-            "{:?} cloned={cloned} cpu {cpu:.1} ms {phases:?}",
-            begun.elapsed()
-        );
+        println!("{:?} cloned={cloned} cpu {cpu:.1} ms {phases:?}", begun.elapsed());
         let begun = Instant::now();
-        agent
-            .hello(ttrpc::context::Context::default(), &request)
-            .await?;
+        agent.hello(ttrpc::context::Context::default(), &request).await?;
         println!("  second answer {:?}", begun.elapsed());
         if number + 1 == clones {
             tokio::time::sleep(std::time::Duration::from_millis(500)).await;
@@ -97,10 +84,7 @@ fn cpu_time(pid: i32) -> anyhow::Result<f64> {
 
 fn print_memory(pid: i32) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    for line in text
-        .lines()
-        .filter(|l| l.starts_with("Private") || l.starts_with("Pss:"))
-    {
+    for line in text.lines().filter(|l| l.starts_with("Private") || l.starts_with("Pss:")) {
         println!("  {line}");
     }
     Ok(())

@@ -358,7 +358,10 @@ mod tests {
     #[test]
     fn major_version_is_found_in_what_containerd_prints() {
         let cases = [
-            ("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+deb13u1", Some(1)),
+            (
+                "containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+deb13u1",
+                Some(1),
+            ),
             ("containerd github.com/containerd/containerd/v2 2.1.9+ds1 2.1.9+ds1-5", Some(2)),
             ("containerd github.com/containerd/containerd/v2 v2.0.0 abcdef", Some(2)),
             ("no such thing", None),

@@ -136,13 +136,9 @@ impl Config {
             parse::<Self>(&options.body, origin)?;
             table.extend(parse::<toml::Table>(&options.body, origin)?);
         }
-        let config: Self =
-            table
-                .try_into()
-                .map_err(|error: toml::de::Error| ConfigError::Parse {
-                    origin: path.display().to_string(),
-                    message: error.to_string(),
-                })?;
+        let config: Self = table.try_into().map_err(|error: toml::de::Error| {
+            ConfigError::Parse { origin: path.display().to_string(), message: error.to_string() }
+        })?;
         let file = path.exists().then_some(path);
         Self { file, ..config }.check()
     }
@@ -160,9 +156,7 @@ impl Config {
 
     /// Where the guest's kernel and initramfs are.
     pub fn guest_dir(&self) -> PathBuf {
-        self.guest_dir
-            .clone()
-            .unwrap_or_else(|| self.state_dir.join("guest"))
+        self.guest_dir.clone().unwrap_or_else(|| self.state_dir.join("guest"))
     }
 
     /// The operator's tool, which does the heavy once-per-node work.
@@ -224,11 +218,7 @@ impl Config {
             }
         }
         if self.default_vcpus == 0 || self.template_vcpus.last() < Some(&self.default_vcpus) {
-            return refuse(
-                "default_vcpus",
-                self.default_vcpus,
-                "must fit the largest template",
-            );
+            return refuse("default_vcpus", self.default_vcpus, "must fit the largest template");
         }
         let whole = self.default_memory_mib.checked_add(self.guest_overhead_mib);
         if self.default_memory_mib == 0
@@ -239,11 +229,7 @@ impl Config {
         }
         let end = self.jail_first_id.checked_add(self.jail_ids);
         if self.jail_first_id == 0 || self.jail_ids == 0 || end.is_none() {
-            return refuse(
-                "jail_first_id",
-                self.jail_first_id,
-                "no usable range without root",
-            );
+            return refuse("jail_first_id", self.jail_first_id, "no usable range without root");
         }
         if self.start_timeout_seconds == 0 {
             return refuse("start_timeout_seconds", 0, "must be at least 1");
@@ -257,11 +243,7 @@ fn refuse<T>(
     value: impl std::fmt::Debug,
     reason: &'static str,
 ) -> Result<T, ConfigError> {
-    Err(ConfigError::Value {
-        key,
-        value: format!("{value:?}"),
-        reason,
-    })
+    Err(ConfigError::Value { key, value: format!("{value:?}"), reason })
 }
 
 fn read(path: &Path, must_exist: bool) -> Result<toml::Table, ConfigError> {
@@ -270,10 +252,7 @@ fn read(path: &Path, must_exist: bool) -> Result<toml::Table, ConfigError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound && !must_exist => {
             Ok(toml::Table::new())
         }
-        Err(source) => Err(ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        }),
+        Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
     }
 }
 
@@ -292,21 +271,13 @@ struct Options {
 
 /// Decodes `runtimeoptions.v1.Options`: 1 `type_url`, 2 `config_path`, 3 `config_body`.
 fn decode(any: &Any) -> Result<Options, ConfigError> {
-    let bad = |reason: String| ConfigError::Options {
-        type_url: any.type_url.clone(),
-        reason,
-    };
+    let bad = |reason: String| ConfigError::Options { type_url: any.type_url.clone(), reason };
     if !any.type_url.ends_with("runtimeoptions.v1.Options") {
-        return Err(bad(
-            "only runtimeoptions.v1.Options is understood".to_owned()
-        ));
+        return Err(bad("only runtimeoptions.v1.Options is understood".to_owned()));
     }
     let mut options = Options::default();
     let mut input = CodedInputStream::from_bytes(&any.value);
-    while let Some(tag) = input
-        .read_raw_tag_or_eof()
-        .map_err(|e| bad(e.to_string()))?
-    {
+    while let Some(tag) = input.read_raw_tag_or_eof().map_err(|e| bad(e.to_string()))? {
         // Every field is a string: the tag's low bits are wire type 2.
         if tag & 7 != 2 {
             return Err(bad(format!("field tag {tag} is no string")));
@@ -333,12 +304,7 @@ mod tests {
 
     #[test]
     fn unknown_key_is_named_with_its_file() {
-        let error = parse::<Config>("defualt_vcpus = 1", "/x.toml")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("defualt_vcpus") && error.contains("/x.toml"),
-            "{error}"
-        );
+        let error = parse::<Config>("defualt_vcpus = 1", "/x.toml").unwrap_err().to_string();
+        assert!(error.contains("defualt_vcpus") && error.contains("/x.toml"), "{error}");
     }
 }

@@ -15,9 +15,9 @@ use crate::api::publisher::Publisher;
 use crate::api::{events, sandbox, task};
 use crate::bootstrap::Invocation;
 use crate::config::{CONFIG, Config};
-use crate::{log, sys};
 use crate::sandbox::record::{Record, directory};
 use crate::sandbox::{Boot, Handle, teardown};
+use crate::{log, sys};
 
 /// How long the last events may take on their way to containerd once the sandbox is gone.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
@@ -64,7 +64,7 @@ async fn serve(config: Config, invocation: Invocation, listener: UnixListener) -
     let forwarding = tokio::spawn(events::forward(outgoing, publisher));
     listener.set_nonblocking(true).context("socket")?;
     let listener = tokio::net::UnixListener::from_std(listener).context("socket")?;
-    let listener = Listener::try_from(listener).context("socket")?;
+    let listener = Listener::from(listener);
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(task::services(&handle))

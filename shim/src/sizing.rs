@@ -43,37 +43,22 @@ pub struct SizingError {
 pub fn size(config: &Config, notes: &HashMap<String, String>) -> Result<Sizing, SizingError> {
     for (name, value) in notes {
         if name.starts_with(PREFIX) && name != VCPUS && name != MEMORY {
-            return Err(bad(
-                name,
-                value,
-                format!("unknown; known are {VCPUS} and {MEMORY}"),
-            ));
+            return Err(bad(name, value, format!("unknown; known are {VCPUS} and {MEMORY}")));
         }
     }
-    Ok(Sizing {
-        vcpus: vcpus(config, notes)?,
-        memory_mib: memory(config, notes)?,
-    })
+    Ok(Sizing { vcpus: vcpus(config, notes)?, memory_mib: memory(config, notes)? })
 }
 
 fn vcpus(config: &Config, notes: &HashMap<String, String>) -> Result<u32, SizingError> {
     let quota = number(notes, CPU_QUOTA)?.filter(|&quota| quota > 0);
-    let period = number(notes, CPU_PERIOD)?
-        .filter(|&period| period > 0)
-        .unwrap_or(100_000);
+    let period = number(notes, CPU_PERIOD)?.filter(|&period| period > 0).unwrap_or(100_000);
     // The kubelet's smallest share, 2, means "asked for nothing".
     let shares = number(notes, CPU_SHARES)?.filter(|&shares| shares > 2);
     let (name, wanted) = if let Some(value) = notes.get(VCPUS) {
         let whole = value.parse::<u64>().ok().filter(|&count| count > 0);
-        (
-            VCPUS,
-            whole.ok_or_else(|| bad(VCPUS, value, "must be a whole number from 1".into()))?,
-        )
+        (VCPUS, whole.ok_or_else(|| bad(VCPUS, value, "must be a whole number from 1".into()))?)
     } else if let Some(quota) = quota {
-        (
-            CPU_QUOTA,
-            quota.unsigned_abs().div_ceil(period.unsigned_abs()),
-        )
+        (CPU_QUOTA, quota.unsigned_abs().div_ceil(period.unsigned_abs()))
     } else if let Some(shares) = shares {
         (CPU_SHARES, shares.unsigned_abs().div_ceil(1024))
     } else {
@@ -85,23 +70,14 @@ fn vcpus(config: &Config, notes: &HashMap<String, String>) -> Result<u32, Sizing
 fn memory(config: &Config, notes: &HashMap<String, String>) -> Result<u32, SizingError> {
     let cri = number(notes, CRI_MEMORY)?.filter(|&bytes| bytes > 0);
     let (name, wanted) = if let Some(value) = notes.get(MEMORY) {
-        (
-            MEMORY,
-            mib(value).ok_or_else(|| bad(MEMORY, value, "must be like 512Mi or 2Gi".into()))?,
-        )
+        (MEMORY, mib(value).ok_or_else(|| bad(MEMORY, value, "must be like 512Mi or 2Gi".into()))?)
     } else if let Some(bytes) = cri {
         (CRI_MEMORY, bytes.unsigned_abs().div_ceil(1 << 20))
     } else {
         (MEMORY, config.default_memory_mib.into())
     };
     let whole = wanted.saturating_add(config.guest_overhead_mib.into());
-    round_up(
-        name,
-        notes,
-        whole,
-        &config.template_memory_mib,
-        "MiB with the guest's overhead",
-    )
+    round_up(name, notes, whole, &config.template_memory_mib, "MiB with the guest's overhead")
 }
 
 fn round_up(
@@ -111,19 +87,11 @@ fn round_up(
     sizes: &[u32],
     unit: &str,
 ) -> Result<u32, SizingError> {
-    sizes
-        .iter()
-        .copied()
-        .find(|&size| u64::from(size) >= wanted)
-        .ok_or_else(|| {
-            let most = sizes.last().copied().unwrap_or(0);
-            let value = notes.get(name).map_or("", String::as_str);
-            bad(
-                name,
-                value,
-                format!("comes to {wanted} {unit}; this node's most is {most}"),
-            )
-        })
+    sizes.iter().copied().find(|&size| u64::from(size) >= wanted).ok_or_else(|| {
+        let most = sizes.last().copied().unwrap_or(0);
+        let value = notes.get(name).map_or("", String::as_str);
+        bad(name, value, format!("comes to {wanted} {unit}; this node's most is {most}"))
+    })
 }
 
 fn mib(text: &str) -> Option<u64> {
@@ -131,27 +99,18 @@ fn mib(text: &str) -> Option<u64> {
         Some(digits) => (digits, 1024),
         None => (text.strip_suffix("Mi")?, 1),
     };
-    digits
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(factor)
-        .filter(|&mib| mib > 0)
+    digits.parse::<u64>().ok()?.checked_mul(factor).filter(|&mib| mib > 0)
 }
 
 fn number(notes: &HashMap<String, String>, name: &str) -> Result<Option<i64>, SizingError> {
     let parse = |text: &String| {
-        text.parse::<i64>()
-            .map_err(|_| bad(name, text, "must be a whole number".into()))
+        text.parse::<i64>().map_err(|_| bad(name, text, "must be a whole number".into()))
     };
     notes.get(name).map(parse).transpose()
 }
 
 fn bad(name: &str, value: &str, reason: String) -> SizingError {
-    SizingError {
-        name: name.to_owned(),
-        value: value.to_owned(),
-        reason,
-    }
+    SizingError { name: name.to_owned(), value: value.to_owned(), reason }
 }
 
 #[cfg(test)]
@@ -160,10 +119,7 @@ mod tests {
     use super::*;
 
     fn sized(notes: &[(&str, &str)]) -> Result<(u32, u32), String> {
-        let notes = notes
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect();
+        let notes = notes.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let sizing = size(&Config::default(), &notes).map_err(|error| error.to_string())?;
         Ok((sizing.vcpus, sizing.memory_mib))
     }
@@ -172,10 +128,7 @@ mod tests {
     fn sizes() {
         assert_eq!(sized(&[]), Ok((1, 256)));
         assert_eq!(sized(&[(VCPUS, "3"), (MEMORY, "512Mi")]), Ok((4, 1024)));
-        assert_eq!(
-            sized(&[(CPU_QUOTA, "150000"), (CPU_PERIOD, "100000")]),
-            Ok((2, 256))
-        );
+        assert_eq!(sized(&[(CPU_QUOTA, "150000"), (CPU_PERIOD, "100000")]), Ok((2, 256)));
         assert_eq!(sized(&[(CPU_QUOTA, "-1"), (CPU_SHARES, "2")]), Ok((1, 256)));
         assert_eq!(sized(&[(CRI_MEMORY, "67108864")]), Ok((1, 128)));
     }
@@ -191,12 +144,7 @@ mod tests {
 
     #[test]
     fn refusals_name_annotation_and_value() {
-        for (name, value) in [
-            ("io.joey.cpus", "2"),
-            (VCPUS, "0"),
-            (VCPUS, "9"),
-            (MEMORY, "1G"),
-        ] {
+        for (name, value) in [("io.joey.cpus", "2"), (VCPUS, "0"), (VCPUS, "9"), (MEMORY, "1G")] {
             let error = sized(&[(name, value)]).unwrap_err();
             assert!(error.contains(name) && error.contains(value), "{error}");
         }

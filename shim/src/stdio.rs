@@ -52,11 +52,7 @@ pub enum StdioError {
     Stdin { uri: String },
     /// Opening failed.
     #[error("opening {name} {path:?}: {source}")]
-    Open {
-        name: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    Open { name: &'static str, path: PathBuf, source: io::Error },
     /// The logger does not start.
     #[error("starting the logger {program:?}: {source}")]
     Logger { program: PathBuf, source: io::Error },
@@ -113,21 +109,14 @@ impl Stdio {
             Target::None => None,
             Target::Fifo(path) => Some(open_stdin(path, request.stdin_end)?),
             _ => {
-                return Err(StdioError::Stdin {
-                    uri: request.stdin.to_owned(),
-                });
+                return Err(StdioError::Stdin { uri: request.stdin.to_owned() });
             }
         };
         let stdout = uri::parse("stdout", request.stdout)?;
         let stderr = if request.terminal { "" } else { request.stderr };
         let stderr = uri::parse("stderr", stderr)?;
-        let mut stdio = Self {
-            terminal: request.terminal,
-            stdin,
-            stdout: None,
-            stderr: None,
-            logger: None,
-        };
+        let mut stdio =
+            Self { terminal: request.terminal, stdin, stdout: None, stderr: None, logger: None };
         // One logger serves both, as with containerd's own shim.
         let (stdout, stderr) = match (stdout, stderr) {
             (Target::Binary { program, args }, stderr) => {
@@ -181,32 +170,21 @@ impl Stdio {
 fn open_stdin(path: PathBuf, end: StdinEnd) -> Result<pipe::Receiver, StdioError> {
     // With a writer of our own, the end of the last other one is no end of file.
     let keep = end == StdinEnd::CloseIo;
-    let opened = pipe::OpenOptions::new()
-        .read_write(keep)
-        .open_receiver(&path);
-    opened.map_err(|source| StdioError::Open {
-        name: "stdin",
-        path,
-        source,
-    })
+    let opened = pipe::OpenOptions::new().read_write(keep).open_receiver(&path);
+    opened.map_err(|source| StdioError::Open { name: "stdin", path, source })
 }
 
 fn open_output(name: &'static str, target: Target) -> Result<Option<Sink>, StdioError> {
     let opened = match &target {
         Target::None => return Ok(None),
         // With a reader of our own there is no broken pipe while containerd restarts.
-        Target::Fifo(path) => pipe::OpenOptions::new()
-            .read_write(true)
-            .open_sender(path)
-            .map(Sink::Pipe),
+        Target::Fifo(path) => {
+            pipe::OpenOptions::new().read_write(true).open_sender(path).map(Sink::Pipe)
+        }
         Target::File(path) => append(path).map(Sink::File),
         Target::Binary { .. } => Err(io::Error::other("a logger must be given as stdout, too")),
     };
-    opened.map(Some).map_err(|source| StdioError::Open {
-        name,
-        path: target.into_path(),
-        source,
-    })
+    opened.map(Some).map_err(|source| StdioError::Open { name, path: target.into_path(), source })
 }
 
 fn append(path: &PathBuf) -> io::Result<File> {

@@ -101,11 +101,7 @@ pub(crate) fn execute(
     environment: &[CString],
 ) -> io::Error {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
-        strings
-            .iter()
-            .map(|string| string.as_ptr())
-            .chain([std::ptr::null()])
-            .collect()
+        strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
     };
     let (arguments, environment) = (pointers(arguments), pointers(environment));
     // SAFETY: all three are null-terminated and live until the call returns.
@@ -171,10 +167,7 @@ pub(crate) fn run_kvm_guest(kvm: BorrowedFd<'_>) -> Result<(), (&'static str, io
     // mappings are checked, written within bounds, and live until the process ends (a short-lived
     // child), as do the descriptors.
     unsafe {
-        let vm = check(
-            "creating a machine",
-            libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0),
-        )?;
+        let vm = check("creating a machine", libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0))?;
         let map = |fd: i32, length: usize, flags: i32| {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -192,10 +185,7 @@ pub(crate) fn run_kvm_guest(kvm: BorrowedFd<'_>) -> Result<(), (&'static str, io
         memory.cast::<u8>().write(0xF4); // hlt
         // slot and flags, guest address, size, host address
         let region: [u64; 4] = [0, 0x1000, PAGE as u64, memory as u64];
-        check(
-            "giving it memory",
-            libc::ioctl(vm, KVM_SET_USER_MEMORY_REGION, region.as_ptr()),
-        )?;
+        check("giving it memory", libc::ioctl(vm, KVM_SET_USER_MEMORY_REGION, region.as_ptr()))?;
         let cpu = check("creating a processor", libc::ioctl(vm, KVM_CREATE_VCPU, 0))?;
         let size = check(
             "sizing the processor's page",
@@ -206,24 +196,15 @@ pub(crate) fn run_kvm_guest(kvm: BorrowedFd<'_>) -> Result<(), (&'static str, io
             return Err(("mapping the processor", io::Error::last_os_error()));
         }
         let mut system = [0_u64; 39];
-        check(
-            "reading registers",
-            libc::ioctl(cpu, KVM_GET_SREGS, system.as_mut_ptr()),
-        )?;
+        check("reading registers", libc::ioctl(cpu, KVM_GET_SREGS, system.as_mut_ptr()))?;
         // Code segment: base 0, selector 0 (the low half of the word after base).
         system[0] = 0;
         system[1] &= !(0xFFFF << 32);
-        check(
-            "setting segments",
-            libc::ioctl(cpu, KVM_SET_SREGS, system.as_ptr()),
-        )?;
+        check("setting segments", libc::ioctl(cpu, KVM_SET_SREGS, system.as_ptr()))?;
         let mut registers = [0_u64; 18];
         registers[16] = 0x1000; // instruction pointer
         registers[17] = 2; // flags: the bit that is always set
-        check(
-            "setting registers",
-            libc::ioctl(cpu, KVM_SET_REGS, registers.as_ptr()),
-        )?;
+        check("setting registers", libc::ioctl(cpu, KVM_SET_REGS, registers.as_ptr()))?;
         check("running an instruction", libc::ioctl(cpu, KVM_RUN, 0))?;
         let reason = run.cast::<u8>().add(8).cast::<u32>().read_unaligned();
         if reason != KVM_EXIT_HLT {
@@ -277,10 +258,7 @@ pub fn fork_server() -> io::Result<bool> {
         nix::unistd::ForkResult::Parent { .. } => Ok(false),
         nix::unistd::ForkResult::Child => {
             nix::unistd::setsid()?;
-            let null = std::fs::OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open("/dev/null")?;
+            let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
             for target in 0..=2 {
                 // SAFETY: dup2 onto the standard streams, which this process owns alone.
                 if unsafe { libc::dup2(null.as_raw_fd(), target) } < 0 {

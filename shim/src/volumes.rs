@@ -65,7 +65,8 @@ pub enum VolumeError {
 /// A file cannot be read, is too large, or the guest refuses it.
 pub async fn copy_in(client: &Client, volumes: &[Volume]) -> Result<(), VolumeError> {
     for volume in volumes {
-        let mut sender = Sender { client, volume, pending: Vec::new(), bytes: 0, total: 0, count: 0 };
+        let mut sender =
+            Sender { client, volume, pending: Vec::new(), bytes: 0, total: 0, count: 0 };
         match &volume.source {
             Source::Inline(content) => {
                 let entry = api::FileEntry {

@@ -31,11 +31,7 @@ impl<'a> Context<'a> {
 
     /// Leaves the test if the promise is Joey's alone.
     pub fn only_joey(&self) -> Result<()> {
-        if self.handler == "runc" {
-            skip("a promise of Joey's, not of runc")
-        } else {
-            Ok(())
-        }
+        if self.handler == "runc" { skip("a promise of Joey's, not of runc") } else { Ok(()) }
     }
 }
 
@@ -67,22 +63,14 @@ pub fn same<A: PartialEq<B> + Debug, B: Debug>(what: &str, found: A, expected: B
 
 /// Checks that the text holds a part.
 pub fn holds(what: &str, text: &str, part: &str) -> Result<()> {
-    if text.contains(part) {
-        Ok(())
-    } else {
-        bail!("{what}: no {part:?} in {:?}", short(&text))
-    }
+    if text.contains(part) { Ok(()) } else { bail!("{what}: no {part:?} in {:?}", short(&text)) }
 }
 
 /// Checks that a call failed and that its error says why.
 pub fn refused<T>(what: &str, result: Result<T>, reason: &str) -> Result<()> {
     match result {
         Ok(_) => bail!("{what}: was accepted, expected an error with {reason:?}"),
-        Err(error) => holds(
-            what,
-            &format!("{error:#}").to_lowercase(),
-            &reason.to_lowercase(),
-        ),
+        Err(error) => holds(what, &format!("{error:#}").to_lowercase(), &reason.to_lowercase()),
     }
 }
 

@@ -9,36 +9,18 @@ use joey_tests::process;
 use crate::context::{Context, Test, same};
 
 pub const TESTS: &[Test] = &[
-    Test {
-        name: "faults::shim_killed",
-        run: shim_killed,
-    },
-    Test {
-        name: "faults::vmm_killed",
-        run: vmm_killed,
-    },
-    Test {
-        name: "faults::container_killed_inside",
-        run: container_killed_inside,
-    },
-    Test {
-        name: "faults::shim_killed_at_every_phase",
-        run: shim_killed_at_every_phase,
-    },
+    Test { name: "faults::shim_killed", run: shim_killed },
+    Test { name: "faults::vmm_killed", run: vmm_killed },
+    Test { name: "faults::container_killed_inside", run: container_killed_inside },
+    Test { name: "faults::shim_killed_at_every_phase", run: shim_killed_at_every_phase },
 ];
 
 fn find(ctx: &Context<'_>, what: &str, part: &str) -> Result<u32> {
-    let found = ctx
-        .node
-        .processes()
-        .into_iter()
-        .find(|(_, c)| c.contains(what) && c.contains(part));
+    let found =
+        ctx.node.processes().into_iter().find(|(_, c)| c.contains(what) && c.contains(part));
     match found {
         Some((pid, _)) => Ok(pid),
-        None => bail!(
-            "no process {what} … {part}; there are {:?}",
-            ctx.node.processes()
-        ),
+        None => bail!("no process {what} … {part}; there are {:?}", ctx.node.processes()),
     }
 }
 
@@ -58,11 +40,7 @@ fn vmm_killed(ctx: &Context<'_>) -> Result<()> {
     let container = pod.start(&pod::script("c", "sleep 1000"))?;
     process::kill(vmm(ctx, &pod)?)?;
     let status = container.wait(SOON)?;
-    same(
-        "ended as killed",
-        [137, 255].contains(&status.exit_code),
-        true,
-    )?;
+    same("ended as killed", [137, 255].contains(&status.exit_code), true)?;
     pod.remove()
 }
 

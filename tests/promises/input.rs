@@ -7,30 +7,12 @@ use k8s_cri::v1::{Mount, PodSandboxConfig};
 use crate::context::{Context, Test, refused, same};
 
 pub const TESTS: &[Test] = &[
-    Test {
-        name: "input::missing_command",
-        run: missing_command,
-    },
-    Test {
-        name: "input::bad_annotations",
-        run: bad_annotations,
-    },
-    Test {
-        name: "input::long_argument",
-        run: long_argument,
-    },
-    Test {
-        name: "input::huge_argument_list",
-        run: huge_argument_list,
-    },
-    Test {
-        name: "input::mount_outside_root",
-        run: mount_outside_root,
-    },
-    Test {
-        name: "input::odd_host_mount",
-        run: odd_host_mount,
-    },
+    Test { name: "input::missing_command", run: missing_command },
+    Test { name: "input::bad_annotations", run: bad_annotations },
+    Test { name: "input::long_argument", run: long_argument },
+    Test { name: "input::huge_argument_list", run: huge_argument_list },
+    Test { name: "input::mount_outside_root", run: mount_outside_root },
+    Test { name: "input::odd_host_mount", run: odd_host_mount },
 ];
 
 fn missing_command(ctx: &Context<'_>) -> Result<()> {
@@ -75,9 +57,8 @@ fn long_argument(ctx: &Context<'_>) -> Result<()> {
 fn huge_argument_list(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("hugeargs")?;
     let mut config = pod::container("c", &["sh", "-c", "echo $#"]);
-    config.args = std::iter::once("sh".to_owned())
-        .chain((0..1024).map(|_| "y".repeat(1023)))
-        .collect();
+    config.args =
+        std::iter::once("sh".to_owned()).chain((0..1024).map(|_| "y".repeat(1023))).collect();
     same("count", pod.finish(&config)?.text(), "1024")?;
     same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
     pod.remove()

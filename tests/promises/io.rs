@@ -9,46 +9,16 @@ use sha2::{Digest, Sha256};
 use crate::context::{Context, Test, same};
 
 pub const TESTS: &[Test] = &[
-    Test {
-        name: "io::eight_mib_then_exit",
-        run: eight_mib_then_exit,
-    },
-    Test {
-        name: "io::exec_carries_ten_mib",
-        run: exec_carries_ten_mib,
-    },
-    Test {
-        name: "io::twenty_mib_through_log",
-        run: twenty_mib_through_log,
-    },
-    Test {
-        name: "io::exec_carries_hundred_mib",
-        run: exec_carries_hundred_mib,
-    },
-    Test {
-        name: "io::exec_with_stdin",
-        run: exec_with_stdin,
-    },
-    Test {
-        name: "io::exec_with_terminal",
-        run: exec_with_terminal,
-    },
-    Test {
-        name: "io::attach",
-        run: attach,
-    },
-    Test {
-        name: "io::terminal",
-        run: terminal,
-    },
-    Test {
-        name: "io::no_stdin_reads_as_end",
-        run: no_stdin,
-    },
-    Test {
-        name: "io::silent_reader_of_one_stream_blocks_no_other",
-        run: both_streams,
-    },
+    Test { name: "io::eight_mib_then_exit", run: eight_mib_then_exit },
+    Test { name: "io::exec_carries_ten_mib", run: exec_carries_ten_mib },
+    Test { name: "io::twenty_mib_through_log", run: twenty_mib_through_log },
+    Test { name: "io::exec_carries_hundred_mib", run: exec_carries_hundred_mib },
+    Test { name: "io::exec_with_stdin", run: exec_with_stdin },
+    Test { name: "io::exec_with_terminal", run: exec_with_terminal },
+    Test { name: "io::attach", run: attach },
+    Test { name: "io::terminal", run: terminal },
+    Test { name: "io::no_stdin_reads_as_end", run: no_stdin },
+    Test { name: "io::silent_reader_of_one_stream_blocks_no_other", run: both_streams },
 ];
 
 fn eight_mib_then_exit(ctx: &Context<'_>) -> Result<()> {
@@ -68,11 +38,7 @@ fn eight_mib_then_exit(ctx: &Context<'_>) -> Result<()> {
     let (stdout, _) = container.logs()?;
     same("bytes", stdout.len(), expected)?;
     let line = b"012345678901234567890123456789012345678901234567890123456789012\n";
-    same(
-        "every line",
-        stdout.chunks(64).all(|chunk| chunk == line),
-        true,
-    )?;
+    same("every line", stdout.chunks(64).all(|chunk| chunk == line), true)?;
     pod.remove()
 }
 
@@ -108,9 +74,7 @@ fn exec_carries_hundred_mib(ctx: &Context<'_>) -> Result<()> {
     let container = pod.start(&pod::script("c", "sleep 1000"))?;
     // A pattern without end in little memory; the digest is made inside and outside.
     let text = "yes 0123456789abcdefghijklmnopqrstu | head -c 104857600";
-    let digest = container
-        .sh(&format!("{text} | sha256sum | cut -d' ' -f1"))?
-        .text();
+    let digest = container.sh(&format!("{text} | sha256sum | cut -d' ' -f1"))?.text();
     let start = Instant::now();
     let output = container.exec_live(&["sh", "-c", text], false)?.finish()?;
     let rate = 100.0 / start.elapsed().as_secs_f64();
@@ -194,8 +158,5 @@ fn both_streams(ctx: &Context<'_>) -> Result<()> {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -9,26 +9,11 @@ use k8s_cri::v1::UpdateContainerResourcesRequest;
 use crate::context::{Context, Test, same};
 
 pub const TESTS: &[Test] = &[
-    Test {
-        name: "limits::memory_kill_is_told",
-        run: memory_kill_is_told,
-    },
-    Test {
-        name: "limits::memory_kill_spares_neighbours",
-        run: memory_kill_spares_neighbours,
-    },
-    Test {
-        name: "limits::statistics",
-        run: statistics,
-    },
-    Test {
-        name: "limits::cpu_quota",
-        run: cpu_quota,
-    },
-    Test {
-        name: "limits::update",
-        run: update,
-    },
+    Test { name: "limits::memory_kill_is_told", run: memory_kill_is_told },
+    Test { name: "limits::memory_kill_spares_neighbours", run: memory_kill_spares_neighbours },
+    Test { name: "limits::statistics", run: statistics },
+    Test { name: "limits::cpu_quota", run: cpu_quota },
+    Test { name: "limits::update", run: update },
 ];
 
 /// Fills memory: tail keeps what it read as there is no line end.
@@ -43,11 +28,7 @@ fn limited(name: &str, text: &str, mib: i64) -> k8s_cri::v1::ContainerConfig {
 
 fn memory_kill_is_told(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("oom")?;
-    let container = pod.start(&limited(
-        "c",
-        &format!("exec sh -c '{EAT}'; wait; exit 137"),
-        24,
-    ))?;
+    let container = pod.start(&limited("c", &format!("exec sh -c '{EAT}'; wait; exit 137"), 24))?;
     let status = container.wait(SOON)?;
     same("reason", status.reason.as_str(), "OOMKilled")?;
     pod.remove()
@@ -69,21 +50,10 @@ fn statistics(ctx: &Context<'_>) -> Result<()> {
     ))?;
     container.wait_output("up", SOON)?;
     let stats = ctx.node.cri.stats(&container.id)?;
-    let cpu = stats
-        .cpu
-        .and_then(|cpu| cpu.usage_core_nano_seconds)
-        .unwrap_or_default()
-        .value;
-    let memory = stats
-        .memory
-        .and_then(|memory| memory.working_set_bytes)
-        .unwrap_or_default()
-        .value;
+    let cpu = stats.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).unwrap_or_default().value;
+    let memory = stats.memory.and_then(|memory| memory.working_set_bytes).unwrap_or_default().value;
     ensure!(cpu > 20_000_000, "CPU time {cpu} ns");
-    ensure!(
-        (4 << 10..256 << 20).contains(&memory),
-        "memory {memory} bytes"
-    );
+    ensure!((4 << 10..256 << 20).contains(&memory), "memory {memory} bytes");
     pod.remove()
 }
 
@@ -95,20 +65,13 @@ fn cpu_quota(ctx: &Context<'_>) -> Result<()> {
     let container = pod.start(&config)?;
     let used = || -> Result<u64> {
         let stats = ctx.node.cri.stats(&container.id)?;
-        Ok(stats
-            .cpu
-            .and_then(|cpu| cpu.usage_core_nano_seconds)
-            .unwrap_or_default()
-            .value)
+        Ok(stats.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).unwrap_or_default().value)
     };
     std::thread::sleep(Duration::from_millis(500));
     let before = used()?;
     std::thread::sleep(Duration::from_secs(2));
     let share = (used()? - before) as f64 / 2e9;
-    ensure!(
-        (0.02..0.4).contains(&share),
-        "used {share:.2} of a CPU with a quota of 0.2"
-    );
+    ensure!((0.02..0.4).contains(&share), "used {share:.2} of a CPU with a quota of 0.2");
     pod.remove()
 }
 

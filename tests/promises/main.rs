@@ -42,10 +42,7 @@ struct Tally {
 }
 
 fn main() -> ExitCode {
-    let filters: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|a| !a.starts_with('-'))
-        .collect();
+    let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let handler = std::env::var("JOEY_TEST_HANDLER").unwrap_or_else(|_| "joey".into());
     let mut tally = Tally::default();
     for version in versions() {
@@ -57,25 +54,13 @@ fn main() -> ExitCode {
     for name in &tally.failed {
         println!("failed: {name}");
     }
-    println!(
-        "{} passed, {} failed, {} skipped",
-        tally.passed,
-        tally.failed.len(),
-        tally.skipped
-    );
-    if tally.failed.is_empty() && tally.passed > 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed.len(), tally.skipped);
+    if tally.failed.is_empty() && tally.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn versions() -> Vec<Version> {
     let chosen = std::env::var("JOEY_TEST_CONTAINERD").unwrap_or_else(|_| "1.7,2.1".into());
-    chosen
-        .split(',')
-        .filter_map(|name| name.trim().parse().ok())
-        .collect()
+    chosen.split(',').filter_map(|name| name.trim().parse().ok()).collect()
 }
 
 fn tests() -> Vec<Test> {
@@ -108,32 +93,18 @@ fn run_version(
     }
     let name = format!("t{}-{}", version.name(), std::process::id());
     let tool: PathBuf = paths::binaries().join("joey-node");
-    let node = Node::up(&Options {
-        version,
-        name: &name,
-        tool: &tool,
-        tied: true,
-    })?;
+    let node = Node::up(&Options { version, name: &name, tool: &tool, tied: true })?;
     let mut result = run_all(&node, handler, &chosen, tally);
     // containerd 2.x can also do without a pause container: the essentials once more that way.
     if version == Version::V2_1 && handler == "joey" && result.is_ok() {
-        let again: Vec<Test> = chosen
-            .iter()
-            .copied()
-            .filter(|test| test.name.starts_with("lifecycle::"))
-            .collect();
+        let again: Vec<Test> =
+            chosen.iter().copied().filter(|test| test.name.starts_with("lifecycle::")).collect();
         result = run_all(&node, "joey-sandboxed", &again, tally);
     }
     let left = node.down().context("end the node")?;
     if !left.is_empty() {
-        println!(
-            "FAILED  {} node left behind:\n  {}",
-            version.name(),
-            left.join("\n  ")
-        );
-        tally
-            .failed
-            .push(format!("{} leftovers of the node", version.name()));
+        println!("FAILED  {} node left behind:\n  {}", version.name(), left.join("\n  "));
+        tally.failed.push(format!("{} leftovers of the node", version.name()));
     }
     result
 }
@@ -147,17 +118,8 @@ fn run_all(node: &Node, handler: &str, chosen: &[Test], tally: &mut Tally) -> Re
     let started = Instant::now();
     Pod::run(node, handler, "warm-up")
         .and_then(Pod::remove)
-        .with_context(|| {
-            format!(
-                "first pod with handler {handler}; containerd: {}",
-                node.log()
-            )
-        })?;
-    println!(
-        "{} first pod: {:.1?}",
-        node.version.name(),
-        started.elapsed()
-    );
+        .with_context(|| format!("first pod with handler {handler}; containerd: {}", node.log()))?;
+    println!("{} first pod: {:.1?}", node.version.name(), started.elapsed());
     for test in chosen {
         let label = format!("{} {handler} {}", node.version.name(), test.name);
         let started = Instant::now();
@@ -175,10 +137,7 @@ fn run_all(node: &Node, handler: &str, chosen: &[Test], tally: &mut Tally) -> Re
                 tally.failed.push(label);
             }
             Ok(()) if !left.is_empty() => {
-                println!(
-                    "FAILED  {label} ({time:.1?}): left behind:\n  {}",
-                    left.join("\n  ")
-                );
+                println!("FAILED  {label} ({time:.1?}): left behind:\n  {}", left.join("\n  "));
                 tally.failed.push(label);
             }
             Ok(()) => {
@@ -195,10 +154,7 @@ fn watched(label: &str, test: impl FnOnce() -> Result<()>) -> Result<()> {
     let (done, watch) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            if matches!(
-                watch.recv_timeout(TEST_LIMIT),
-                Err(mpsc::RecvTimeoutError::Timeout)
-            ) {
+            if matches!(watch.recv_timeout(TEST_LIMIT), Err(mpsc::RecvTimeoutError::Timeout)) {
                 println!("FAILED  {label}: hangs; giving up\n0 passed, 1 failed, 0 skipped");
                 std::process::exit(1);
             }

@@ -11,30 +11,12 @@ use k8s_cri::v1::NamespaceMode;
 use crate::context::{Context, Test, holds, refused, same};
 
 pub const TESTS: &[Test] = &[
-    Test {
-        name: "network::server_in_pod",
-        run: server_in_pod,
-    },
-    Test {
-        name: "network::pod_reaches_node",
-        run: pod_reaches_node,
-    },
-    Test {
-        name: "network::pods_reach_each_other",
-        run: pods_reach_each_other,
-    },
-    Test {
-        name: "network::interface_as_given",
-        run: interface_as_given,
-    },
-    Test {
-        name: "network::large_transfer",
-        run: large_transfer,
-    },
-    Test {
-        name: "network::host_network_is_refused",
-        run: host_network,
-    },
+    Test { name: "network::server_in_pod", run: server_in_pod },
+    Test { name: "network::pod_reaches_node", run: pod_reaches_node },
+    Test { name: "network::pods_reach_each_other", run: pods_reach_each_other },
+    Test { name: "network::interface_as_given", run: interface_as_given },
+    Test { name: "network::large_transfer", run: large_transfer },
+    Test { name: "network::host_network_is_refused", run: host_network },
 ];
 
 /// Asks for `/` until a server answers.
@@ -75,14 +57,10 @@ fn server_in_pod(ctx: &Context<'_>) -> Result<()> {
 fn pod_reaches_node(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("client")?;
     let container = pod.start(&pod::script("c", "sleep 1000"))?;
-    for (bind, url) in [
-        ("0.0.0.0:7070", "http://10.88.0.1:7070/"),
-        ("[::]:7071", "http://[fd88::1]:7071/"),
-    ] {
-        let listener = ctx
-            .node
-            .in_network(|| TcpListener::bind(bind))?
-            .context("bind")?;
+    for (bind, url) in
+        [("0.0.0.0:7070", "http://10.88.0.1:7070/"), ("[::]:7071", "http://[fd88::1]:7071/")]
+    {
+        let listener = ctx.node.in_network(|| TcpListener::bind(bind))?.context("bind")?;
         listener.set_nonblocking(true)?;
         let (answer, served) = std::thread::scope(|scope| {
             let server = scope.spawn(|| serve(&listener));
@@ -91,11 +69,7 @@ fn pod_reaches_node(ctx: &Context<'_>) -> Result<()> {
         });
         let answer = answer?;
         let errors = String::from_utf8_lossy(&answer.stderr).into_owned();
-        same(
-            &format!("{url} {errors}"),
-            answer.text(),
-            "hello from the node",
-        )?;
+        same(&format!("{url} {errors}"), answer.text(), "hello from the node")?;
         match served {
             Ok(result) => result?,
             Err(_) => bail!("the server panicked"),
@@ -125,11 +99,7 @@ fn pods_reach_each_other(ctx: &Context<'_>) -> Result<()> {
     let _httpd = server.start(&pod::script("httpd", "httpd -f -p '[::]:80' -h /www"))?;
     let client = ctx.pod("right")?;
     for address in server.addresses()? {
-        let host = if address.contains(':') {
-            format!("[{address}]")
-        } else {
-            address
-        };
+        let host = if address.contains(':') { format!("[{address}]") } else { address };
         let text =
             format!("for i in $(seq 50); do wget -qO- http://{host}/ && break; sleep 0.1; done");
         same(&host, client.script(&text)?.text(), "hello from the pod")?;
@@ -140,18 +110,11 @@ fn pods_reach_each_other(ctx: &Context<'_>) -> Result<()> {
 
 fn interface_as_given(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("iface")?;
-    let output = pod
-        .script("ip addr show eth0; ip route; ip -6 route; ip link show lo")?
-        .text();
+    let output = pod.script("ip addr show eth0; ip route; ip -6 route; ip link show lo")?.text();
     for address in pod.addresses()? {
         holds("address", &output, &address)?;
     }
-    for part in [
-        "mtu 1500",
-        "default via 10.88.0.1",
-        "default via fd88::1",
-        "LOOPBACK,UP",
-    ] {
+    for part in ["mtu 1500", "default via 10.88.0.1", "default via fd88::1", "LOOPBACK,UP"] {
         holds("interface", &output, part)?;
     }
     pod.remove()
@@ -186,26 +149,16 @@ fn large_transfer(ctx: &Context<'_>) -> Result<()> {
         Ok(total)
     })??;
     same("bytes", received, 64 << 20)?;
-    println!(
-        "        64 MiB over TCP at {:.0} MiB/s",
-        64.0 / start.elapsed().as_secs_f64()
-    );
+    println!("        64 MiB over TCP at {:.0} MiB/s", 64.0 / start.elapsed().as_secs_f64());
     pod.remove()
 }
 
 fn host_network(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
     let mut config = pod::config(ctx.node, "hostnet");
-    let security = config
-        .linux
-        .as_mut()
-        .and_then(|linux| linux.security_context.as_mut());
+    let security = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
     if let Some(namespaces) = security.and_then(|s| s.namespace_options.as_mut()) {
         namespaces.network = NamespaceMode::Node.into();
     }
-    refused(
-        "host network",
-        Pod::run_with(ctx.node, ctx.handler, config),
-        "host network",
-    )
+    refused("host network", Pod::run_with(ctx.node, ctx.handler, config), "host network")
 }

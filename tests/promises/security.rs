@@ -7,59 +7,26 @@ use k8s_cri::v1::{Capability, Int64Value, SecurityProfile, security_profile::Pro
 use crate::context::{Context, Test, holds, refused, same};
 
 pub const TESTS: &[Test] = &[
-    Test {
-        name: "security::user_by_number",
-        run: user_by_number,
-    },
-    Test {
-        name: "security::user_by_name",
-        run: user_by_name,
-    },
-    Test {
-        name: "security::unknown_user_is_refused",
-        run: unknown_user,
-    },
-    Test {
-        name: "security::capabilities",
-        run: capabilities,
-    },
-    Test {
-        name: "security::no_new_privileges",
-        run: no_new_privileges,
-    },
-    Test {
-        name: "security::read_only_root",
-        run: read_only_root,
-    },
-    Test {
-        name: "security::seccomp",
-        run: seccomp,
-    },
-    Test {
-        name: "security::masked_paths",
-        run: masked_paths,
-    },
-    Test {
-        name: "security::sysctl",
-        run: sysctl,
-    },
+    Test { name: "security::user_by_number", run: user_by_number },
+    Test { name: "security::user_by_name", run: user_by_name },
+    Test { name: "security::unknown_user_is_refused", run: unknown_user },
+    Test { name: "security::capabilities", run: capabilities },
+    Test { name: "security::no_new_privileges", run: no_new_privileges },
+    Test { name: "security::read_only_root", run: read_only_root },
+    Test { name: "security::seccomp", run: seccomp },
+    Test { name: "security::masked_paths", run: masked_paths },
+    Test { name: "security::sysctl", run: sysctl },
 ];
 
 fn user_by_number(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("uid")?;
-    let mut config = pod::script(
-        "c",
-        "id -u; id -g; id -G; touch /tmp/mine && stat -c %u:%g /tmp/mine",
-    );
+    let mut config =
+        pod::script("c", "id -u; id -g; id -G; touch /tmp/mine && stat -c %u:%g /tmp/mine");
     let security = pod::security(&mut config);
     security.run_as_user = Some(Int64Value { value: 1234 });
     security.run_as_group = Some(Int64Value { value: 4321 });
     security.supplemental_groups = vec![7, 8];
-    same(
-        "ids",
-        pod.finish(&config)?.text(),
-        "1234\n4321\n4321 7 8\n1234:4321",
-    )?;
+    same("ids", pod.finish(&config)?.text(), "1234\n4321\n4321 7 8\n1234:4321")?;
     pod.remove()
 }
 
@@ -67,11 +34,7 @@ fn user_by_name(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("username")?;
     let mut config = pod::script("c", "id -u; id -g; id -G; echo $HOME");
     pod::security(&mut config).run_as_username = "app".into();
-    same(
-        "ids",
-        pod.finish(&config)?.text(),
-        "1000\n1000\n1000 2000\n/home/app",
-    )?;
+    same("ids", pod.finish(&config)?.text(), "1000\n1000\n1000 2000\n/home/app")?;
     let container = pod.start(&pod::script("root", "sleep 1000"))?;
     same("root", container.sh("id -u")?.text(), "0")?;
     pod.remove()
@@ -89,32 +52,18 @@ fn capabilities(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("caps")?;
     let show = "grep -E 'CapEff|CapBnd' /proc/self/status | cut -f2";
     let default = pod.script(show)?.text();
-    same(
-        "default",
-        default.as_str(),
-        "00000000a80425fb\n00000000a80425fb",
-    )?;
+    same("default", default.as_str(), "00000000a80425fb\n00000000a80425fb")?;
     let mut config = pod::script("none", show);
-    pod::security(&mut config).capabilities = Some(Capability {
-        drop_capabilities: vec!["ALL".into()],
-        ..Capability::default()
-    });
-    same(
-        "none",
-        pod.finish(&config)?.text(),
-        "0000000000000000\n0000000000000000",
-    )?;
+    pod::security(&mut config).capabilities =
+        Some(Capability { drop_capabilities: vec!["ALL".into()], ..Capability::default() });
+    same("none", pod.finish(&config)?.text(), "0000000000000000\n0000000000000000")?;
     let mut config = pod::script("one", show);
     pod::security(&mut config).capabilities = Some(Capability {
         drop_capabilities: vec!["ALL".into()],
         add_capabilities: vec!["NET_ADMIN".into()],
         ..Capability::default()
     });
-    same(
-        "one",
-        pod.finish(&config)?.text(),
-        "0000000000001000\n0000000000001000",
-    )?;
+    same("one", pod.finish(&config)?.text(), "0000000000001000\n0000000000001000")?;
     let mut config = pod::script("user", "grep CapEff /proc/self/status | cut -f2");
     pod::security(&mut config).run_as_user = Some(Int64Value { value: 1000 });
     same("not root", pod.finish(&config)?.text(), "0000000000000000")?;
@@ -134,18 +83,12 @@ fn no_new_privileges(ctx: &Context<'_>) -> Result<()> {
 
 fn read_only_root(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("readonly")?;
-    let mut config = pod::script(
-        "c",
-        "touch /new; touch /etc/replaced; touch /dev/shm/ok && echo shm",
-    );
+    let mut config =
+        pod::script("c", "touch /new; touch /etc/replaced; touch /dev/shm/ok && echo shm");
     pod::security(&mut config).readonly_rootfs = true;
     let output = pod.finish(&config)?;
     same("stdout", output.text(), "shm")?;
-    holds(
-        "stderr",
-        &String::from_utf8_lossy(&output.stderr),
-        "Read-only file system",
-    )?;
+    holds("stderr", &String::from_utf8_lossy(&output.stderr), "Read-only file system")?;
     pod.remove()
 }
 
@@ -158,11 +101,7 @@ fn seccomp(ctx: &Context<'_>) -> Result<()> {
         profile_type: ProfileType::RuntimeDefault.into(),
         localhost_ref: String::new(),
     });
-    same(
-        "default profile",
-        pod.finish(&config)?.text(),
-        "2\nrefused\nordinary",
-    )?;
+    same("default profile", pod.finish(&config)?.text(), "2\nrefused\nordinary")?;
     pod.remove()
 }
 
@@ -174,11 +113,8 @@ fn masked_paths(ctx: &Context<'_>) -> Result<()> {
         echo 1 2>/dev/null > /proc/sys/kernel/dmesg_restrict || echo refused; sleep 1000",
     );
     let security = pod::security(&mut config);
-    security.masked_paths = vec![
-        "/proc/timer_list".into(),
-        "/proc/scsi".into(),
-        "/not/there".into(),
-    ];
+    security.masked_paths =
+        vec!["/proc/timer_list".into(), "/proc/scsi".into(), "/not/there".into()];
     security.readonly_paths = vec!["/proc/sys".into()];
     let container = pod.start(&config)?;
     container.wait_output("0\n0\nrefused", SOON)?;
@@ -188,12 +124,8 @@ fn masked_paths(ctx: &Context<'_>) -> Result<()> {
 fn sysctl(ctx: &Context<'_>) -> Result<()> {
     let mut config = pod::config(ctx.node, "sysctl");
     if let Some(linux) = &mut config.linux {
-        linux
-            .sysctls
-            .insert("net.ipv4.ip_local_port_range".into(), "2000 3000".into());
-        linux
-            .sysctls
-            .insert("kernel.shm_rmid_forced".into(), "1".into());
+        linux.sysctls.insert("net.ipv4.ip_local_port_range".into(), "2000 3000".into());
+        linux.sysctls.insert("kernel.shm_rmid_forced".into(), "1".into());
     }
     let pod = pod::Pod::run_with(ctx.node, ctx.handler, config)?;
     let text = "cat /proc/sys/net/ipv4/ip_local_port_range /proc/sys/kernel/shm_rmid_forced";

@@ -51,16 +51,9 @@ pub struct Cri {
 /// The runtime that carries all blocking calls.
 pub fn executor() -> Result<&'static Runtime> {
     static EXECUTOR: OnceLock<std::io::Result<Runtime>> = OnceLock::new();
-    let build = || {
-        tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-    };
-    EXECUTOR
-        .get_or_init(build)
-        .as_ref()
-        .map_err(|error| anyhow!("start tokio: {error}"))
+    let build =
+        || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    EXECUTOR.get_or_init(build).as_ref().map_err(|error| anyhow!("start tokio: {error}"))
 }
 
 fn wait<T>(what: &str, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T> {
@@ -77,9 +70,7 @@ impl Cri {
     pub fn connect(socket: &Path) -> Result<Self> {
         let address = format!("unix://{}", socket.display());
         let _guard = executor()?.enter();
-        let channel = Endpoint::from_shared(address)
-            .context("address")?
-            .connect_lazy();
+        let channel = Endpoint::from_shared(address).context("address")?.connect_lazy();
         let limit = 64 << 20;
         Ok(Self {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(limit),
@@ -89,99 +80,57 @@ impl Cri {
 
     /// The runtime's name and version: proof that it answers.
     pub fn version(&self) -> Result<String> {
-        let request = VersionRequest {
-            version: "v1".into(),
-        };
+        let request = VersionRequest { version: "v1".into() };
         let version = wait("Version", self.runtime.clone().version(request))?;
-        Ok(format!(
-            "{} {}",
-            version.runtime_name, version.runtime_version
-        ))
+        Ok(format!("{} {}", version.runtime_name, version.runtime_version))
     }
 
     /// Runs a pod's sandbox; returns its id.
     pub fn run_pod(&self, handler: &str, config: &PodSandboxConfig) -> Result<String> {
-        let request = RunPodSandboxRequest {
-            config: Some(config.clone()),
-            runtime_handler: handler.into(),
-        };
-        let answer = wait(
-            "RunPodSandbox",
-            self.runtime.clone().run_pod_sandbox(request),
-        )?;
+        let request =
+            RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.into() };
+        let answer = wait("RunPodSandbox", self.runtime.clone().run_pod_sandbox(request))?;
         Ok(answer.pod_sandbox_id)
     }
 
     /// Ends a sandbox; repeating it is no error.
     pub fn stop_pod(&self, pod: &str) -> Result<()> {
-        let request = StopPodSandboxRequest {
-            pod_sandbox_id: pod.into(),
-        };
-        wait(
-            "StopPodSandbox",
-            self.runtime.clone().stop_pod_sandbox(request),
-        )
-        .map(drop)
+        let request = StopPodSandboxRequest { pod_sandbox_id: pod.into() };
+        wait("StopPodSandbox", self.runtime.clone().stop_pod_sandbox(request)).map(drop)
     }
 
     /// Removes a stopped sandbox and its containers.
     pub fn remove_pod(&self, pod: &str) -> Result<()> {
-        let request = RemovePodSandboxRequest {
-            pod_sandbox_id: pod.into(),
-        };
-        wait(
-            "RemovePodSandbox",
-            self.runtime.clone().remove_pod_sandbox(request),
-        )
-        .map(drop)
+        let request = RemovePodSandboxRequest { pod_sandbox_id: pod.into() };
+        wait("RemovePodSandbox", self.runtime.clone().remove_pod_sandbox(request)).map(drop)
     }
 
     /// A sandbox's state and addresses.
     pub fn pod_status(&self, pod: &str) -> Result<PodSandboxStatus> {
-        let request = PodSandboxStatusRequest {
-            pod_sandbox_id: pod.into(),
-            verbose: false,
-        };
-        let answer = wait(
-            "PodSandboxStatus",
-            self.runtime.clone().pod_sandbox_status(request),
-        )?;
+        let request = PodSandboxStatusRequest { pod_sandbox_id: pod.into(), verbose: false };
+        let answer = wait("PodSandboxStatus", self.runtime.clone().pod_sandbox_status(request))?;
         answer.status.context("PodSandboxStatus without a status")
     }
 
     /// Ids of all sandboxes.
     pub fn pods(&self) -> Result<Vec<String>> {
         let request = ListPodSandboxRequest { filter: None };
-        let answer = wait(
-            "ListPodSandbox",
-            self.runtime.clone().list_pod_sandbox(request),
-        )?;
+        let answer = wait("ListPodSandbox", self.runtime.clone().list_pod_sandbox(request))?;
         Ok(answer.items.into_iter().map(|pod| pod.id).collect())
     }
 
     /// Ids of all containers.
     pub fn containers(&self) -> Result<Vec<String>> {
         let request = ListContainersRequest { filter: None };
-        let answer = wait(
-            "ListContainers",
-            self.runtime.clone().list_containers(request),
-        )?;
-        Ok(answer
-            .containers
-            .into_iter()
-            .map(|container| container.id)
-            .collect())
+        let answer = wait("ListContainers", self.runtime.clone().list_containers(request))?;
+        Ok(answer.containers.into_iter().map(|container| container.id).collect())
     }
 
     /// Names of all images.
     pub fn images(&self) -> Result<Vec<String>> {
         let request = ListImagesRequest { filter: None };
         let answer = wait("ListImages", self.images.clone().list_images(request))?;
-        Ok(answer
-            .images
-            .into_iter()
-            .flat_map(|image| image.repo_tags)
-            .collect())
+        Ok(answer.images.into_iter().flat_map(|image| image.repo_tags).collect())
     }
 
     /// Creates a container; returns its id.
@@ -196,73 +145,40 @@ impl Cri {
             config: Some(config.clone()),
             sandbox_config: Some(pod_config.clone()),
         };
-        let answer = wait(
-            "CreateContainer",
-            self.runtime.clone().create_container(request),
-        )?;
+        let answer = wait("CreateContainer", self.runtime.clone().create_container(request))?;
         Ok(answer.container_id)
     }
 
     /// Starts a created container.
     pub fn start(&self, container: &str) -> Result<()> {
-        let request = StartContainerRequest {
-            container_id: container.into(),
-        };
-        wait(
-            "StartContainer",
-            self.runtime.clone().start_container(request),
-        )
-        .map(drop)
+        let request = StartContainerRequest { container_id: container.into() };
+        wait("StartContainer", self.runtime.clone().start_container(request)).map(drop)
     }
 
     /// Stops a container: its stop signal, then SIGKILL after `grace`.
     pub fn stop(&self, container: &str, grace: Duration) -> Result<()> {
         let timeout = i64::try_from(grace.as_secs())?;
-        let request = StopContainerRequest {
-            container_id: container.into(),
-            timeout,
-        };
-        wait(
-            "StopContainer",
-            self.runtime.clone().stop_container(request),
-        )
-        .map(drop)
+        let request = StopContainerRequest { container_id: container.into(), timeout };
+        wait("StopContainer", self.runtime.clone().stop_container(request)).map(drop)
     }
 
     /// Removes a container.
     pub fn remove(&self, container: &str) -> Result<()> {
-        let request = RemoveContainerRequest {
-            container_id: container.into(),
-        };
-        wait(
-            "RemoveContainer",
-            self.runtime.clone().remove_container(request),
-        )
-        .map(drop)
+        let request = RemoveContainerRequest { container_id: container.into() };
+        wait("RemoveContainer", self.runtime.clone().remove_container(request)).map(drop)
     }
 
     /// A container's state.
     pub fn status(&self, container: &str) -> Result<ContainerStatus> {
-        let request = ContainerStatusRequest {
-            container_id: container.into(),
-            verbose: false,
-        };
-        let answer = wait(
-            "ContainerStatus",
-            self.runtime.clone().container_status(request),
-        )?;
+        let request = ContainerStatusRequest { container_id: container.into(), verbose: false };
+        let answer = wait("ContainerStatus", self.runtime.clone().container_status(request))?;
         answer.status.context("ContainerStatus without a status")
     }
 
     /// A container's figures.
     pub fn stats(&self, container: &str) -> Result<ContainerStats> {
-        let request = ContainerStatsRequest {
-            container_id: container.into(),
-        };
-        let answer = wait(
-            "ContainerStats",
-            self.runtime.clone().container_stats(request),
-        )?;
+        let request = ContainerStatsRequest { container_id: container.into() };
+        let answer = wait("ContainerStats", self.runtime.clone().container_stats(request))?;
         answer.stats.context("ContainerStats without figures")
     }
 
@@ -274,11 +190,7 @@ impl Cri {
             timeout: i64::try_from(timeout.as_secs())?,
         };
         let answer = wait("ExecSync", self.runtime.clone().exec_sync(request))?;
-        Ok(Output {
-            stdout: answer.stdout,
-            stderr: answer.stderr,
-            code: answer.exit_code,
-        })
+        Ok(Output { stdout: answer.stdout, stderr: answer.stderr, code: answer.exit_code })
     }
 
     /// URL at which a command in a container can be talked to; stdin is open.
@@ -309,10 +221,6 @@ impl Cri {
     /// Changes a running container's limits.
     pub fn update(&self, request: UpdateContainerResourcesRequest) -> Result<()> {
         let mut client = self.runtime.clone();
-        wait(
-            "UpdateContainerResources",
-            client.update_container_resources(request),
-        )
-        .map(drop)
+        wait("UpdateContainerResources", client.update_container_resources(request)).map(drop)
     }
 }

@@ -41,17 +41,14 @@ impl Layer {
 
     /// A symbolic link.
     pub fn link(mut self, path: &str, target: &str) -> Result<Self> {
-        self.0
-            .append_link(&mut header(tar::EntryType::Symlink, 0o777), path, target)?;
+        self.0.append_link(&mut header(tar::EntryType::Symlink, 0o777), path, target)?;
         Ok(self)
     }
 
     /// Everything below a folder of this machine.
     pub fn tree(mut self, folder: &Path) -> Result<Self> {
         self.0.follow_symlinks(false);
-        self.0
-            .append_dir_all("", folder)
-            .with_context(|| format!("pack {}", folder.display()))?;
+        self.0.append_dir_all("", folder).with_context(|| format!("pack {}", folder.display()))?;
         Ok(self)
     }
 }
@@ -79,10 +76,7 @@ pub struct Settings<'a> {
 pub fn write(path: &Path, name: &str, layers: Vec<Layer>, settings: &Settings<'_>) -> Result<()> {
     let mut archive = tar::Builder::new(fs::File::create(path)?);
     let mut blob = |bytes: &[u8]| -> Result<(String, usize)> {
-        let digest = Sha256::digest(bytes)
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect::<String>();
+        let digest = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect::<String>();
         let mut header = header(tar::EntryType::Regular, 0o644);
         header.set_size(bytes.len() as u64);
         archive.append_data(&mut header, format!("blobs/sha256/{digest}"), bytes)?;
@@ -122,10 +116,9 @@ pub fn write(path: &Path, name: &str, layers: Vec<Layer>, settings: &Settings<'_
                              "org.opencontainers.image.ref.name": name },
         }],
     });
-    for (file, content) in [
-        ("oci-layout", json!({ "imageLayoutVersion": "1.0.0" })),
-        ("index.json", index),
-    ] {
+    for (file, content) in
+        [("oci-layout", json!({ "imageLayoutVersion": "1.0.0" })), ("index.json", index)]
+    {
         let content = content.to_string();
         let mut header = header(tar::EntryType::Regular, 0o644);
         header.set_size(content.len() as u64);
@@ -140,13 +133,8 @@ pub fn standard(folder: &Path, pause: &str) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(folder)?;
     let busybox = busybox()?;
     let pause_path = folder.join("pause.tar");
-    let layer = Layer::default()
-        .file("pause", 0o755, &busybox)?
-        .link("sleep", "pause")?;
-    let settings = Settings {
-        command: &["/sleep", "2147483647"],
-        ..Settings::default()
-    };
+    let layer = Layer::default().file("pause", 0o755, &busybox)?.link("sleep", "pause")?;
+    let settings = Settings { command: &["/sleep", "2147483647"], ..Settings::default() };
     write(&pause_path, pause, vec![layer], &settings)?;
 
     let busybox_path = folder.join("busybox.tar");
@@ -177,10 +165,7 @@ fn busybox_layers(busybox: &[u8]) -> Result<Vec<Layer>> {
         .directory("sys", 0o755)?
         .directory("dev", 0o755)?
         .file("bin/busybox", 0o755, busybox)?;
-    for applet in String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .filter(|a| *a != "busybox")
-    {
+    for applet in String::from_utf8_lossy(&output.stdout).lines().filter(|a| *a != "busybox") {
         base = base.link(&format!("bin/{applet}"), "busybox")?;
     }
     let passwd = "root:x:0:0:root:/:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\n";
@@ -216,11 +201,7 @@ pub fn nginx(folder: &Path) -> Result<PathBuf> {
         .file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?
         .directory("tmp", 0o1777)?
         .directory("www", 0o755)?
-        .file(
-            "www/index.html",
-            0o644,
-            b"<h1>hello from nginx in its own VM</h1>\n",
-        )?;
+        .file("www/index.html", 0o644, b"<h1>hello from nginx in its own VM</h1>\n")?;
     let layers = vec![Layer::default().tree(&tree)?, settings_layer];
     let settings = Settings {
         command: &["/usr/sbin/nginx", "-c", "/etc/joey-nginx.conf"],
@@ -243,50 +224,21 @@ fn debian_tree(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
     fs::create_dir_all(&debs)?;
     fs::create_dir_all(&root)?;
     let list = Command::new("apt-cache")
-        .args([
-            "depends",
-            "--recurse",
-            "--no-recommends",
-            "--no-suggests",
-            "--no-conflicts",
-        ])
-        .args([
-            "--no-breaks",
-            "--no-replaces",
-            "--no-enhances",
-            "--no-pre-depends",
-        ])
+        .args(["depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts"])
+        .args(["--no-breaks", "--no-replaces", "--no-enhances", "--no-pre-depends"])
         .args(packages)
         .output()?;
     // Lines that start a package have no indent; virtual packages are in angle brackets.
-    let skipped = [
-        "debconf",
-        "perl",
-        "init",
-        "systemd",
-        "dpkg",
-        "libsystemd",
-        "python",
-        "cdebconf",
-    ];
+    let skipped =
+        ["debconf", "perl", "init", "systemd", "dpkg", "libsystemd", "python", "cdebconf"];
     let text = String::from_utf8_lossy(&list.stdout).into_owned();
-    let names = text
-        .lines()
-        .filter(|line| line.starts_with(|c: char| c.is_ascii_alphanumeric()));
+    let names = text.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_alphanumeric()));
     let names = names.filter(|n| !n.contains(':') && !skipped.iter().any(|s| n.starts_with(s)));
-    run(Command::new("apt-get")
-        .args(["-qq", "download"])
-        .args(names)
-        .current_dir(&debs))?;
+    run(Command::new("apt-get").args(["-qq", "download"]).args(names).current_dir(&debs))?;
     for deb in fs::read_dir(&debs)? {
         run(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&root))?;
     }
-    for unneeded in [
-        "usr/share/doc",
-        "usr/share/man",
-        "usr/share/locale",
-        "usr/share/info",
-    ] {
+    for unneeded in ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info"] {
         let _ = fs::remove_dir_all(root.join(unneeded));
     }
     fs::write(done, "")?;
@@ -294,15 +246,9 @@ fn debian_tree(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
 }
 
 fn run(command: &mut Command) -> Result<()> {
-    let output = command
-        .output()
-        .with_context(|| format!("start {command:?}"))?;
+    let output = command.output().with_context(|| format!("start {command:?}"))?;
     if !output.status.success() {
-        bail!(
-            "{command:?}: {}\n{}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
+        bail!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
     }
     Ok(())
 }

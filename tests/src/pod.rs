@@ -72,14 +72,8 @@ pub fn container(name: &str, command: &[&str]) -> ContainerConfig {
         ..LinuxContainerSecurityContext::default()
     };
     ContainerConfig {
-        metadata: Some(ContainerMetadata {
-            name: name.into(),
-            attempt: 0,
-        }),
-        image: Some(ImageSpec {
-            image: image::BUSYBOX.into(),
-            ..ImageSpec::default()
-        }),
+        metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
+        image: Some(ImageSpec { image: image::BUSYBOX.into(), ..ImageSpec::default() }),
         command: command.iter().map(ToString::to_string).collect(),
         log_path: format!("{name}-{}.log", serial()),
         linux: Some(LinuxContainerConfig {
@@ -97,29 +91,18 @@ pub fn script(name: &str, text: &str) -> ContainerConfig {
 
 /// Adds an environment variable.
 pub fn with_env(mut config: ContainerConfig, key: &str, value: &str) -> ContainerConfig {
-    config.envs.push(KeyValue {
-        key: key.into(),
-        value: value.into(),
-    });
+    config.envs.push(KeyValue { key: key.into(), value: value.into() });
     config
 }
 
 /// The part of a container's configuration that says how it is confined.
 pub fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
-    config
-        .linux
-        .get_or_insert_default()
-        .security_context
-        .get_or_insert_default()
+    config.linux.get_or_insert_default().security_context.get_or_insert_default()
 }
 
 /// The part of a container's configuration that limits it.
 pub fn resources(config: &mut ContainerConfig) -> &mut LinuxContainerResources {
-    config
-        .linux
-        .get_or_insert_default()
-        .resources
-        .get_or_insert_default()
+    config.linux.get_or_insert_default().resources.get_or_insert_default()
 }
 
 /// A running sandbox; removed when dropped.
@@ -140,20 +123,12 @@ impl<'n> Pod<'n> {
 
     /// Runs a pod with this configuration.
     pub fn run_with(node: &'n Node, handler: &str, config: PodSandboxConfig) -> Result<Self> {
-        let cgroup = config
-            .linux
-            .as_ref()
-            .map(|linux| linux.cgroup_parent.clone());
+        let cgroup = config.linux.as_ref().map(|linux| linux.cgroup_parent.clone());
         let cgroup = cgroup.unwrap_or_default();
         cgroups::make(&cgroup)?;
         fs::create_dir_all(&config.log_directory)?;
         match node.cri.run_pod(handler, &config) {
-            Ok(id) => Ok(Self {
-                node,
-                id,
-                config,
-                removed: false,
-            }),
+            Ok(id) => Ok(Self { node, id, config, removed: false }),
             Err(error) => {
                 cgroups::remove(&cgroup);
                 let _ = fs::remove_dir_all(&config.log_directory);
@@ -164,20 +139,12 @@ impl<'n> Pod<'n> {
 
     /// The pod's cgroup on the host.
     pub fn cgroup(&self) -> &str {
-        self.config
-            .linux
-            .as_ref()
-            .map_or("", |linux| &linux.cgroup_parent)
+        self.config.linux.as_ref().map_or("", |linux| &linux.cgroup_parent)
     }
 
     /// The pod's addresses, the first one's family first.
     pub fn addresses(&self) -> Result<Vec<String>> {
-        let network = self
-            .node
-            .cri
-            .pod_status(&self.id)?
-            .network
-            .unwrap_or_default();
+        let network = self.node.cri.pod_status(&self.id)?.network.unwrap_or_default();
         let more = network.additional_ips.into_iter().map(|address| address.ip);
         Ok(std::iter::once(network.ip).chain(more).collect())
     }
@@ -186,11 +153,7 @@ impl<'n> Pod<'n> {
     pub fn create(&self, config: &ContainerConfig) -> Result<Container<'n>> {
         let id = self.node.cri.create(&self.id, &self.config, config)?;
         let log = PathBuf::from(&self.config.log_directory).join(&config.log_path);
-        Ok(Container {
-            node: self.node,
-            id,
-            log,
-        })
+        Ok(Container { node: self.node, id, log })
     }
 
     /// Creates and starts a container.
@@ -211,11 +174,7 @@ impl<'n> Pod<'n> {
         let status = container.wait(SOON)?;
         let (stdout, stderr) = container.logs()?;
         self.node.cri.remove(&container.id)?;
-        Ok(Output {
-            stdout,
-            stderr,
-            code: status.exit_code,
-        })
+        Ok(Output { stdout, stderr, code: status.exit_code })
     }
 
     /// Stops and removes the pod and its cgroup.
@@ -329,11 +288,7 @@ fn parse_log(bytes: &[u8]) -> (Vec<u8>, Vec<u8>) {
         else {
             continue;
         };
-        let text = if tag == b"P" {
-            text.strip_suffix(b"\n").unwrap_or(text)
-        } else {
-            text
-        };
+        let text = if tag == b"P" { text.strip_suffix(b"\n").unwrap_or(text) } else { text };
         streams.entry(stream).or_default().extend_from_slice(text);
     }
     let mut take = |name: &[u8]| streams.remove(name).unwrap_or_default();
@@ -347,9 +302,6 @@ mod tests {
     #[test]
     fn log_lines_are_joined_by_stream() {
         let log = b"t stdout P ab\nt stderr F oops now\nt stdout F cd\nt stdout F e\n";
-        assert_eq!(
-            parse_log(log),
-            (b"abcd\ne\n".to_vec(), b"oops now\n".to_vec())
-        );
+        assert_eq!(parse_log(log), (b"abcd\ne\n".to_vec(), b"oops now\n".to_vec()));
     }
 }

@@ -43,9 +43,7 @@ pub fn alive(pid: u32) -> bool {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
         return false;
     };
-    let state = stat
-        .rsplit_once(") ")
-        .and_then(|(_, rest)| rest.chars().next());
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
     !matches!(state, None | Some('Z' | 'X'))
 }
 
@@ -54,11 +52,7 @@ pub fn cpu_time(pid: u32) -> Option<Duration> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, rest) = stat.rsplit_once(") ")?;
     // utime, stime, cutime, cstime are fields 14 to 17; `rest` starts with field 3.
-    let ticks = rest
-        .split(' ')
-        .skip(11)
-        .take(4)
-        .filter_map(|field| field.parse::<u64>().ok());
+    let ticks = rest.split(' ').skip(11).take(4).filter_map(|field| field.parse::<u64>().ok());
     // USER_HZ is 100 on every Linux this runs on.
     Some(Duration::from_millis(ticks.sum::<u64>() * 10))
 }
@@ -80,13 +74,7 @@ pub fn memory(pid: u32) -> Option<Memory> {
 
 fn parse_rollup(text: &str) -> Memory {
     let field = |name: &str| {
-        let value = |line: &str| {
-            line.strip_prefix(name)?
-                .split_whitespace()
-                .next()?
-                .parse()
-                .ok()
-        };
+        let value = |line: &str| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok();
         text.lines().find_map(value).unwrap_or(0)
     };
     Memory {
@@ -103,13 +91,7 @@ mod tests {
     fn rollup_is_read_by_field() {
         let text = "00-ff [rollup]\nRss: 100 kB\nPss:  40 kB\nPss_Dirty: 7 kB\n\
                     Private_Clean:  3 kB\nPrivate_Dirty:  20 kB\n";
-        assert_eq!(
-            parse_rollup(text),
-            Memory {
-                private: 23,
-                proportional: 40
-            }
-        );
+        assert_eq!(parse_rollup(text), Memory { private: 23, proportional: 40 });
     }
 
     #[test]

@@ -29,30 +29,16 @@ impl Session {
     pub fn open(node: &Node, url: &str) -> Result<Self> {
         let mut request = url.replacen("http://", "ws://", 1).into_client_request()?;
         let protocol = HeaderValue::from_static("v4.channel.k8s.io");
-        request
-            .headers_mut()
-            .insert("Sec-WebSocket-Protocol", protocol);
-        let authority = request
-            .uri()
-            .authority()
-            .context("URL without a host")?
-            .to_string();
+        request.headers_mut().insert("Sec-WebSocket-Protocol", protocol);
+        let authority = request.uri().authority().context("URL without a host")?.to_string();
         let stream = node.in_network(|| TcpStream::connect(&authority))?;
         let stream = stream.with_context(|| format!("connect to {authority}"))?;
         stream.set_read_timeout(Some(LIMIT))?;
         stream.set_nodelay(true)?;
         let (socket, _) = tungstenite::client(request, stream)
             .map_err(|error| anyhow::anyhow!("WebSocket handshake with {url}: {error}"))?;
-        let output = Output {
-            stdout: Vec::new(),
-            stderr: Vec::new(),
-            code: 0,
-        };
-        Ok(Self {
-            socket,
-            output,
-            ended: false,
-        })
+        let output = Output { stdout: Vec::new(), stderr: Vec::new(), code: 0 };
+        Ok(Self { socket, output, ended: false })
     }
 
     /// Sends to the process's standard input.
@@ -120,10 +106,7 @@ fn exit_code(json: &[u8]) -> Result<i32> {
     if outcome["status"] == "Success" {
         return Ok(0);
     }
-    let causes = outcome["details"]["causes"]
-        .as_array()
-        .cloned()
-        .unwrap_or_default();
+    let causes = outcome["details"]["causes"].as_array().cloned().unwrap_or_default();
     let code = causes.iter().find(|cause| cause["reason"] == "ExitCode");
     let code = code.and_then(|cause| cause["message"].as_str()?.parse().ok());
     code.with_context(|| format!("no exit code in {outcome}"))

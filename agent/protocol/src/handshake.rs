@@ -20,11 +20,7 @@ pub struct VersionMismatch {
 
 /// Checks the version in a message from `peer` (`host` or `guest`).
 pub fn check(peer: &'static str, theirs: u32) -> Result<(), VersionMismatch> {
-    if theirs == PROTOCOL_VERSION {
-        Ok(())
-    } else {
-        Err(VersionMismatch { peer, theirs })
-    }
+    if theirs == PROTOCOL_VERSION { Ok(()) } else { Err(VersionMismatch { peer, theirs }) }
 }
 
 #[cfg(test)]
@@ -35,11 +31,6 @@ mod tests {
     fn only_the_same_version_passes() {
         assert_eq!(check("guest", PROTOCOL_VERSION), Ok(()));
         let error = check("guest", 0).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("guest speaks protocol version 0"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("guest speaks protocol version 0"), "{error}");
     }
 }

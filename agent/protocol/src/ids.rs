@@ -49,11 +49,7 @@ fn check(kind: &'static str, value: &str) -> Result<(), IdError> {
     }
     if value.len() > MAX_ID {
         let shown = value.chars().take(SHOWN).collect();
-        return Err(IdError::TooLong {
-            kind,
-            value: shown,
-            length: value.len(),
-        });
+        return Err(IdError::TooLong { kind, value: shown, length: value.len() });
     }
     let alphanumeric = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric());
     let bytes = value.as_bytes();
@@ -69,10 +65,7 @@ fn check(kind: &'static str, value: &str) -> Result<(), IdError> {
     if bytes.iter().enumerate().all(fits) {
         Ok(())
     } else {
-        Err(IdError::Invalid {
-            kind,
-            value: value.to_owned(),
-        })
+        Err(IdError::Invalid { kind, value: value.to_owned() })
     }
 }
 
@@ -123,21 +116,9 @@ macro_rules! id {
     };
 }
 
-id!(
-    SandboxId,
-    "sandbox id",
-    "Name of a sandbox: containerd's id of the pod."
-);
-id!(
-    ContainerId,
-    "container id",
-    "Name of a container in a sandbox."
-);
-id!(
-    ExecId,
-    "exec id",
-    "Name of a further process of a container."
-);
+id!(SandboxId, "sandbox id", "Name of a sandbox: containerd's id of the pod.");
+id!(ContainerId, "container id", "Name of a container in a sandbox.");
+id!(ExecId, "exec id", "Name of a further process of a container.");
 id!(VolumeId, "volume id", "Name of a volume in the guest.");
 
 #[cfg(test)]
@@ -153,24 +134,12 @@ mod tests {
 
     #[test]
     fn refuses_the_rest_and_names_it() {
-        for name in [
-            ".", "..", "a/b", "../a", "-a", "a-", "a--b", "a b", "ä", "a\0", "a\n", "_",
-        ] {
+        for name in [".", "..", "a/b", "../a", "-a", "a-", "a--b", "a b", "ä", "a\0", "a\n", "_"] {
             let error = ContainerId::new(name).unwrap_err();
-            assert!(
-                error
-                    .to_string()
-                    .contains(&format!("container id {name:?}")),
-                "{error}"
-            );
+            assert!(error.to_string().contains(&format!("container id {name:?}")), "{error}");
         }
-        assert_eq!(
-            ExecId::new("").unwrap_err().to_string(),
-            "the exec id is empty"
-        );
-        let error = SandboxId::new(&"x".repeat(MAX_ID + 1))
-            .unwrap_err()
-            .to_string();
+        assert_eq!(ExecId::new("").unwrap_err().to_string(), "the exec id is empty");
+        let error = SandboxId::new(&"x".repeat(MAX_ID + 1)).unwrap_err().to_string();
         assert!(error.contains("77 bytes"), "{error}");
     }
 }

@@ -25,8 +25,7 @@ fn bits(set: &Option<HashSet<Capability>>) -> u64 {
         let name = format!("CAP_{capability}");
         name.parse::<caps::Capability>().map_or(0, |known| known.bitmask())
     };
-    set.as_ref()
-        .map_or(0, |set| set.iter().map(bit).fold(0, |all, bit| all | bit))
+    set.as_ref().map_or(0, |set| set.iter().map(bit).fold(0, |all, bit| all | bit))
 }
 
 impl Sets {

@@ -31,10 +31,7 @@ impl Cgroup {
     /// Makes the cgroup with its limits.
     pub(crate) fn create(root: &Path, id: &str, limits: &LinuxResources) -> Result<Self, Error> {
         if id.is_empty() || id.contains('/') || id.starts_with('.') {
-            return Err(Error::new(
-                Kind::Invalid,
-                format!("{id:?} is no container id"),
-            ));
+            return Err(Error::new(Kind::Invalid, format!("{id:?} is no container id")));
         }
         let path = root.join(id);
         let bad = |error| Error::failed(format!("making cgroup {path:?}: {error}"));
@@ -86,10 +83,7 @@ impl Cgroup {
                 io::ErrorKind::NotFound => Kind::Unsupported,
                 _ => Kind::Failed,
             };
-            Error::new(
-                kind,
-                format!("writing {value:?} to {file} of the cgroup: {error}"),
-            )
+            Error::new(kind, format!("writing {value:?} to {file} of the cgroup: {error}"))
         })
     }
 
@@ -118,15 +112,8 @@ impl Cgroup {
         for huge in resources.hugepage_limits().iter().flatten() {
             self.apply_hugepages(huge)?;
         }
-        if resources
-            .rdma()
-            .as_ref()
-            .is_some_and(|rdma| !rdma.is_empty())
-        {
-            return Err(Error::new(
-                Kind::Unsupported,
-                "rdma limits: a VM pod has no RDMA devices",
-            ));
+        if resources.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()) {
+            return Err(Error::new(Kind::Unsupported, "rdma limits: a VM pod has no RDMA devices"));
         }
         for (file, value) in resources.unified().iter().flatten() {
             if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
@@ -209,10 +196,7 @@ impl Cgroup {
     fn apply_hugepages(&self, huge: &LinuxHugepageLimit) -> Result<(), Error> {
         let size = huge.page_size();
         if size.contains('/') {
-            return Err(Error::new(
-                Kind::Invalid,
-                format!("{size:?} is no page size"),
-            ));
+            return Err(Error::new(Kind::Invalid, format!("{size:?} is no page size")));
         }
         let file = format!("hugetlb.{size}.max");
         self.write_unless_absent(&file, &limit(huge.limit()), huge.limit() <= 0)
@@ -304,10 +288,7 @@ impl Cgroup {
             }
         };
         wait.await.map_err(|error| {
-            Error::failed(format!(
-                "waiting for {key} {value} of {:?}: {error}",
-                self.path
-            ))
+            Error::failed(format!("waiting for {key} {value} of {:?}: {error}", self.path))
         })
     }
 }
@@ -339,16 +320,11 @@ fn tree(path: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// The value of `key` in a file of "key value" lines.
 pub(crate) fn lookup<'a>(text: &'a str, key: &str) -> Option<&'a str> {
-    text.lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix(' '))
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '))
 }
 
 fn limit(value: i64) -> String {
-    if value < 0 {
-        "max".into()
-    } else {
-        value.to_string()
-    }
+    if value < 0 { "max".into() } else { value.to_string() }
 }
 
 /// The specification's swap includes memory, the kernel's does not.
@@ -386,10 +362,7 @@ mod tests {
 
     #[test]
     fn limits_are_converted() {
-        assert_eq!(
-            (cpu_weight(2), cpu_weight(1024), cpu_weight(262_144)),
-            (1, 39, 10_000)
-        );
+        assert_eq!((cpu_weight(2), cpu_weight(1024), cpu_weight(262_144)), (1, 39, 10_000));
         assert_eq!(cpu_max(Some(50_000), None).unwrap(), "50000 100000");
         assert_eq!(cpu_max(Some(-1), Some(5000)).unwrap(), "max 5000");
         assert_eq!(cpu_max(None, Some(0)), None);

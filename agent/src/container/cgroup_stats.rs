@@ -69,10 +69,7 @@ pub(crate) fn read(cgroup: &Cgroup, pid: i32) -> Result<StatsResponse, Error> {
     stats.memory_events = map(&text(cgroup, "memory.events")?);
     stats.pids_current = number(&text(cgroup, "pids.current")?);
     stats.pids_max = number(&text(cgroup, "pids.max")?);
-    stats.io = text(cgroup, "io.stat")?
-        .lines()
-        .filter_map(io_stat)
-        .collect();
+    stats.io = text(cgroup, "io.stat")?.lines().filter_map(io_stat).collect();
     // A container whose first process has ended has no root to measure.
     if let Ok(root) = nix::sys::statvfs::statvfs(format!("/proc/{pid}/root").as_str()) {
         let used = root.blocks().saturating_sub(root.blocks_free());
@@ -98,10 +95,7 @@ mod tests {
         assert_eq!(number("12\n"), 12);
         assert_eq!(map("oom 1\noom_kill 2\n")["oom_kill"], 2);
         let stat = io_stat("254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0").unwrap();
-        assert_eq!(
-            (stat.major, stat.minor, stat.rbytes, stat.wios),
-            (254, 0, 1, 4)
-        );
+        assert_eq!((stat.major, stat.minor, stat.rbytes, stat.wios), (254, 0, 1, 4));
         assert!(io_stat("").is_none());
     }
 }

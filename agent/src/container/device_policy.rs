@@ -66,13 +66,7 @@ fn rule(rule: &LinuxDeviceCgroup) -> Result<Rule, Error> {
     };
     let number = |number: Option<i64>| number.and_then(|number| u32::try_from(number).ok());
     let (major, minor) = (number(rule.major()), number(rule.minor()));
-    Ok(Rule {
-        allow: rule.allow(),
-        kind,
-        major,
-        minor,
-        access: bits,
-    })
+    Ok(Rule { allow: rule.allow(), kind, major, minor, access: bits })
 }
 
 /// Rules in the order of trying; `None` when everything is allowed anyway.
@@ -92,12 +86,7 @@ fn rules(resources: &LinuxResources) -> Result<Option<Vec<Rule>>, Error> {
         minor: None,
         access: MKNOD,
     });
-    let listed = resources
-        .devices()
-        .iter()
-        .flatten()
-        .map(rule)
-        .collect::<Result<Vec<_>, _>>()?;
+    let listed = resources.devices().iter().flatten().map(rule).collect::<Result<Vec<_>, _>>()?;
     let mut tried: Vec<Rule> = default.chain(make).collect();
     for rule in listed.into_iter().rev() {
         tried.push(rule);
@@ -145,10 +134,7 @@ fn program(rules: &[Rule]) -> Vec<EbpfInstruction> {
             return program;
         }
     }
-    program.extend([
-        instruction(MOV_K, 0, 0, 0, 0),
-        instruction(EXIT, 0, 0, 0, 0),
-    ]);
+    program.extend([instruction(MOV_K, 0, 0, 0, 0), instruction(EXIT, 0, 0, 0, 0)]);
     program
 }
 
@@ -162,11 +148,7 @@ fn block(program: &mut Vec<EbpfInstruction>, rule: &Rule) {
         tests.push((MOV_X, 1, 3, 0));
         tests.push((AND_K, 1, 0, rule.access));
         // Allowed only if all that is asked for is; denied if any of it is.
-        tests.push(if rule.allow {
-            (JNE_X, 1, 3, 0)
-        } else {
-            (JEQ_K, 1, 0, 0)
-        });
+        tests.push(if rule.allow { (JNE_X, 1, 3, 0) } else { (JEQ_K, 1, 0, 0) });
     }
     tests.extend(rule.major.map(|major| (JNE_K, 4, 0, major)));
     tests.extend(rule.minor.map(|minor| (JNE_K, 5, 0, minor)));
@@ -213,10 +195,7 @@ mod tests {
 
     #[test]
     fn a_privileged_container_needs_no_program() {
-        assert_eq!(
-            parsed(r#"{"devices":[{"allow":false},{"allow":true,"access":"rwm"}]}"#),
-            None
-        );
+        assert_eq!(parsed(r#"{"devices":[{"allow":false},{"allow":true,"access":"rwm"}]}"#), None);
         assert_eq!(parsed("{}").unwrap().len(), DEFAULT.len() + 2);
     }
 }

@@ -54,14 +54,8 @@ fn fill_with_umask(root: BorrowedFd<'_>, devices: &[LinuxDevice]) -> Result<(), 
         .map_err(|error| Error::failed(format!("opening /dev: {error}")))?;
     for (name, major, minor) in DEFAULT {
         let mode = Mode::from_bits_truncate(0o666);
-        ignore_existing(mknodat(
-            &dev,
-            name,
-            SFlag::S_IFCHR,
-            mode,
-            makedev(major, minor),
-        ))
-        .map_err(|error| Error::failed(format!("making device /dev/{name}: {error}")))?;
+        ignore_existing(mknodat(&dev, name, SFlag::S_IFCHR, mode, makedev(major, minor)))
+            .map_err(|error| Error::failed(format!("making device /dev/{name}: {error}")))?;
     }
     for (target, name) in LINKS {
         ignore_existing(symlinkat(target, &dev, name))
@@ -103,13 +97,7 @@ fn make(root: BorrowedFd<'_>, device: &LinuxDevice) -> Result<(), Error> {
             false => paths::create_directories(root, parent, mode)?,
         };
         let mode = Mode::from_bits_truncate(device.file_mode().unwrap_or(0o666) & 0o7777);
-        ignore_existing(mknodat(
-            parent.as_fd(),
-            name,
-            kind,
-            mode,
-            makedev(major, minor),
-        ))?;
+        ignore_existing(mknodat(parent.as_fd(), name, kind, mode, makedev(major, minor)))?;
         let (uid, gid) = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
         if (uid, gid) != (0, 0) {
             let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));

@@ -13,10 +13,7 @@ use super::spawn::{self, Child};
 use super::{Container, Error, Exec, Kind, ProcessIo, init, plan, process, terminal};
 
 fn not_running(why: &str) -> Error {
-    Error::new(
-        Kind::NotRunning,
-        format!("cannot exec in a container that {why}"),
-    )
+    Error::new(Kind::NotRunning, format!("cannot exec in a container that {why}"))
 }
 
 /// Prepares the process up to "ready".
@@ -46,11 +43,7 @@ pub(crate) async fn exec(
         true => not_running("has stopped"),
         false => error,
     })?;
-    Ok(Exec {
-        pid,
-        pty_master: ready.terminal,
-        link: Mutex::new(Some(link)),
-    })
+    Ok(Exec { pid, pty_master: ready.terminal, link: Mutex::new(Some(link)) })
 }
 
 /// A pidfd is readable once its process has ended.
@@ -73,9 +66,7 @@ fn run(child: Child, process: &Process, filter: Option<Filter>, size: Option<(u1
         setns(&pidfd, all)
             .map_err(|error| Error::failed(format!("entering the container: {error}")))?;
         drop(pidfd);
-        let master = size
-            .map(|(width, height)| terminal::open(width, height))
-            .transpose()?;
+        let master = size.map(|(width, height)| terminal::open(width, height)).transpose()?;
         let root = init::open_root()?;
         Ok((process::prepare(process, root.as_fd(), filter)?, master))
     };

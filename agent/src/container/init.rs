@@ -74,14 +74,8 @@ fn build(
             .map_err(|error| failed(&format!("setting sysctl {path}"), error))?;
     }
     set_names(plan)?;
-    mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        None::<&str>,
-    )
-    .map_err(|error| failed("making the mounts private", error))?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .map_err(|error| failed("making the mounts private", error))?;
     let path = rootfs
         .mount()
         .map_err(|why| Error::failed(format!("mounting the root file system: {why}")))?;
@@ -90,9 +84,7 @@ fn build(
     let read_only_dev = fill(plan, root.as_fd())?;
     enter(root.as_fd())?;
     let root = open_root()?;
-    let master = size
-        .map(|(width, height)| terminal::open(width, height))
-        .transpose()?;
+    let master = size.map(|(width, height)| terminal::open(width, height)).transpose()?;
     if master.is_some() {
         terminal::bind_console(root.as_fd())?;
     }
@@ -183,32 +175,15 @@ fn protect(plan: &Plan, root: BorrowedFd<'_>, read_only_dev: bool) -> Result<(),
         sys::set_mount_attributes(dev.as_fd(), &mount_options::read_only(), false)
             .map_err(|error| failed("making /dev read-only", error))?;
     }
-    if let Some(name) = plan
-        .linux
-        .rootfs_propagation()
-        .as_deref()
-        .filter(|name| !name.is_empty())
-    {
+    if let Some(name) = plan.linux.rootfs_propagation().as_deref().filter(|name| !name.is_empty()) {
         let (propagation, recursive) = mount_options::propagation(name).ok_or_else(|| {
-            Error::new(
-                Kind::Invalid,
-                format!("rootfsPropagation {name:?} is not known"),
-            )
+            Error::new(Kind::Invalid, format!("rootfsPropagation {name:?} is not known"))
         })?;
-        let attributes = MountAttr {
-            propagation,
-            ..MountAttr::default()
-        };
+        let attributes = MountAttr { propagation, ..MountAttr::default() };
         sys::set_mount_attributes(root, &attributes, recursive)
             .map_err(|error| failed("setting the root's propagation", error))?;
     }
-    if plan
-        .spec
-        .root()
-        .as_ref()
-        .and_then(|root| root.readonly())
-        .unwrap_or(false)
-    {
+    if plan.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false) {
         sys::set_mount_attributes(root, &mount_options::read_only(), false)
             .map_err(|error| failed("making the root read-only", error))?;
     }

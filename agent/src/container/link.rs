@@ -106,9 +106,9 @@ fn failure(body: &[u8]) -> Error {
 
 impl Link {
     async fn receive(&self) -> Result<(Vec<u8>, Option<OwnedFd>), Error> {
-        let result = self.socket.async_io(Interest::READABLE, |fd| {
-            receive(fd.as_raw_fd()).map_err(io::Error::from)
-        });
+        let result = self
+            .socket
+            .async_io(Interest::READABLE, |fd| receive(fd.as_raw_fd()).map_err(io::Error::from));
         match result.await {
             // A child that died with our message unread.
             Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => Ok((Vec::new(), None)),
@@ -139,16 +139,9 @@ impl Link {
 
     /// Lets a ready child exec; returns when it has, or with the reason why it could not.
     pub(crate) async fn go(self) -> Result<(), Error> {
-        let sent = send(
-            self.socket.get_ref().as_raw_fd(),
-            &[READY],
-            MsgFlags::MSG_NOSIGNAL,
-        );
+        let sent = send(self.socket.get_ref().as_raw_fd(), &[READY], MsgFlags::MSG_NOSIGNAL);
         if sent.is_err() {
-            return Err(Error::new(
-                Kind::NotRunning,
-                "the process has ended before its start",
-            ));
+            return Err(Error::new(Kind::NotRunning, "the process has ended before its start"));
         }
         let (message, _) = self.receive().await?;
         match message.split_first() {
@@ -161,9 +154,7 @@ impl Link {
 impl ChildLink {
     /// Takes over the child's end at descriptor `fd`.
     pub(crate) fn adopt(fd: RawFd) -> ChildLink {
-        ChildLink {
-            socket: super::sys::adopt(fd),
-        }
+        ChildLink { socket: super::sys::adopt(fd) }
     }
 
     fn send(&self, message: &[u8], terminal: Option<RawFd>) -> nix::Result<()> {
@@ -181,10 +172,7 @@ impl ChildLink {
         for step in steps {
             message.extend_from_slice(&(step.as_nanos() as u64).to_le_bytes());
         }
-        if self
-            .send(&message, terminal.as_ref().map(AsRawFd::as_raw_fd))
-            .is_err()
-        {
+        if self.send(&message, terminal.as_ref().map(AsRawFd::as_raw_fd)).is_err() {
             return false;
         }
         drop(terminal);

@@ -62,10 +62,7 @@ pub(crate) struct Error {
 
 impl Error {
     pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Error {
-        Error {
-            kind,
-            message: message.into(),
-        }
+        Error { kind, message: message.into() }
     }
 
     pub(crate) fn failed(message: impl Into<String>) -> Error {

@@ -48,10 +48,7 @@ impl Options {
 
 /// The attribute change that makes a mount read-only.
 pub(crate) fn read_only() -> MountAttr {
-    MountAttr {
-        set: RDONLY,
-        ..MountAttr::default()
-    }
+    MountAttr { set: RDONLY, ..MountAttr::default() }
 }
 
 /// The attribute change for a propagation type by name.
@@ -148,13 +145,7 @@ mod tests {
         assert_eq!(bind.propagation, Some((PRIVATE, true)));
         assert_eq!(bind.recursive_attributes, read_only());
         assert_eq!(bind.without_read_only().attributes.set, 0);
-        assert_eq!(
-            of("ro,rw").attributes,
-            MountAttr {
-                clear: RDONLY,
-                ..MountAttr::default()
-            }
-        );
+        assert_eq!(of("ro,rw").attributes, MountAttr { clear: RDONLY, ..MountAttr::default() });
         assert_eq!(of("relatime").attributes.set, 0);
         assert_eq!(of("slave").propagation, Some((SLAVE, false)));
         assert!(parse(&["idmap".into()]).is_err());

@@ -53,10 +53,7 @@ pub(crate) fn mount_all(root: BorrowedFd<'_>, mounts: &[Mount]) -> Result<bool, 
 }
 
 fn is_dev(mount: &Mount) -> bool {
-    mount
-        .destination()
-        .components()
-        .eq(Path::new("/dev").components())
+    mount.destination().components().eq(Path::new("/dev").components())
 }
 
 /// Whether the container brings the guest's or a volume's directory as its `/dev`.
@@ -82,25 +79,15 @@ fn target(root: BorrowedFd<'_>, mount: &Mount, missing: Missing) -> Result<Owned
 fn bind_mount(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<(), Error> {
     let source = mount.source().as_deref().unwrap_or(Path::new(""));
     if !source.is_absolute() {
-        return Err(bad(
-            mount,
-            format!("source {source:?} is not an absolute path"),
-        ));
+        return Err(bad(mount, format!("source {source:?} is not an absolute path")));
     }
     let opened = open_path(source).map_err(|error| bad(mount, format!("{source:?}: {error}")))?;
     let is_directory = File::from(opened.try_clone().map_err(|error| bad(mount, error))?)
         .metadata()
         .map_err(|error| bad(mount, format!("{source:?}: {error}")))?
         .is_dir();
-    let target = target(
-        root,
-        mount,
-        if is_directory {
-            Missing::Directory
-        } else {
-            Missing::File
-        },
-    )?;
+    let target =
+        target(root, mount, if is_directory { Missing::Directory } else { Missing::File })?;
     let copy = sys::clone_tree(opened.as_fd(), Path::new(""), options.recursive)
         .map_err(|error| bad(mount, format!("binding {source:?}: {error}")))?;
     finish(mount, copy.as_fd(), options, target.as_fd())
@@ -128,11 +115,7 @@ fn new_mount(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<(
         _ => bad(mount, format!("file system type {kind:?}: {error}")),
     })?;
     // Options for a version 1 cgroup mean nothing to version 2.
-    let data = if kind == "cgroup2" {
-        &[][..]
-    } else {
-        &options.data
-    };
+    let data = if kind == "cgroup2" { &[][..] } else { &options.data };
     for option in data {
         set_option(fs.as_fd(), option)
             .map_err(|error| bad(mount, format!("option {option:?}: {error}")))?;
@@ -153,23 +136,9 @@ fn new_mount(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<(
 /// The kernel's own file systems are never mounted through a link that the image brought.
 fn plain_target(root: BorrowedFd<'_>, mount: &Mount) -> Result<OwnedFd, Error> {
     drop(target(root, mount, Missing::Directory)?);
-    let path = paths::relative(mount.destination())
-        .ok()
-        .flatten()
-        .unwrap_or_default();
-    sys::open_at2(
-        root,
-        &path,
-        libc::O_PATH | libc::O_DIRECTORY,
-        0,
-        RESOLVE_NO_SYMLINKS,
-    )
-    .map_err(|error| {
-        bad(
-            mount,
-            format!("it must be a directory, not a link: {error}"),
-        )
-    })
+    let path = paths::relative(mount.destination()).ok().flatten().unwrap_or_default();
+    sys::open_at2(root, &path, libc::O_PATH | libc::O_DIRECTORY, 0, RESOLVE_NO_SYMLINKS)
+        .map_err(|error| bad(mount, format!("it must be a directory, not a link: {error}")))
 }
 
 fn set_option(fs: BorrowedFd<'_>, option: &str) -> io::Result<()> {
@@ -195,13 +164,7 @@ fn finish(
     set(&options.recursive_attributes, true)?;
     sys::attach(made, target).map_err(|error| bad(mount, error))?;
     if let Some((propagation, recursive)) = options.propagation {
-        set(
-            &MountAttr {
-                propagation,
-                ..MountAttr::default()
-            },
-            recursive,
-        )?;
+        set(&MountAttr { propagation, ..MountAttr::default() }, recursive)?;
     }
     Ok(())
 }

@@ -39,11 +39,7 @@ pub(crate) fn relative(path: &Path) -> Result<Option<PathBuf>, String> {
             }
         }
     }
-    Ok(if clean.as_os_str().is_empty() {
-        None
-    } else {
-        Some(clean)
-    })
+    Ok(if clean.as_os_str().is_empty() { None } else { Some(clean) })
 }
 
 /// Opens an existing path (`O_PATH`) below `root`, following links inside it.

@@ -53,20 +53,8 @@ impl Plan {
         check_linux(&linux)?;
         let namespaces = Namespaces::new(&linux)?;
         let sysctls = sysctls(linux.sysctl().as_ref(), &namespaces)?;
-        let Namespaces {
-            pid,
-            own_ipc,
-            own_uts,
-        } = namespaces;
-        Ok(Plan {
-            spec,
-            linux,
-            process,
-            pid,
-            own_ipc,
-            own_uts,
-            sysctls,
-        })
+        let Namespaces { pid, own_ipc, own_uts } = namespaces;
+        Ok(Plan { spec, linux, process, pid, own_ipc, own_uts, sysctls })
     }
 }
 
@@ -104,10 +92,8 @@ impl Namespaces {
             .flatten()
             .map(|namespace| (namespace.typ(), namespace.path().is_some()))
             .collect();
-        for (kind, name) in [
-            (LinuxNamespaceType::User, "user"),
-            (LinuxNamespaceType::Time, "time"),
-        ] {
+        for (kind, name) in [(LinuxNamespaceType::User, "user"), (LinuxNamespaceType::Time, "time")]
+        {
             if listed.contains_key(&kind) {
                 return unsupported(format!(
                     "{name} namespaces are not available in a VM pod: the pod's own kernel is \
@@ -127,11 +113,7 @@ impl Namespaces {
         let own = |kind| listed.get(&kind) == Some(&false);
         let own_ipc = own(LinuxNamespaceType::Ipc);
         let own_uts = own(LinuxNamespaceType::Uts);
-        Ok(Namespaces {
-            pid,
-            own_ipc,
-            own_uts,
-        })
+        Ok(Namespaces { pid, own_ipc, own_uts })
     }
 }
 
@@ -163,18 +145,11 @@ fn refuse_hooks(spec: &Spec) -> Result<(), Error> {
 
 /// What of a process this engine cannot do, and what no engine can.
 pub(crate) fn check_process(process: &Process) -> Result<(), Error> {
-    if process
-        .args()
-        .as_ref()
-        .is_none_or(|arguments| arguments.is_empty())
-    {
+    if process.args().as_ref().is_none_or(|arguments| arguments.is_empty()) {
         return invalid("the process has no command: args is empty");
     }
     if !process.cwd().is_absolute() {
-        return invalid(format!(
-            "the working directory {:?} is not absolute",
-            process.cwd()
-        ));
+        return invalid(format!("the working directory {:?} is not absolute", process.cwd()));
     }
     if process.scheduler().is_some() {
         return unsupported("process.scheduler is not available in a VM pod");
@@ -194,22 +169,10 @@ fn check_linux(linux: &Linux) -> Result<(), Error> {
         false => Ok(()),
     };
     let any = |map: Option<usize>| map.is_some_and(|count| count > 0);
-    some(
-        any(linux.uid_mappings().as_ref().map(Vec::len)),
-        "uidMappings",
-    )?;
-    some(
-        any(linux.gid_mappings().as_ref().map(Vec::len)),
-        "gidMappings",
-    )?;
-    some(
-        any(linux.net_devices().as_ref().map(HashMap::len)),
-        "netDevices",
-    )?;
-    some(
-        any(linux.time_offsets().as_ref().map(HashMap::len)),
-        "timeOffsets",
-    )?;
+    some(any(linux.uid_mappings().as_ref().map(Vec::len)), "uidMappings")?;
+    some(any(linux.gid_mappings().as_ref().map(Vec::len)), "gidMappings")?;
+    some(any(linux.net_devices().as_ref().map(HashMap::len)), "netDevices")?;
+    some(any(linux.time_offsets().as_ref().map(HashMap::len)), "timeOffsets")?;
     some(linux.intel_rdt().is_some(), "intelRdt")?;
     some(linux.memory_policy().is_some(), "memoryPolicy")
 }
@@ -254,10 +217,7 @@ mod tests {
     fn refusal(linux: &str, rest: &str) -> String {
         let process = r#"{"user":{"uid":0,"gid":0},"args":["x"],"cwd":"/"}"#;
         let json = format!(r#"{{"process":{process},"linux":{{{linux}}}{rest}}}"#);
-        plan(&json)
-            .map(|plan| format!("{plan:?}"))
-            .unwrap_err()
-            .to_string()
+        plan(&json).map(|plan| format!("{plan:?}")).unwrap_err().to_string()
     }
 
     #[test]
@@ -284,10 +244,7 @@ mod tests {
             {"type":"uts","path":"/x"},{"type":"network"}]}}"#,
         )
         .unwrap();
-        assert_eq!(
-            (plan.pid, plan.own_ipc, plan.own_uts),
-            (PidNamespace::Pod, true, false)
-        );
+        assert_eq!((plan.pid, plan.own_ipc, plan.own_uts), (PidNamespace::Pod, true, false));
         assert_eq!(plan.sysctls.len(), 2);
     }
 }

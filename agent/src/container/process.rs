@@ -62,20 +62,11 @@ pub(crate) fn prepare(
             .map_err(|error| failed(&format!("chdir to cwd ({:?})", process.cwd()), error))?;
     }
     stay_inside()?;
-    umask(Mode::from_bits_truncate(
-        process.user().umask().unwrap_or(0o022),
-    ));
+    umask(Mode::from_bits_truncate(process.user().umask().unwrap_or(0o022)));
     let arguments = strings(process.args().iter().flatten(), "an argument")?;
     let program = find_program(process)?;
     let no_new_privileges = process.no_new_privileges().unwrap_or(false);
-    Ok(Prepared {
-        program,
-        arguments,
-        environment,
-        capabilities,
-        filter,
-        no_new_privileges,
-    })
+    Ok(Prepared { program, arguments, environment, capabilities, filter, no_new_privileges })
 }
 
 impl Prepared {
@@ -101,10 +92,7 @@ impl Prepared {
             Errno::ENOENT => "no such file or directory".to_string(),
             other => other.desc().to_string(),
         };
-        Err(Error::failed(format!(
-            "exec {}: {text}",
-            self.program.to_string_lossy()
-        )))
+        Err(Error::failed(format!("exec {}: {text}", self.program.to_string_lossy())))
     }
 }
 
@@ -169,10 +157,7 @@ fn enter_directory(root: BorrowedFd<'_>, cwd: &Path) -> Result<(), Error> {
 fn stay_inside() -> Result<(), Error> {
     match getcwd() {
         Ok(path) if path.is_absolute() => Ok(()),
-        Ok(path) => Err(failed(
-            "working directory",
-            format!("{path:?} is outside the root"),
-        )),
+        Ok(path) => Err(failed("working directory", format!("{path:?} is outside the root"))),
         Err(error) => Err(failed("working directory", error)),
     }
 }
@@ -186,14 +171,9 @@ fn change_user(process: &Process, capabilities: &Sets) -> Result<(), Error> {
     groups.dedup();
     sys::set_groups(&groups).map_err(|error| failed("setting additional groups", error))?;
     sys::set_user(user.uid(), user.gid()).map_err(|error| {
-        failed(
-            &format!("changing to user {} and group {}", user.uid(), user.gid()),
-            error,
-        )
+        failed(&format!("changing to user {} and group {}", user.uid(), user.gid()), error)
     })?;
-    capabilities
-        .while_waiting()
-        .map_err(|error| failed("lowering the capabilities", error))
+    capabilities.while_waiting().map_err(|error| failed("lowering the capabilities", error))
 }
 
 fn strings<'a>(all: impl Iterator<Item = &'a String>, what: &str) -> Result<Vec<CString>, Error> {
@@ -207,14 +187,8 @@ fn strings<'a>(all: impl Iterator<Item = &'a String>, what: &str) -> Result<Vec<
 /// The environment, with HOME from the container's `/etc/passwd` where it is missing.
 fn environment(process: &Process, root: BorrowedFd<'_>) -> Result<Vec<CString>, Error> {
     let given = process.env().as_deref().unwrap_or(&[]);
-    let mut all = strings(
-        given.iter().filter(|pair| *pair != "HOME="),
-        "an environment variable",
-    )?;
-    if !given
-        .iter()
-        .any(|pair| pair.starts_with("HOME=") && pair != "HOME=")
-    {
+    let mut all = strings(given.iter().filter(|pair| *pair != "HOME="), "an environment variable")?;
+    if !given.iter().any(|pair| pair.starts_with("HOME=") && pair != "HOME=") {
         let passwd = read_passwd(root).unwrap_or_default();
         let home = home(&passwd, process.user().uid()).unwrap_or("/");
         all.extend(CString::new(format!("HOME={home}")));
@@ -224,11 +198,7 @@ fn environment(process: &Process, root: BorrowedFd<'_>) -> Result<Vec<CString>, 
 
 fn read_passwd(root: BorrowedFd<'_>) -> io::Result<String> {
     use io::Read;
-    let fd = paths::open_with(
-        root,
-        Path::new("etc/passwd"),
-        libc::O_RDONLY | libc::O_NONBLOCK,
-    )?;
+    let fd = paths::open_with(root, Path::new("etc/passwd"), libc::O_RDONLY | libc::O_NONBLOCK)?;
     let mut text = Vec::new();
     fs::File::from(fd).take(PASSWD_MAX).read_to_end(&mut text)?;
     Ok(String::from_utf8_lossy(&text).into_owned())
@@ -248,10 +218,7 @@ fn runnable(path: &Path) -> Result<(), String> {
     let data = match stat(path) {
         Ok(data) => data,
         Err(Errno::ENOENT) => {
-            return Err(format!(
-                "stat {}: no such file or directory",
-                path.display()
-            ));
+            return Err(format!("stat {}: no such file or directory", path.display()));
         }
         Err(error) => {
             let text = error.desc().to_lowercase();
@@ -271,16 +238,9 @@ fn runnable(path: &Path) -> Result<(), String> {
 
 /// Where the command is, by the PATH of its own environment.
 fn find_program(process: &Process) -> Result<CString, Error> {
-    let command = process
-        .args()
-        .iter()
-        .flatten()
-        .next()
-        .map_or("", String::as_str);
+    let command = process.args().iter().flatten().next().map_or("", String::as_str);
     let not_found = |why: &str| {
-        Error::failed(format!(
-            "unable to start container process: exec: {command:?}: {why}"
-        ))
+        Error::failed(format!("unable to start container process: exec: {command:?}: {why}"))
     };
     let c_string = |path: &Path| {
         CString::new(path.as_os_str().as_bytes()).map_err(|_| not_found("it contains NUL"))
@@ -289,16 +249,8 @@ fn find_program(process: &Process) -> Result<CString, Error> {
         runnable(Path::new(command)).map_err(|why| not_found(&why))?;
         return c_string(Path::new(command));
     }
-    let path = process
-        .env()
-        .iter()
-        .flatten()
-        .rev()
-        .find_map(|pair| pair.strip_prefix("PATH="));
-    let directories = path
-        .unwrap_or("")
-        .split(':')
-        .filter(|directory| directory.starts_with('/'));
+    let path = process.env().iter().flatten().rev().find_map(|pair| pair.strip_prefix("PATH="));
+    let directories = path.unwrap_or("").split(':').filter(|directory| directory.starts_with('/'));
     if !command.is_empty() {
         for directory in directories {
             let candidate = Path::new(directory).join(command);
@@ -328,9 +280,6 @@ mod tests {
         let missing = runnable(Path::new("/no/such")).unwrap_err();
         assert_eq!(missing, "stat /no/such: no such file or directory");
         assert_eq!(runnable(Path::new("/etc")).unwrap_err(), "is a directory");
-        assert_eq!(
-            runnable(Path::new("/etc/passwd")).unwrap_err(),
-            "permission denied"
-        );
+        assert_eq!(runnable(Path::new("/etc/passwd")).unwrap_err(), "permission denied");
     }
 }

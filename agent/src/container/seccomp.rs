@@ -49,10 +49,7 @@ fn action(action: Action, errno: Option<u32>) -> Result<u32, Error> {
         ));
     }
     if errno.is_some_and(|errno| errno > 0xffff) {
-        return Err(Error::new(
-            Kind::Invalid,
-            format!("seccomp: errnoRet {errno:?} is too large"),
-        ));
+        return Err(Error::new(Kind::Invalid, format!("seccomp: errnoRet {errno:?} is too large")));
     }
     Ok(action.as_u32(errno))
 }
@@ -70,28 +67,18 @@ fn condition(argument: &LinuxSeccompArg) -> Result<Condition, Error> {
         Operator::ScmpCmpEq => (Compare::Equal, argument.value()),
         Operator::ScmpCmpGe => (Compare::GreaterOrEqual, argument.value()),
         Operator::ScmpCmpGt => (Compare::Greater, argument.value()),
-        Operator::ScmpCmpMaskedEq => (
-            Compare::Masked(argument.value()),
-            argument.value_two().unwrap_or(0),
-        ),
+        Operator::ScmpCmpMaskedEq => {
+            (Compare::Masked(argument.value()), argument.value_two().unwrap_or(0))
+        }
     };
-    Ok(Condition {
-        argument: index as u8,
-        compare,
-        value,
-    })
+    Ok(Condition { argument: index as u8, compare, value })
 }
 
 /// The rule's alternatives: each a set of conditions that must all hold.
 fn alternatives(arguments: &[LinuxSeccompArg]) -> Result<Vec<Vec<Condition>>, Error> {
-    let conditions = arguments
-        .iter()
-        .map(condition)
-        .collect::<Result<Vec<_>, _>>()?;
+    let conditions = arguments.iter().map(condition).collect::<Result<Vec<_>, _>>()?;
     let mut seen = [0u8; 6];
-    conditions
-        .iter()
-        .for_each(|one| seen[usize::from(one.argument)] += 1);
+    conditions.iter().for_each(|one| seen[usize::from(one.argument)] += 1);
     if seen.iter().any(|count| *count > 1) {
         return Ok(conditions.into_iter().map(|one| vec![one]).collect());
     }
@@ -111,9 +98,7 @@ fn decisions(spec: &LinuxSeccomp) -> Result<(HashMap<&str, Decision>, u32), Erro
             if arguments.is_empty() {
                 decision.always.get_or_insert(action);
             } else {
-                let rules = alternatives
-                    .iter()
-                    .map(|conditions| (conditions.clone(), action));
+                let rules = alternatives.iter().map(|conditions| (conditions.clone(), action));
                 decision.conditional.extend(rules);
             }
         }
@@ -154,23 +139,9 @@ fn emit_abi(
         add_range(&mut starts, number, label);
         next_free = number + 1;
     }
-    let beyond = if is_allowing(default) {
-        default
-    } else {
-        RET_ENOSYS
-    };
-    let beyond = leaf(
-        assembler,
-        &Decision {
-            always: Some(beyond),
-            conditional: Vec::new(),
-        },
-    );
-    add_range(
-        &mut starts,
-        next_free,
-        if next_free == 0 { otherwise } else { beyond },
-    );
+    let beyond = if is_allowing(default) { default } else { RET_ENOSYS };
+    let beyond = leaf(assembler, &Decision { always: Some(beyond), conditional: Vec::new() });
+    add_range(&mut starts, next_free, if next_free == 0 { otherwise } else { beyond });
     assembler.search(&starts)
 }
 
@@ -205,30 +176,22 @@ fn emit_decision(assembler: &mut Assembler, decision: &Decision, default: u32) -
 }
 
 fn flags(spec: &LinuxSeccomp) -> Result<u32, Error> {
-    spec.flags()
-        .iter()
-        .flatten()
-        .try_fold(0, |flags, flag| match flag {
-            Flag::SeccompFilterFlagTsync => Ok(flags | FLAG_TSYNC),
-            Flag::SeccompFilterFlagLog => Ok(flags | FLAG_LOG),
-            Flag::SeccompFilterFlagSpecAllow => Ok(flags | FLAG_SPEC_ALLOW),
-            Flag::SeccompFilterFlagWaitKillableRecv => Err(Error::new(
-                Kind::Unsupported,
-                "seccomp: SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV needs a listener on the host",
-            )),
-        })
+    spec.flags().iter().flatten().try_fold(0, |flags, flag| match flag {
+        Flag::SeccompFilterFlagTsync => Ok(flags | FLAG_TSYNC),
+        Flag::SeccompFilterFlagLog => Ok(flags | FLAG_LOG),
+        Flag::SeccompFilterFlagSpecAllow => Ok(flags | FLAG_SPEC_ALLOW),
+        Flag::SeccompFilterFlagWaitKillableRecv => Err(Error::new(
+            Kind::Unsupported,
+            "seccomp: SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV needs a listener on the host",
+        )),
+    })
 }
 
 impl Filter {
     /// Translates a profile.
     pub(crate) fn new(spec: &LinuxSeccomp) -> Result<Filter, Error> {
         let (calls, default) = decisions(spec)?;
-        let listed = |arch: Arch| {
-            spec.architectures()
-                .iter()
-                .flatten()
-                .any(|one| *one == arch)
-        };
+        let listed = |arch: Arch| spec.architectures().iter().flatten().any(|one| *one == arch);
         let mut assembler = Assembler::default();
         let kill = assembler.ret(RET_KILL_PROCESS);
         let i386 = match listed(Arch::ScmpArchX86) {
@@ -259,10 +222,7 @@ impl Filter {
             );
             return Err(Error::new(Kind::Unsupported, text));
         }
-        Ok(Filter {
-            program,
-            flags: flags(spec)?,
-        })
+        Ok(Filter { program, flags: flags(spec)? })
     }
 
     /// Puts the process under the filter, for good.
@@ -306,10 +266,7 @@ mod tests {
         assert_eq!(on(&filter, 463, &[]), RET_ENOSYS);
         assert_eq!(on(&filter, -1, &[]), EPERM);
         // ABIs that are not listed.
-        assert_eq!(
-            run(&filter.program, AUDIT_ARCH_I386, 3, [0; 6]),
-            RET_KILL_PROCESS
-        );
+        assert_eq!(run(&filter.program, AUDIT_ARCH_I386, 3, [0; 6]), RET_KILL_PROCESS);
         assert_eq!(on(&filter, i64::from(X32_BIT), &[]), RET_KILL_PROCESS);
     }
 
@@ -325,10 +282,7 @@ mod tests {
         assert_eq!(on(&filter, libc::SYS_mkdir, &[]), ALLOW);
         assert_eq!(on(&filter, i64::from(X32_BIT | 514), &[]), ALLOW);
         assert_eq!(on(&filter, i64::from(X32_BIT | 16), &[]), EPERM);
-        assert_eq!(
-            run(&filter.program, 0xc000_00b7, 0, [0; 6]),
-            RET_KILL_PROCESS
-        );
+        assert_eq!(run(&filter.program, 0xc000_00b7, 0, [0; 6]), RET_KILL_PROCESS);
     }
 
     #[test]
@@ -339,21 +293,9 @@ mod tests {
         let cases: &[Case<'_>] = &[
             ("EQ", wide, 0, &[wide], &[5, wide + 1, 0x2_0000_0005]),
             ("NE", wide, 0, &[5, 0x2_0000_0005], &[wide]),
-            (
-                "LT",
-                wide,
-                0,
-                &[5, 0xffff_ffff, wide - 1],
-                &[wide, wide + 1, 0x2_0000_0000],
-            ),
+            ("LT", wide, 0, &[5, 0xffff_ffff, wide - 1], &[wide, wide + 1, 0x2_0000_0000]),
             ("LE", wide, 0, &[5, wide], &[wide + 1, 0x2_0000_0000]),
-            (
-                "GT",
-                wide,
-                0,
-                &[wide + 1, 0x2_0000_0000],
-                &[wide, 0xffff_ffff],
-            ),
+            ("GT", wide, 0, &[wide + 1, 0x2_0000_0000], &[wide, 0xffff_ffff]),
             ("GE", wide, 0, &[wide, 0x2_0000_0000], &[wide - 1, 6]),
             (
                 "MASKED_EQ",
@@ -370,18 +312,10 @@ mod tests {
                 "valueTwo":{second},"op":"SCMP_CMP_{operator}"}}]}}]}}"#
             ));
             for argument in *yes {
-                assert_eq!(
-                    on(&filter, libc::SYS_ioctl, &[0, *argument]),
-                    ALLOW,
-                    "{operator}"
-                );
+                assert_eq!(on(&filter, libc::SYS_ioctl, &[0, *argument]), ALLOW, "{operator}");
             }
             for argument in *no {
-                assert_eq!(
-                    on(&filter, libc::SYS_ioctl, &[0, *argument]),
-                    EPERM,
-                    "{operator}"
-                );
+                assert_eq!(on(&filter, libc::SYS_ioctl, &[0, *argument]), EPERM, "{operator}");
             }
         }
     }
@@ -410,12 +344,7 @@ mod tests {
     #[test]
     fn what_needs_the_host_is_refused() {
         let notify = serde_json::from_str(r#"{"defaultAction":"SCMP_ACT_NOTIFY"}"#).unwrap();
-        assert!(
-            Filter::new(&notify)
-                .unwrap_err()
-                .to_string()
-                .contains("SCMP_ACT_NOTIFY")
-        );
+        assert!(Filter::new(&notify).unwrap_err().to_string().contains("SCMP_ACT_NOTIFY"));
         let unknown = serde_json::from_str::<LinuxSeccomp>(r#"{"defaultAction":"SCMP_ACT_X"}"#);
         assert!(unknown.unwrap_err().to_string().contains("SCMP_ACT_X"));
     }

@@ -68,11 +68,7 @@ impl Assembler {
 
     /// A place near enough for a conditional jump that leads to `label`.
     fn near(&mut self, label: Label, slack: usize) -> Label {
-        if self.distance(label) + slack <= usize::from(u8::MAX) {
-            label
-        } else {
-            self.jump(label)
-        }
+        if self.distance(label) + slack <= usize::from(u8::MAX) { label } else { self.jump(label) }
     }
 
     fn jump(&mut self, label: Label) -> Label {
@@ -176,10 +172,7 @@ impl Assembler {
 #[cfg(test)]
 pub(crate) fn run(program: &[BpfInstruction], architecture: u32, number: u32, a: [u64; 6]) -> u32 {
     let mut data = vec![number, architecture, 0, 0];
-    data.extend(
-        a.iter()
-            .flat_map(|argument| [*argument as u32, (*argument >> 32) as u32]),
-    );
+    data.extend(a.iter().flat_map(|argument| [*argument as u32, (*argument >> 32) as u32]));
     let (mut at, mut acc) = (0, 0);
     loop {
         let BpfInstruction { code, jt, jf, k } = program[at];

@@ -126,11 +126,7 @@ pub(crate) fn spawn(
     let (link, theirs) = link::pair()?;
     let failed = |what: &str, error: io::Error| Error::failed(format!("{what}: {error}"));
     let (stdio, terminal) = match io {
-        ProcessIo::Stdio {
-            stdin,
-            stdout,
-            stderr,
-        } => ([stdin, stdout, stderr], None),
+        ProcessIo::Stdio { stdin, stdout, stderr } => ([stdin, stdout, stderr], None),
         ProcessIo::Terminal { width, height } => {
             let null = || -> nix::Result<OwnedFd> {
                 open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
@@ -151,9 +147,7 @@ pub(crate) fn spawn(
         sys::exit_now(1);
     }
     drop(stdio);
-    born_in
-        .leave()
-        .map_err(|error| failed("leaving the PID namespace", error))?;
+    born_in.leave().map_err(|error| failed("leaving the PID namespace", error))?;
     match forked {
         Ok(Some(pid)) => Ok((pid, link)),
         Ok(None) => sys::exit_now(1),
@@ -192,11 +186,7 @@ fn arrange(stdio: &[OwnedFd; 3], link: RawFd, extra: Option<BorrowedFd<'_>>) -> 
         Ok(fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(EXTRA_FD + 1))?)
     };
     let [stdin, stdout, stderr] = stdio;
-    let stdio = [
-        above(stdin.as_fd())?,
-        above(stdout.as_fd())?,
-        above(stderr.as_fd())?,
-    ];
+    let stdio = [above(stdin.as_fd())?, above(stdout.as_fd())?, above(stderr.as_fd())?];
     let link = above(sys::borrow(link).as_fd())?;
     let extra = extra.map(above).transpose()?;
     for (target, fd) in stdio.into_iter().chain([link]).enumerate() {
@@ -212,10 +202,7 @@ fn arrange(stdio: &[OwnedFd; 3], link: RawFd, extra: Option<BorrowedFd<'_>>) -> 
     sys::close_from(first_closed)?;
     sys::close_on_exec_from(LINK_FD)?;
     sys::reset_signals();
-    Ok(Child {
-        link: ChildLink::adopt(LINK_FD),
-        extra: extra.map(|_| sys::adopt(EXTRA_FD)),
-    })
+    Ok(Child { link: ChildLink::adopt(LINK_FD), extra: extra.map(|_| sys::adopt(EXTRA_FD)) })
 }
 
 /// Measures the child's steps.
@@ -226,10 +213,7 @@ pub(crate) struct Steps {
 
 impl Steps {
     pub(crate) fn begin() -> Steps {
-        Steps {
-            last: Instant::now(),
-            taken: Vec::with_capacity(STEPS.len()),
-        }
+        Steps { last: Instant::now(), taken: Vec::with_capacity(STEPS.len()) }
     }
 
     pub(crate) fn done(&mut self) {

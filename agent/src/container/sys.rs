@@ -54,11 +54,7 @@ const TIOCGPTPEER: libc::c_ulong = 0x5441;
 const EMPTY: &CStr = c"";
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 fn new_fd(result: libc::c_long) -> io::Result<OwnedFd> {
@@ -84,11 +80,7 @@ pub(crate) fn fork(flags: libc::c_int, cgroup: Option<BorrowedFd<'_>>) -> io::Re
     // SAFETY: without CLONE_VM and with no stack this is a fork; the arguments are valid and their
     // size is passed. The agent has one thread, so the child's copy of every lock is free.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &arguments as *const _,
-            size_of::<libc::clone_args>(),
-        )
+        libc::syscall(libc::SYS_clone3, &arguments as *const _, size_of::<libc::clone_args>())
     };
     Ok(match check(result)? {
         0 => None,
@@ -194,14 +186,7 @@ pub(crate) fn clone_tree(
     }
     new_fd(path.with_nix_path(|path| {
         // SAFETY: the path is NUL-terminated.
-        unsafe {
-            libc::syscall(
-                libc::SYS_open_tree,
-                directory.as_raw_fd(),
-                path.as_ptr(),
-                flags,
-            )
-        }
+        unsafe { libc::syscall(libc::SYS_open_tree, directory.as_raw_fd(), path.as_ptr(), flags) }
     })?)
 }
 
@@ -254,12 +239,7 @@ pub(crate) fn pty_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 
 /// Sets a terminal's size.
 pub(crate) fn set_window_size(pty: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
-    let size = libc::winsize {
-        ws_row: height,
-        ws_col: width,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let size = libc::winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: `size` is a valid winsize for the length of the call.
     check(unsafe { libc::ioctl(pty.as_raw_fd(), libc::TIOCSWINSZ, &size) }.into()).map(drop)
 }
@@ -307,10 +287,7 @@ pub(crate) fn process_control(option: libc::c_int, first: u64, second: u64) -> i
 
 /// Sets one resource limit by the kernel's number.
 pub(crate) fn set_limit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
-    let limit = libc::rlimit64 {
-        rlim_cur: soft,
-        rlim_max: hard,
-    };
+    let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
     // SAFETY: the limit is valid for the length of the call, the old one is not asked for.
     check(unsafe {
         libc::syscall(
@@ -359,11 +336,7 @@ pub(crate) fn load_seccomp(program: &[BpfInstruction], flags: u32) -> io::Result
 /// `execve`; returns only the reason why it failed.
 pub(crate) fn exec(path: &CStr, arguments: &[CString], environment: &[CString]) -> io::Error {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
-        strings
-            .iter()
-            .map(|s| s.as_ptr())
-            .chain([std::ptr::null()])
-            .collect()
+        strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
     };
     let (arguments, environment) = (pointers(arguments), pointers(environment));
     // SAFETY: both arrays end with a null and their strings live through the call.
@@ -413,12 +386,7 @@ pub(crate) fn load_device_program(program: &[EbpfInstruction]) -> io::Result<Own
     // SAFETY: `load` has the layout of the start of union bpf_attr with the rest zeroed, and the
     // buffers it names live through the call.
     new_fd(unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_LOAD,
-            &load as *const Load,
-            size_of::<Load>(),
-        )
+        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &load as *const Load, size_of::<Load>())
     })
 }
 
@@ -434,12 +402,7 @@ pub(crate) fn attach_device_program(
     let attributes: [u32; 4] = [cgroup, program, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI];
     // SAFETY: the four words are the whole of bpf_attr for this command.
     check(unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_ATTACH,
-            attributes.as_ptr(),
-            size_of_val(&attributes),
-        )
+        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, attributes.as_ptr(), size_of_val(&attributes))
     })
     .map(drop)
 }

@@ -186,9 +186,7 @@ mod tests {
     fn table_is_sorted_and_agrees_with_libc() {
         assert!(TABLE.windows(2).all(|pair| pair[0].0 < pair[1].0));
         let number = |name: &str| {
-            TABLE
-                .binary_search_by(|row| row.0.cmp(name))
-                .map(|at| i64::from(TABLE[at].1))
+            TABLE.binary_search_by(|row| row.0.cmp(name)).map(|at| i64::from(TABLE[at].1))
         };
         assert_eq!(number("openat2"), Ok(libc::SYS_openat2));
         assert_eq!(number("mkdir"), Ok(libc::SYS_mkdir));

@@ -12,10 +12,7 @@ use super::{Error, sys};
 /// one. Runs inside the new root, as leader of a session.
 pub(crate) fn open(width: u16, height: u16) -> Result<OwnedFd, Error> {
     let open = || -> io::Result<OwnedFd> {
-        let master = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/pts/ptmx")?;
+        let master = File::options().read(true).write(true).open("/dev/pts/ptmx")?;
         let master = OwnedFd::from(master);
         let slave = sys::pty_peer(master.as_fd())?;
         if width > 0 && height > 0 {
@@ -28,9 +25,7 @@ pub(crate) fn open(width: u16, height: u16) -> Result<OwnedFd, Error> {
         Ok(master)
     };
     open().map_err(|error| {
-        Error::failed(format!(
-            "opening a terminal in the container's /dev/pts: {error}"
-        ))
+        Error::failed(format!("opening a terminal in the container's /dev/pts: {error}"))
     })
 }
 

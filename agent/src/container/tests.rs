@@ -32,14 +32,8 @@ impl RootSource for Bundle {
     fn mount(&self) -> Result<PathBuf, String> {
         assert!(!self.read_only_source);
         let path = self.directory.path().to_path_buf();
-        mount(
-            Some(&path),
-            &path,
-            None::<&str>,
-            MsFlags::MS_BIND,
-            None::<&str>,
-        )
-        .map_err(|error| error.to_string())?;
+        mount(Some(&path), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .map_err(|error| error.to_string())?;
         Ok(path)
     }
 }
@@ -66,10 +60,7 @@ fn bundle() -> Bundle {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(root.join("bin/garbage"), fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
-    Bundle {
-        directory,
-        read_only_source: false,
-    }
+    Bundle { directory, read_only_source: false }
 }
 
 /// A specification as containerd writes them, for a shell command.
@@ -130,20 +121,12 @@ fn alone(name: &str, body: impl AsyncFnOnce(&Path)) {
         return;
     }
     if std::env::var(AGAIN).as_deref() == Ok(name) {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(body(&root));
         return;
     }
     let again = Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            &format!("container::tests::{name}"),
-            "--test-threads=1",
-            "--nocapture",
-        ])
+        .args(["--exact", &format!("container::tests::{name}"), "--test-threads=1", "--nocapture"])
         .env(AGAIN, name)
         .output()
         .unwrap();
@@ -206,11 +189,7 @@ async fn create(
 async fn try_run(root: &Path, bundle: &Bundle, spec: Value) -> Result<Ran, Error> {
     let (reader, stdout) = pipe();
     let stderr = stdout.try_clone().unwrap();
-    let io = ProcessIo::Stdio {
-        stdin: null(),
-        stdout,
-        stderr,
-    };
+    let io = ProcessIo::Stdio { stdin: null(), stdout, stderr };
     let container = create(root, bundle, spec, io).await?;
     let started = container.start().await;
     let output = read_all(reader);
@@ -241,15 +220,8 @@ fn a_command_runs_in_its_own_world() {
         assert_eq!(ran.status, 7, "{}", ran.output);
         let lines: Vec<&str> = ran.output.lines().collect();
         assert_eq!(lines[..5], ["b c /root 1", "/", "0", "inner", "0022"]);
-        for name in [
-            "null", "zero", "full", "random", "urandom", "tty", "ptmx", "shm",
-        ] {
-            assert_eq!(
-                lines.contains(&name),
-                name != "shm",
-                "{name} in {}",
-                ran.output
-            );
+        for name in ["null", "zero", "full", "random", "urandom", "tty", "ptmx", "shm"] {
+            assert_eq!(lines.contains(&name), name != "shm", "{name} in {}", ran.output);
         }
         assert!(lines.contains(&"/proc/self/fd"));
         // 0, 1, 2 and the one that ls itself has open.
@@ -291,12 +263,7 @@ fn paths_are_hidden_and_read_only() {
         value["root"]["readonly"] = json!(true);
         let ran = run(root, value).await;
         assert!(ran.output.starts_with("0\n0\n"), "{}", ran.output);
-        assert_eq!(
-            ran.output.matches("Read-only file system").count(),
-            4,
-            "{}",
-            ran.output
-        );
+        assert_eq!(ran.output.matches("Read-only file system").count(), 4, "{}", ran.output);
         assert!(ran.output.contains("fine\n"), "{}", ran.output);
         assert!(ran.output.contains("0::/\n"), "{}", ran.output);
     });
@@ -304,27 +271,20 @@ fn paths_are_hidden_and_read_only() {
 
 #[test]
 fn seccomp_is_in_force_with_and_without_no_new_privileges() {
-    alone(
-        "seccomp_is_in_force_with_and_without_no_new_privileges",
-        async |root| {
-            for no_new_privileges in [true, false] {
-                let mut value = spec("mkdir /tmp/x; echo $?; grep Seccomp: /proc/self/status");
-                value["process"]["noNewPrivileges"] = json!(no_new_privileges);
-                value["linux"]["seccomp"] = json!({
-                    "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
-                    "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO",
-                        "errnoRet": 28}]
-                });
-                let ran = run(root, value).await;
-                assert!(
-                    ran.output.contains("No space left on device"),
-                    "{}",
-                    ran.output
-                );
-                assert!(ran.output.contains("Seccomp:\t2"), "{}", ran.output);
-            }
-        },
-    );
+    alone("seccomp_is_in_force_with_and_without_no_new_privileges", async |root| {
+        for no_new_privileges in [true, false] {
+            let mut value = spec("mkdir /tmp/x; echo $?; grep Seccomp: /proc/self/status");
+            value["process"]["noNewPrivileges"] = json!(no_new_privileges);
+            value["linux"]["seccomp"] = json!({
+                "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+                "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO",
+                    "errnoRet": 28}]
+            });
+            let ran = run(root, value).await;
+            assert!(ran.output.contains("No space left on device"), "{}", ran.output);
+            assert!(ran.output.contains("Seccomp:\t2"), "{}", ran.output);
+        }
+    });
 }
 
 #[test]
@@ -336,23 +296,11 @@ fn bad_requests_are_refused_and_leave_nothing() {
             value
         };
         let out = with(json!({"destination": "/../../etc", "type": "tmpfs", "source": "tmpfs"}));
-        assert!(
-            refusal(root, out)
-                .await
-                .contains("leads out of the container's root")
-        );
+        assert!(refusal(root, out).await.contains("leads out of the container's root"));
         let kind = with(json!({"destination": "/x", "type": "nosuchfs", "source": "x"}));
-        assert!(
-            refusal(root, kind)
-                .await
-                .contains("unknown file system type \"nosuchfs\"")
-        );
+        assert!(refusal(root, kind).await.contains("unknown file system type \"nosuchfs\""));
         let bind = with(json!({"destination": "/x", "source": "/no/such", "options": ["bind"]}));
-        assert!(
-            refusal(root, bind)
-                .await
-                .contains("\"/no/such\": No such file")
-        );
+        assert!(refusal(root, bind).await.contains("\"/no/such\": No such file"));
         let option = with(json!({"destination": "/x", "type": "tmpfs", "options": ["sizzle=1"]}));
         assert!(refusal(root, option).await.contains("option \"sizzle=1\""));
         let mut missing = spec("true");
@@ -363,10 +311,7 @@ fn bad_requests_are_refused_and_leave_nothing() {
              executable file not found in $PATH"
         );
         missing["process"]["args"] = json!(["/bin/garbage"]);
-        assert_eq!(
-            refusal(root, missing).await,
-            "exec /bin/garbage: exec format error"
-        );
+        assert_eq!(refusal(root, missing).await, "exec /bin/garbage: exec format error");
     });
 }
 
@@ -380,20 +325,13 @@ fn binds_are_read_only_and_stay_inside() {
             .unwrap();
         let mut value = spec("cat /link/v/file /one; touch /tmp/v/x; echo >> /one; echo $?");
         let mounts = value["mounts"].as_array_mut().unwrap();
-        mounts.push(
-            json!({"destination": "/link/v", "type": "bind", "source": volume.path(),
-            "options": ["rbind", "rprivate", "ro"]}),
-        );
+        mounts.push(json!({"destination": "/link/v", "type": "bind", "source": volume.path(),
+            "options": ["rbind", "rprivate", "ro"]}));
         mounts.push(json!({"destination": "/one", "type": "bind",
             "source": volume.path().join("file"), "options": ["bind", "ro"]}));
         let ran = try_run(root, &bundle, value).await.unwrap();
         assert!(ran.output.starts_with("contentcontent"), "{}", ran.output);
-        assert_eq!(
-            ran.output.matches("Read-only file system").count(),
-            2,
-            "{}",
-            ran.output
-        );
+        assert_eq!(ran.output.matches("Read-only file system").count(), 2, "{}", ran.output);
         assert!(!Path::new("/tmp/v").exists());
     });
 }
@@ -404,19 +342,13 @@ fn a_terminal_is_the_containers_own() {
         let mut value = spec("tty; stty size; test -c /dev/console && echo console");
         value["process"]["terminal"] = json!(true);
         let bundle = bundle();
-        let io = ProcessIo::Terminal {
-            width: 91,
-            height: 17,
-        };
+        let io = ProcessIo::Terminal { width: 91, height: 17 };
         let mut container = create(root, &bundle, value, io).await.unwrap();
         let master = container.pty_master.take().unwrap();
         container.start().await.unwrap();
         let output = read_all(master);
         assert_eq!(status(container.pid), 0);
-        assert_eq!(
-            output.lines().collect::<Vec<_>>(),
-            ["/dev/pts/0", "17 91", "console"]
-        );
+        assert_eq!(output.lines().collect::<Vec<_>>(), ["/dev/pts/0", "17 91", "console"]);
         container.destroy().await.unwrap();
     });
 }
@@ -425,55 +357,33 @@ fn a_terminal_is_the_containers_own() {
 fn exec_joins_freeze_stops_destroy_kills() {
     alone("exec_joins_freeze_stops_destroy_kills", async |root| {
         let bundle = bundle();
-        let io = || ProcessIo::Stdio {
-            stdin: null(),
-            stdout: null(),
-            stderr: null(),
-        };
-        let container = create(root, &bundle, spec("sleep 1000"), io())
-            .await
-            .unwrap();
+        let io = || ProcessIo::Stdio { stdin: null(), stdout: null(), stderr: null() };
+        let container = create(root, &bundle, spec("sleep 1000"), io()).await.unwrap();
         let mut process = parse(spec("x")).process().clone().unwrap();
         let script = "cat /proc/1/comm /proc/self/cgroup; ls /; mkdir /from-exec; exit 3";
         process.set_args(Some(vec!["sh".into(), "-c".into(), script.into()]));
-        assert_eq!(
-            container.exec(&process, io()).await.unwrap_err().kind,
-            Kind::NotRunning
-        );
+        assert_eq!(container.exec(&process, io()).await.unwrap_err().kind, Kind::NotRunning);
         container.start().await.unwrap();
         assert!(container.start().await.is_err());
         let (reader, stdout) = pipe();
         let stderr = stdout.try_clone().unwrap();
-        let stdio = ProcessIo::Stdio {
-            stdin: null(),
-            stdout,
-            stderr,
-        };
+        let stdio = ProcessIo::Stdio { stdin: null(), stdout, stderr };
         let exec = container.exec(&process, stdio).await.unwrap();
         exec.start().await.unwrap();
         let output = read_all(reader);
         assert_eq!(status(exec.pid), 3, "{output}");
         assert!(output.starts_with("sleep\n"), "{output}");
-        assert!(
-            output.contains("0::/\n") && output.contains("\nproc\n"),
-            "{output}"
-        );
+        assert!(output.contains("0::/\n") && output.contains("\nproc\n"), "{output}");
         assert!(bundle.directory.path().join("from-exec").is_dir());
         assert_eq!(container.pids().unwrap(), [container.pid as u32]);
         container.stats().unwrap();
         container.freeze(true).await.unwrap();
-        assert_eq!(
-            container.exec(&process, io()).await.unwrap_err().kind,
-            Kind::NotRunning
-        );
+        assert_eq!(container.exec(&process, io()).await.unwrap_err().kind, Kind::NotRunning);
         container.freeze(false).await.unwrap();
         container.kill_all(Signal::SIGKILL).unwrap();
         assert_eq!(status(container.pid), 137);
         let stopped = container.exec(&process, io()).await.unwrap_err();
-        assert_eq!(
-            stopped.to_string(),
-            "cannot exec in a container that has stopped"
-        );
+        assert_eq!(stopped.to_string(), "cannot exec in a container that has stopped");
         container.destroy().await.unwrap();
         container.destroy().await.unwrap();
     });
@@ -484,27 +394,15 @@ fn big_arguments_and_big_pipes() {
     alone("big_arguments_and_big_pipes", async |root| {
         let mut value = spec("");
         let piece = "x".repeat(100_000);
-        let mut arguments = vec![
-            "sh".to_string(),
-            "-c".into(),
-            "echo $# ${#1}".into(),
-            "s".into(),
-        ];
+        let mut arguments = vec!["sh".to_string(), "-c".into(), "echo $# ${#1}".into(), "s".into()];
         arguments.extend(std::iter::repeat_n(piece, 10));
         value["process"]["args"] = json!(arguments);
         assert_eq!(run(root, value).await.output, "10 100000\n");
-        let ran = run(
-            root,
-            spec("dd if=/dev/zero bs=65536 count=128 2>/dev/null | cat"),
-        )
-        .await;
+        let ran = run(root, spec("dd if=/dev/zero bs=65536 count=128 2>/dev/null | cat")).await;
         assert_eq!(ran.output.len(), 8 << 20);
         let mut value = spec("true");
         value["process"]["args"] = json!(["true", "x".repeat(200_000)]);
-        assert_eq!(
-            refusal(root, value).await,
-            "exec /bin/true: argument list too long"
-        );
+        assert_eq!(refusal(root, value).await, "exec /bin/true: argument list too long");
     });
 }
 
@@ -521,12 +419,7 @@ fn devices_are_made_and_policed() {
             {"allow": true, "type": "c", "major": 1, "minor": 11, "access": "m"}]});
         let ran = run(root, value).await;
         assert!(ran.output.starts_with("1:b 660 3\n"), "{}", ran.output);
-        assert_eq!(
-            ran.output.matches("not permitted").count(),
-            2,
-            "{}",
-            ran.output
-        );
+        assert_eq!(ran.output.matches("not permitted").count(), 2, "{}", ran.output);
         assert!(ran.output.ends_with("3\n"), "{}", ran.output);
     });
 }

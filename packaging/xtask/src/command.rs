@@ -19,18 +19,13 @@ pub fn target() -> PathBuf {
 /// A command that runs in the repository's root folder.
 pub fn command(program: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .current_dir(repository())
-        .stdin(Stdio::null());
+    command.args(arguments).current_dir(repository()).stdin(Stdio::null());
     command
 }
 
 /// Runs to the end; a failure is an error.
 pub fn run(command: &mut Command) -> Result<()> {
-    let status = command
-        .status()
-        .with_context(|| format!("start {command:?}"))?;
+    let status = command.status().with_context(|| format!("start {command:?}"))?;
     if !status.success() {
         bail!("{command:?}: {status}");
     }
@@ -39,9 +34,7 @@ pub fn run(command: &mut Command) -> Result<()> {
 
 /// Runs to the end and returns what it printed; a failure is an error with its error output.
 pub fn output(command: &mut Command) -> Result<String> {
-    let output = command
-        .output()
-        .with_context(|| format!("start {command:?}"))?;
+    let output = command.output().with_context(|| format!("start {command:?}"))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         bail!("{command:?}: {}\n{text}", output.status);
@@ -52,10 +45,8 @@ pub fn output(command: &mut Command) -> Result<String> {
 /// Runs to the end, shows its standard output as it comes and returns it, and whether it succeeded.
 pub fn tee(command: &mut Command) -> Result<(String, bool)> {
     use std::io::{BufRead, BufReader, Write};
-    let mut child = command
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("start {command:?}"))?;
+    let mut child =
+        command.stdout(Stdio::piped()).spawn().with_context(|| format!("start {command:?}"))?;
     let mut text = String::new();
     if let Some(stdout) = child.stdout.take() {
         for line in BufReader::new(stdout).split(b'\n') {

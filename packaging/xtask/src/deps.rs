@@ -47,10 +47,7 @@ pub fn install() -> Result<()> {
         install_qemu()?;
     }
     for (version, release) in CONTAINERD {
-        if !folder()
-            .join(format!("containerd-{version}/usr/bin/ctr"))
-            .exists()
-        {
+        if !folder().join(format!("containerd-{version}/usr/bin/ctr")).exists() {
             unpack_containerd(version, release)?;
         }
     }
@@ -60,35 +57,17 @@ pub fn install() -> Result<()> {
 fn missing<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
     let mut query = command("dpkg-query", &["-W", "-f=${Package} ${db:Status-Status}\n"]);
     // Unknown packages make it fail, yet it lists the known ones.
-    let found = query
-        .args(packages)
-        .output()
-        .context("start dpkg-query: is this Debian?")?;
+    let found = query.args(packages).output().context("start dpkg-query: is this Debian?")?;
     let found = String::from_utf8_lossy(&found.stdout).into_owned();
-    let installed = |name: &str| {
-        found
-            .lines()
-            .any(|line| line == format!("{name} installed"))
-    };
-    Ok(packages
-        .iter()
-        .copied()
-        .filter(|name| !installed(name))
-        .collect())
+    let installed = |name: &str| found.lines().any(|line| line == format!("{name} installed"));
+    Ok(packages.iter().copied().filter(|name| !installed(name)).collect())
 }
 
 fn install_qemu() -> Result<()> {
     say("installing QEMU from Debian 12's backports");
     let suites = ["bookworm", "bookworm-updates", "bookworm-backports"];
     let config = private_apt("backports", &suites)?;
-    let options = [
-        "install",
-        "-y",
-        "-qq",
-        "--no-install-recommends",
-        "-t",
-        "bookworm-backports",
-    ];
+    let options = ["install", "-y", "-qq", "--no-install-recommends", "-t", "bookworm-backports"];
     run(apt(Some(&config), &options).arg(QEMU))
 }
 
@@ -99,10 +78,7 @@ fn unpack_containerd(version: &str, release: &str) -> Result<()> {
     let unpacked = folder.join(format!("containerd-{version}"));
     let work = folder.join(format!("unpack-{version}"));
     fs::create_dir_all(&work)?;
-    let mut download = apt(
-        Some(&config),
-        &["download", "-qq", &format!("containerd/{release}")],
-    );
+    let mut download = apt(Some(&config), &["download", "-qq", &format!("containerd/{release}")]);
     run(download.current_dir(&work))?;
     let deb = fs::read_dir(&work)?
         .flatten()
@@ -144,14 +120,8 @@ pub fn private_apt(name: &str, suites: &[&str]) -> Result<PathBuf> {
 
 /// The mirror this machine uses for Debian 12.
 fn mirror() -> Result<String> {
-    let text = output(&mut command(
-        "apt-get",
-        &["indextargets", "--format", "$(REPO_URI)"],
-    ))?;
-    let lines: Vec<&str> = text
-        .lines()
-        .map(|line| line.trim_end_matches('/'))
-        .collect();
+    let text = output(&mut command("apt-get", &["indextargets", "--format", "$(REPO_URI)"]))?;
+    let lines: Vec<&str> = text.lines().map(|line| line.trim_end_matches('/')).collect();
     let main = lines.iter().find(|line| line.ends_with("/debian"));
     let uri = main.context("no Debian source is configured: see /etc/apt/sources.list.d")?;
     Ok((*uri).to_owned())

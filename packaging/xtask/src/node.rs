@@ -28,10 +28,7 @@ impl Profile {
 
 /// Builds shim, tool and harness.
 pub fn build(profile: Profile) -> Result<()> {
-    let mut build = command(
-        "cargo",
-        &["build", "--quiet", "-p", "joey-shim", "-p", "joey-tests"],
-    );
+    let mut build = command("cargo", &["build", "--quiet", "-p", "joey-shim", "-p", "joey-tests"]);
     build.arg("--bins");
     if profile == Profile::Release {
         build.arg("--release");
@@ -51,10 +48,7 @@ pub fn environment(command: &mut Command, profile: Profile) {
 pub fn run_tool(arguments: &[String]) -> Result<()> {
     let tool = Profile::Release.folder().join("joey-node");
     // A node can always be looked at and ended, even while the source does not compile.
-    let needs_nothing = matches!(
-        arguments.first().map(String::as_str),
-        Some("down" | "status")
-    );
+    let needs_nothing = matches!(arguments.first().map(String::as_str), Some("down" | "status"));
     if !(needs_nothing && tool.exists()) {
         deps::install()?;
         guest::build()?;

@@ -18,17 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
 pub fn check() -> Result<()> {
     let tree = output(&mut command(
         "cargo",
-        &[
-            "tree",
-            "--workspace",
-            "--depth",
-            "1",
-            "--prefix",
-            "depth",
-            "--format",
-            "{p}",
-            "-q",
-        ],
+        &["tree", "--workspace", "--depth", "1", "--prefix", "depth", "--format", "{p}", "-q"],
     ))?;
     let mut user = "";
     for line in tree.lines() {

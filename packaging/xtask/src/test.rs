@@ -33,18 +33,13 @@ pub fn all() -> Result<bool> {
         total.add(step(name, *check));
     }
     total.add(step("pods on containerd 1.7 and 2.1", promises));
-    println!(
-        "{} passed, {} failed, {} skipped",
-        total.passed, total.failed, total.skipped
-    );
+    println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
     Ok(total.failed == 0)
 }
 
 type Check = fn() -> Result<Count>;
 const CHECKS: &[(&str, Check)] = &[
-    ("formatting", || {
-        run(&mut command("cargo", &["fmt", "--all", "--check"])).map(|()| one())
-    }),
+    ("formatting", || run(&mut command("cargo", &["fmt", "--all", "--check"])).map(|()| one())),
     ("lints", lints),
     ("who may depend on whom", || rules::check().map(|()| one())),
     ("licences and sources", licences),
@@ -52,10 +47,7 @@ const CHECKS: &[(&str, Check)] = &[
 ];
 
 fn one() -> Count {
-    Count {
-        passed: 1,
-        ..Count::default()
-    }
+    Count { passed: 1, ..Count::default() }
 }
 
 fn step(name: &str, check: impl FnOnce() -> Result<Count>) -> Count {
@@ -63,48 +55,26 @@ fn step(name: &str, check: impl FnOnce() -> Result<Count>) -> Count {
     let start = Instant::now();
     let count = check().unwrap_or_else(|error| {
         println!("FAILED {name}: {error:#}");
-        Count {
-            failed: 1,
-            ..Count::default()
-        }
+        Count { failed: 1, ..Count::default() }
     });
     println!("== {name}: {:.0?}", start.elapsed());
     count
 }
 
 fn lints() -> Result<Count> {
-    let arguments = [
-        "clippy",
-        "--quiet",
-        "--workspace",
-        "--all-targets",
-        "--",
-        "-D",
-        "warnings",
-    ];
+    let arguments = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
     run(&mut command("cargo", &arguments)).map(|()| one())
 }
 
 /// cargo-deny takes minutes to build and so is used where it is installed.
 fn licences() -> Result<Count> {
     let own = target().join("tools/bin/cargo-deny");
-    let program = if own.exists() {
-        own.display().to_string()
-    } else {
-        "cargo-deny".into()
-    };
+    let program = if own.exists() { own.display().to_string() } else { "cargo-deny".into() };
     if command(&program, &["--version"]).output().is_err() {
         println!("SKIPPED cargo deny: not installed (cargo install --locked cargo-deny)");
-        return Ok(Count {
-            skipped: 1,
-            ..Count::default()
-        });
+        return Ok(Count { skipped: 1, ..Count::default() });
     }
-    run(&mut command(
-        &program,
-        &["check", "bans", "licenses", "sources"],
-    ))
-    .map(|()| one())
+    run(&mut command(&program, &["check", "bans", "licenses", "sources"])).map(|()| one())
 }
 
 fn unit_tests() -> Result<Count> {
@@ -116,10 +86,8 @@ fn unit_tests() -> Result<Count> {
 fn promises() -> Result<Count> {
     guest::build()?;
     build(Profile::Debug)?;
-    let mut tests = command(
-        "cargo",
-        &["test", "--quiet", "-p", "joey-tests", "--test", "promises"],
-    );
+    let mut tests =
+        command("cargo", &["test", "--quiet", "-p", "joey-tests", "--test", "promises"]);
     environment(&mut tests, Profile::Debug);
     let (text, good) = tee(&mut tests)?;
     Ok(counted(&text, good))
@@ -128,10 +96,7 @@ fn promises() -> Result<Count> {
 /// Adds up closing lines; a run that failed without saying so counts as one failure.
 fn counted(text: &str, good: bool) -> Count {
     let mut total = Count::default();
-    for line in text
-        .lines()
-        .filter(|line| line.contains(" passed") && line.contains(" failed"))
-    {
+    for line in text.lines().filter(|line| line.contains(" passed") && line.contains(" failed")) {
         total.add(Count {
             passed: number_before(line, "passed"),
             failed: number_before(line, "failed"),
@@ -145,13 +110,9 @@ fn counted(text: &str, good: bool) -> Count {
 }
 
 fn number_before(line: &str, word: &str) -> usize {
-    let words: Vec<&str> = line
-        .split([' ', ',', ';'])
-        .filter(|word| !word.is_empty())
-        .collect();
+    let words: Vec<&str> = line.split([' ', ',', ';']).filter(|word| !word.is_empty()).collect();
     let at = words.iter().position(|other| *other == word);
-    at.and_then(|at| words.get(at.checked_sub(1)?)?.parse().ok())
-        .unwrap_or(0)
+    at.and_then(|at| words.get(at.checked_sub(1)?)?.parse().ok()).unwrap_or(0)
 }
 
 /// Runs the node tests only, with the harness's own filters.
@@ -159,18 +120,8 @@ pub fn only_promises(filters: &[String]) -> Result<()> {
     deps::install()?;
     guest::build()?;
     build(Profile::Debug)?;
-    let mut tests: Command = command(
-        "cargo",
-        &[
-            "test",
-            "--quiet",
-            "-p",
-            "joey-tests",
-            "--test",
-            "promises",
-            "--",
-        ],
-    );
+    let mut tests: Command =
+        command("cargo", &["test", "--quiet", "-p", "joey-tests", "--test", "promises", "--"]);
     environment(tests.args(filters), Profile::Debug);
     run(&mut tests)
 }
@@ -183,14 +134,7 @@ mod tests {
     fn closing_lines_are_added_up() {
         let text = "test result: ok. 3 passed; 1 failed; 2 ignored; 0 measured\n\
                     noise\n10 passed, 0 failed, 4 skipped\n";
-        assert_eq!(
-            counted(text, true),
-            Count {
-                passed: 13,
-                failed: 1,
-                skipped: 6
-            }
-        );
+        assert_eq!(counted(text, true), Count { passed: 13, failed: 1, skipped: 6 });
         assert_eq!(counted("", false).failed, 1);
     }
 }

@@ -26,9 +26,7 @@ pub async fn forward(mut events: mpsc::UnboundedReceiver<SandboxEvent>, publishe
 fn pack<M: MessageFull>(topic: &'static str, message: &M) -> Option<Outgoing> {
     let type_url = M::descriptor().full_name().to_owned();
     match message.write_to_bytes() {
-        Ok(value) => {
-            Some(Outgoing { topic, event: Any { type_url, value, ..Default::default() } })
-        }
+        Ok(value) => Some(Outgoing { topic, event: Any { type_url, value, ..Default::default() } }),
         Err(error) => {
             tracing::error!(topic, %error, "event cannot be encoded");
             None
@@ -52,10 +50,9 @@ fn encode(event: SandboxEvent) -> Option<Outgoing> {
             topics::TASK_EXEC_STARTED_EVENT_TOPIC,
             &TaskExecStarted { container_id: id, exec_id, pid, ..Default::default() },
         ),
-        E::Oom { id } => pack(
-            topics::TASK_OOM_EVENT_TOPIC,
-            &TaskOOM { container_id: id, ..Default::default() },
-        ),
+        E::Oom { id } => {
+            pack(topics::TASK_OOM_EVENT_TOPIC, &TaskOOM { container_id: id, ..Default::default() })
+        }
         E::Exited { id, exec_id, pid, exit } => pack(
             topics::TASK_EXIT_EVENT_TOPIC,
             &TaskExit {

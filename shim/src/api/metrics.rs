@@ -40,15 +40,17 @@ pub fn pack(stats: &StatsResponse) -> Result<Any, protobuf::Error> {
         ..Default::default()
     })
     .into();
-    metrics.pids = Some(PidsStat {
-        current: stats.pids_current,
-        limit: stats.pids_max,
+    metrics.pids =
+        Some(PidsStat { current: stats.pids_current, limit: stats.pids_max, ..Default::default() })
+            .into();
+    metrics.io =
+        Some(IOStat { usage: stats.io.iter().map(io_entry).collect(), ..Default::default() })
+            .into();
+    Ok(Any {
+        type_url: TYPE_URL.to_owned(),
+        value: metrics.write_to_bytes()?,
         ..Default::default()
     })
-    .into();
-    metrics.io = Some(IOStat { usage: stats.io.iter().map(io_entry).collect(), ..Default::default() })
-        .into();
-    Ok(Any { type_url: TYPE_URL.to_owned(), value: metrics.write_to_bytes()?, ..Default::default() })
 }
 
 fn io_entry(io: &joey_protocol::api::IoStat) -> IOEntry {

@@ -206,7 +206,6 @@ impl PodConfig {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

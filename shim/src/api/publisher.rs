@@ -91,11 +91,8 @@ async fn deliver(
     request: &ForwardRequest,
 ) -> bool {
     if client.is_none() {
-        let url = if address.contains("://") {
-            address.to_owned()
-        } else {
-            format!("unix://{address}")
-        };
+        let url =
+            if address.contains("://") { address.to_owned() } else { format!("unix://{address}") };
         match Client::connect(&url).await {
             Ok(connected) => *client = Some(EventsClient::new(connected)),
             Err(error) => {

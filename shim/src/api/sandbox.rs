@@ -16,8 +16,8 @@ use containerd_shim_protos::sandbox_api::{
 };
 use containerd_shim_protos::sandbox_async::{Sandbox, create_sandbox};
 use containerd_shim_protos::types::platform::Platform;
-use ttrpc::r#async::{Service, TtrpcContext};
 use ttrpc::Result as TtrpcResult;
+use ttrpc::r#async::{Service, TtrpcContext};
 
 use super::convert::timestamp;
 use super::errors::{invalid, to_rpc, unimplemented};
@@ -73,11 +73,7 @@ impl Sandbox for SandboxService {
     ) -> TtrpcResult<StartSandboxResponse> {
         self.check(&request.sandbox_id)?;
         let (pid, created_at) = self.0.start_sandbox().await.map_err(to_rpc)?;
-        Ok(StartSandboxResponse {
-            pid,
-            created_at: timestamp(created_at),
-            ..Default::default()
-        })
+        Ok(StartSandboxResponse { pid, created_at: timestamp(created_at), ..Default::default() })
     }
 
     async fn platform(
@@ -129,8 +125,7 @@ impl Sandbox for SandboxService {
         response.sandbox_id = request.sandbox_id;
         response.pid = status.pid;
         // containerd's CRI compares with these names of the CRI states.
-        response.state =
-            if status.ready { "SANDBOX_READY" } else { "SANDBOX_NOTREADY" }.to_owned();
+        response.state = if status.ready { "SANDBOX_READY" } else { "SANDBOX_NOTREADY" }.to_owned();
         response.created_at = timestamp(status.created_at);
         if let Some(at) = status.exited_at {
             response.exited_at = timestamp(at);
@@ -138,7 +133,11 @@ impl Sandbox for SandboxService {
         Ok(response)
     }
 
-    async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> TtrpcResult<PingResponse> {
+    async fn ping_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: PingRequest,
+    ) -> TtrpcResult<PingResponse> {
         self.check(&request.sandbox_id)?;
         Ok(PingResponse::default())
     }

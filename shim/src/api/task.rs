@@ -94,8 +94,7 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> TtrpcResult<StartResponse> {
-        let pid =
-            self.sandbox.start(&request.id, exec(&request.exec_id)).await.map_err(to_rpc)?;
+        let pid = self.sandbox.start(&request.id, exec(&request.exec_id)).await.map_err(to_rpc)?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
@@ -117,7 +116,8 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> TtrpcResult<StateResponse> {
-        let state = self.sandbox.state(&request.id, exec(&request.exec_id)).await.map_err(to_rpc)?;
+        let state =
+            self.sandbox.state(&request.id, exec(&request.exec_id)).await.map_err(to_rpc)?;
         let mut response = StateResponse::new();
         response.id = request.id;
         response.exec_id = request.exec_id;
@@ -169,10 +169,7 @@ impl Task for TaskService {
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> TtrpcResult<Empty> {
         if request.stdin {
-            self.sandbox
-                .close_io(&request.id, exec(&request.exec_id))
-                .await
-                .map_err(to_rpc)?;
+            self.sandbox.close_io(&request.id, exec(&request.exec_id)).await.map_err(to_rpc)?;
         }
         Ok(Empty::default())
     }

@@ -14,26 +14,17 @@ fn text(what: &str, value: &str) -> Checked {
     if value.len() <= MAX_SHORT_TEXT && value.chars().all(|c| !c.is_control()) {
         Ok(())
     } else {
-        Err(format!(
-            "{what} of {} bytes is too long or has control characters",
-            value.len()
-        ))
+        Err(format!("{what} of {} bytes is too long or has control characters", value.len()))
     }
 }
 
 fn count(what: &str, count: usize, most: usize) -> Checked {
-    if count <= most {
-        Ok(())
-    } else {
-        Err(format!("{count} {what}, at most {most} are allowed"))
-    }
+    if count <= most { Ok(()) } else { Err(format!("{count} {what}, at most {most} are allowed")) }
 }
 
 fn phases(phases: &[api::Phase]) -> Checked {
     count("phases", phases.len(), MAX_PHASES)?;
-    phases
-        .iter()
-        .try_for_each(|phase| text("a phase's name", &phase.name))
+    phases.iter().try_for_each(|phase| text("a phase's name", &phase.name))
 }
 
 pub(super) fn hello(reply: &api::HelloResponse) -> Checked {
@@ -56,18 +47,13 @@ pub(super) fn started(reply: &api::StartResponse) -> Checked {
 }
 
 pub(super) fn file(reply: &api::ReadFileResponse, limit: u64) -> Checked {
-    let most = usize::try_from(limit)
-        .unwrap_or(usize::MAX)
-        .min(MAX_READ_FILE);
+    let most = usize::try_from(limit).unwrap_or(usize::MAX).min(MAX_READ_FILE);
     count("bytes of a file", reply.data.len(), most)
 }
 
 pub(super) fn processes(reply: &api::ProcessesResponse) -> Checked {
     count("processes", reply.processes.len(), MAX_PROCESSES)?;
-    let names = reply
-        .processes
-        .iter()
-        .filter(|process| !process.exec_id.is_empty());
+    let names = reply.processes.iter().filter(|process| !process.exec_id.is_empty());
     for process in names {
         ids::ExecId::new(&process.exec_id).map_err(|error| error.to_string())?;
     }
@@ -78,9 +64,7 @@ pub(super) fn stats(reply: &api::StatsResponse) -> Checked {
     count("disks", reply.io.len(), MAX_COUNTERS)?;
     for counters in [&reply.memory_stat, &reply.memory_events] {
         count("counters", counters.len(), MAX_COUNTERS)?;
-        counters
-            .keys()
-            .try_for_each(|name| text("a counter's name", name))?;
+        counters.keys().try_for_each(|name| text("a counter's name", name))?;
     }
     Ok(())
 }

@@ -92,10 +92,7 @@ pub struct Client {
 
 impl std::fmt::Debug for Client {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("Client")
-            .field("lost", &self.lost)
-            .finish_non_exhaustive()
+        formatter.debug_struct("Client").field("lost", &self.lost).finish_non_exhaustive()
     }
 }
 
@@ -123,11 +120,7 @@ macro_rules! call {
 
 impl Client {
     pub(super) fn new(agent: AgentClient, lost: Lost, alive: Arc<Alive>) -> Self {
-        Self {
-            agent,
-            lost,
-            _alive: alive,
-        }
+        Self { agent, lost, _alive: alive }
     }
 
     /// Asks who is there and checks that it speaks this version. `wait`: a clone answers within
@@ -223,11 +216,7 @@ impl Client {
             Ok(Err(ttrpc::Error::RpcStatus(status))) => {
                 let code = status.code.enum_value_or(Code::UNKNOWN);
                 let message = checks::error_text(&status.message);
-                return Err(GuestError::Refused {
-                    call,
-                    code,
-                    message,
-                });
+                return Err(GuestError::Refused { call, code, message });
             }
             Ok(Err(error)) => error,
             Err(_) => return Err(GuestError::Timeout { call, deadline }),
@@ -243,9 +232,6 @@ impl Client {
         if closed && let Ok(reason) = timeout(REASON, lost.wait()).await {
             return Err(GuestError::Lost { call, reason });
         }
-        Err(GuestError::Transport {
-            call,
-            reason: checks::error_text(&error.to_string()),
-        })
+        Err(GuestError::Transport { call, reason: checks::error_text(&error.to_string()) })
     }
 }

@@ -94,9 +94,7 @@ fn check(event: api::Event) -> Result<Event, EventError> {
     use joey_protocol::api::event::Event as Kind;
     match event.event {
         Some(Kind::Exit(exit)) => Ok(Event::Exit(check_exit(&exit)?)),
-        Some(Kind::Oom(oom)) => Ok(Event::Oom {
-            container: ContainerId::new(&oom.container_id)?,
-        }),
+        Some(Kind::Oom(oom)) => Ok(Event::Oom { container: ContainerId::new(&oom.container_id)? }),
         _ => Err(EventError::Unknown),
     }
 }

@@ -68,12 +68,7 @@ impl GuestChannel {
             _alive: alive.clone(),
         };
         let client = Client::new(agent, lost.clone(), alive);
-        Ok(Self {
-            client,
-            events: event_receiver,
-            streams,
-            lost,
-        })
+        Ok(Self { client, events: event_receiver, streams, lost })
     }
 }
 

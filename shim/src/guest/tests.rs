@@ -44,9 +44,7 @@ impl api::Agent for FakeAgent {
         _: api::ContainerRequest,
     ) -> ttrpc::Result<api::StatsResponse> {
         let mut reply = api::StatsResponse::new();
-        reply.memory_stat = (0..1000)
-            .map(|n| (n.to_string(), n))
-            .collect::<HashMap<_, _>>();
+        reply.memory_stat = (0..1000).map(|n| (n.to_string(), n)).collect::<HashMap<_, _>>();
         Ok(reply)
     }
 }
@@ -71,15 +69,7 @@ async fn guest(version: u32) -> (GuestChannel, FakeGuest) {
         .register_service(api::create_agent(Arc::new(FakeAgent(version))));
     server.start().await.unwrap();
     let channel = GuestChannel::connect(host).unwrap();
-    (
-        channel,
-        FakeGuest {
-            mux,
-            events,
-            _server: server,
-            task,
-        },
-    )
+    (channel, FakeGuest { mux, events, _server: server, task })
 }
 
 async fn send(guest: &mut FakeGuest, event: &api::Event) {
@@ -103,34 +93,17 @@ async fn calls_are_answered_and_errors_keep_their_kind() {
     let (channel, _guest) = guest(PROTOCOL_VERSION).await;
     let hello = channel.client.hello(deadline::HELLO).await.unwrap();
     assert_eq!(hello.kernel_release, "6.12");
-    let error = channel
-        .client
-        .delete(&api::ProcessRequest::new())
-        .await
-        .unwrap_err();
+    let error = channel.client.delete(&api::ProcessRequest::new()).await.unwrap_err();
     assert!(error.is_not_found());
-    assert_eq!(
-        error.to_string(),
-        "delete failed in the guest: no container \"x\" here"
-    );
+    assert_eq!(error.to_string(), "delete failed in the guest: no container \"x\" here");
 }
 
 #[tokio::test]
 async fn replies_out_of_bounds_are_refused() {
     let (channel, _guest) = guest(PROTOCOL_VERSION + 1).await;
-    let error = channel
-        .client
-        .hello(deadline::HELLO)
-        .await
-        .unwrap_err()
-        .to_string();
+    let error = channel.client.hello(deadline::HELLO).await.unwrap_err().to_string();
     assert!(error.contains("protocol version 2"), "{error}");
-    let error = channel
-        .client
-        .stats(&api::ContainerRequest::new())
-        .await
-        .unwrap_err()
-        .to_string();
+    let error = channel.client.stats(&api::ContainerRequest::new()).await.unwrap_err().to_string();
     assert!(error.contains("1000 counters"), "{error}");
 }
 
@@ -141,10 +114,7 @@ async fn a_guest_that_does_not_answer_is_given_up() {
     let wait = channel.client.pause(&request);
     tokio::time::pause();
     let error = wait.await.unwrap_err();
-    assert!(
-        matches!(error, GuestError::Timeout { call: "pause", .. }),
-        "{error}"
-    );
+    assert!(matches!(error, GuestError::Timeout { call: "pause", .. }), "{error}");
     drop(guest);
 }
 
@@ -158,21 +128,11 @@ async fn events_come_in_order_and_the_last_ones_after_the_loss() {
     guest.task.abort();
     assert_eq!(&*channel.lost.wait().await, "the peer closed the channel");
     for status in 0..3 {
-        let Some(Event::Exit(exit)) = channel.events.recv().await else {
-            panic!()
-        };
-        assert_eq!(
-            (exit.container.as_str(), exit.status, exit.exec),
-            ("web", status, None)
-        );
+        let Some(Event::Exit(exit)) = channel.events.recv().await else { panic!() };
+        assert_eq!((exit.container.as_str(), exit.status, exit.exec), ("web", status, None));
     }
     assert_eq!(channel.events.recv().await, None);
-    let error = channel
-        .client
-        .hello(deadline::HELLO)
-        .await
-        .unwrap_err()
-        .to_string();
+    let error = channel.client.hello(deadline::HELLO).await.unwrap_err().to_string();
     assert!(error.contains("the peer closed the channel"), "{error}");
 }
 
@@ -191,11 +151,7 @@ async fn bad_events_end_the_channel_with_the_reason() {
         guest.task.await.unwrap();
     }
     let (mut channel, mut guest) = guest(PROTOCOL_VERSION).await;
-    guest
-        .events
-        .write_u32_le(MAX_EVENT as u32 + 1)
-        .await
-        .unwrap();
+    guest.events.write_u32_le(MAX_EVENT as u32 + 1).await.unwrap();
     let reason = channel.lost.wait().await;
     assert!(reason.contains("4097 bytes"), "{reason}");
 }
@@ -203,27 +159,16 @@ async fn bad_events_end_the_channel_with_the_reason() {
 #[tokio::test]
 async fn streams_have_new_numbers_and_the_last_handle_ends_the_channel() {
     let (channel, guest) = guest(PROTOCOL_VERSION).await;
-    let (mut first, second) = (
-        channel.streams.open().unwrap(),
-        channel.streams.open().unwrap(),
-    );
+    let (mut first, second) = (channel.streams.open().unwrap(), channel.streams.open().unwrap());
     assert_eq!((first.id(), second.id()), (16, 17));
     let mut far = guest.mux.open(16).unwrap();
     far.write_all(b"out").await.unwrap();
     let mut got = [0; 3];
     first.read_exact(&mut got).await.unwrap();
-    let GuestChannel {
-        client,
-        streams,
-        mut lost,
-        ..
-    } = channel;
+    let GuestChannel { client, streams, mut lost, .. } = channel;
     drop(streams);
     assert!(lost.reason().is_none());
     drop(client);
     assert_eq!(&*lost.wait().await, "this side closed the channel");
-    tokio::time::timeout(Duration::from_secs(5), guest.task)
-        .await
-        .unwrap()
-        .unwrap();
+    tokio::time::timeout(Duration::from_secs(5), guest.task).await.unwrap().unwrap();
 }

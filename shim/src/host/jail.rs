@@ -52,11 +52,9 @@ pub struct IdRange {
 impl IdRange {
     /// The ids of a sandbox: the same each time, and rarely those of another.
     pub fn of(self, sandbox: &str) -> Identity {
-        let hash = sandbox
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-            });
+        let hash = sandbox.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
         let offset = u32::try_from(hash % u64::from(self.count.max(1))).unwrap_or(0);
         let id = self.first.saturating_add(offset);
         Identity { uid: id, gid: id }
@@ -93,13 +91,8 @@ pub struct Jail {
 }
 
 /// Directories of the node that a dynamically linked QEMU reads while it starts.
-const SYSTEM: &[&str] = &[
-    "/usr/lib",
-    "/usr/lib64",
-    "/usr/share/qemu",
-    "/usr/share/seabios",
-    "/etc/ld.so.cache",
-];
+const SYSTEM: &[&str] =
+    &["/usr/lib", "/usr/lib64", "/usr/share/qemu", "/usr/share/seabios", "/etc/ld.so.cache"];
 const ROOT_LINKS: &[&str] = &["/lib", "/lib64"];
 
 fn c(path: &OsStr) -> io::Result<CString> {
@@ -126,10 +119,9 @@ impl Jail {
         }
         for path in ROOT_LINKS.iter().map(Path::new) {
             match std::fs::read_link(path) {
-                Ok(to) => jail.links.push(Link {
-                    to: c(to.as_os_str())?,
-                    at: c(relative(path).as_os_str())?,
-                }),
+                Ok(to) => jail
+                    .links
+                    .push(Link { to: c(to.as_os_str())?, at: c(relative(path).as_os_str())? }),
                 Err(_) if path.is_dir() => jail.bind(path, path, false)?,
                 Err(_) => {}
             }
@@ -174,22 +166,10 @@ impl Jail {
     }
 
     fn make_root(&self) -> nix::Result<()> {
-        mount(
-            NONE,
-            c"/",
-            NONE,
-            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-            NONE,
-        )?;
+        mount(NONE, c"/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
         let root = self.root.as_c_str();
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(
-            Some(c"joey"),
-            root,
-            Some(c"tmpfs"),
-            flags,
-            Some(c"mode=755,size=64k"),
-        )?;
+        mount(Some(c"joey"), root, Some(c"tmpfs"), flags, Some(c"mode=755,size=64k"))?;
         chdir(root)?;
         for bind in &self.binds {
             for parent in &bind.parents {
@@ -206,13 +186,7 @@ impl Jail {
                 )?;
             }
             let target = bind.target.as_c_str();
-            mount(
-                Some(bind.source.as_c_str()),
-                target,
-                NONE,
-                MsFlags::MS_BIND,
-                NONE,
-            )?;
+            mount(Some(bind.source.as_c_str()), target, NONE, MsFlags::MS_BIND, NONE)?;
             let mut flags =
                 MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
             if !bind.writable {
@@ -240,10 +214,7 @@ impl Jail {
                 Err(error) => return Err(error),
             }
         }
-        let (uid, gid) = (
-            Uid::from_raw(self.identity.uid),
-            Gid::from_raw(self.identity.gid),
-        );
+        let (uid, gid) = (Uid::from_raw(self.identity.uid), Gid::from_raw(self.identity.gid));
         setgroups(&[])?;
         setresgid(gid, gid, gid)?;
         setresuid(uid, uid, uid)?;
@@ -277,10 +248,7 @@ impl Jail {
 }
 
 fn make_directory(path: &CString) -> nix::Result<()> {
-    match nix::unistd::mkdir(
-        path.as_c_str(),
-        nix::sys::stat::Mode::from_bits_truncate(0o755),
-    ) {
+    match nix::unistd::mkdir(path.as_c_str(), nix::sys::stat::Mode::from_bits_truncate(0o755)) {
         Ok(()) | Err(nix::Error::EEXIST) => Ok(()),
         Err(error) => Err(error),
     }
@@ -342,8 +310,5 @@ pub(crate) fn parse_report(message: &[u8]) -> Option<(&'static str, io::Error)> 
 
 /// Numbers of the descriptors that the child needs placed.
 pub(crate) fn raw(descriptors: &[(OwnedFd, RawFd)]) -> Vec<(RawFd, RawFd)> {
-    descriptors
-        .iter()
-        .map(|(fd, target)| (fd.as_raw_fd(), *target))
-        .collect()
+    descriptors.iter().map(|(fd, target)| (fd.as_raw_fd(), *target)).collect()
 }

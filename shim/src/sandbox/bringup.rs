@@ -95,7 +95,7 @@ impl Handle {
             return;
         }
         let handle = self.clone();
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             let limit = Duration::from_secs(handle.0.config.start_timeout_seconds);
             let outcome = tokio::time::timeout(limit, handle.phases(&wanted)).await;
             let id = &handle.0.boot.id;
@@ -108,6 +108,9 @@ impl Handle {
                 )),
             }
         });
+        let mut starting =
+            self.0.starting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *starting = Some(task.abort_handle());
     }
 
     fn settle(&self, progress: Progress) {
@@ -145,14 +148,15 @@ impl Handle {
     fn plug(&self, wanted: &Wanted) -> Result<Wired, SandboxError> {
         let id = &self.0.boot.id;
         let config = &self.0.config;
-        let refuse = |error: &dyn std::fmt::Display| {
-            SandboxError::Refused(format!("sandbox {id}: {error}"))
-        };
+        let refuse =
+            |error: &dyn std::fmt::Display| SandboxError::Refused(format!("sandbox {id}: {error}"));
         let sizing = sizing::size(config, &wanted.annotations).map_err(|error| refuse(&error))?;
         let netns = match &wanted.netns {
             Some(path) if net::is_host_netns(path) => {
-                return Err(refuse(&"host network (hostNetwork: true) is not supported: the pod's \
-                    network is its virtual machine's own"));
+                return Err(refuse(
+                    &"host network (hostNetwork: true) is not supported: the pod's \
+                    network is its virtual machine's own",
+                ));
             }
             other => other.clone(),
         };
@@ -168,19 +172,17 @@ impl Handle {
             record.memory_mib = sizing.memory_mib;
             record.netns.clone_from(&netns);
             record.cgroups.clone_from(&cgroups);
-            record.started_at = SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs());
+            record.started_at =
+                SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         })?;
         cgroup::create(&cgroups)
             .and_then(|()| cgroup::join(&cgroups))
             .map_err(|error| SandboxError::host(id, "enter the pod's cgroup", error))?;
         let start = Instant::now();
-        let wire = netns
-            .as_deref()
-            .map(|netns| Wire::plug(netns, config))
-            .transpose()
-            .map_err(|error| SandboxError::host(id, "join the pod's network to its VM", error))?;
+        let wire =
+            netns.as_deref().map(|netns| Wire::plug(netns, config)).transpose().map_err(
+                |error| SandboxError::host(id, "join the pod's network to its VM", error),
+            )?;
         self.0.timeline.host("wire", "", start);
         Ok(Wired { wire, sizing, cgroups })
     }
@@ -189,8 +191,8 @@ impl Handle {
     async fn launch(&self, wired: Wired) -> Result<Launched, SandboxError> {
         let id = &self.0.boot.id;
         let fail = |what| move |error: &dyn std::fmt::Display| SandboxError::host(id, what, error);
-        let procs = cgroup::open(&wired.cgroups)
-            .map_err(|error| fail("open the pod's cgroup")(&error))?;
+        let procs =
+            cgroup::open(&wired.cgroups).map_err(|error| fail("open the pod's cgroup")(&error))?;
         let tap: Option<OwnedFd> = wired
             .wire
             .as_ref()

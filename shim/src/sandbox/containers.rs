@@ -75,7 +75,10 @@ impl Handle {
         let mut acquired = Acquired::default();
         match self.build(&task, &spec, &mut acquired).await {
             Ok((pid, copies)) => {
-                self.created(&task, pid, copies, acquired)?;
+                if let Err(error) = self.created(&task, pid, copies, acquired) {
+                    self.table().containers.remove(&task.id);
+                    return Err(error);
+                }
                 self.emit(SandboxEvent::Created { task, pid });
                 Ok(pid)
             }
@@ -100,6 +103,11 @@ impl Handle {
             .containers
             .get_mut(&task.id)
             .ok_or_else(|| self.not_found("container", &task.id))?;
+        if container.process.status() != Status::Creating {
+            // The guest was lost meanwhile.
+            let reason = "it ended while the container was created".into();
+            return Err(SandboxError::Ended { id: self.0.boot.id.clone(), reason });
+        }
         container.process.created(pid);
         container.copies = Some(copies);
         container.acquired = acquired;
@@ -136,11 +144,10 @@ impl Handle {
         let mut rootfs = api::Rootfs { read_only: plan.read_only_root, ..Default::default() };
         for image in images {
             let (file_system, writable) = (image.file_system, image.writable);
-            let slot = guest
-                .disks
-                .attach(guest.vm.as_ref(), image)
-                .await
-                .map_err(|error| SandboxError::host(id, "attach the root file system", error))?;
+            let slot =
+                guest.disks.attach(guest.vm.as_ref(), image).await.map_err(|error| {
+                    SandboxError::host(id, "attach the root file system", error)
+                })?;
             acquired.slots.push(slot);
             rootfs.layers.push(api::Disk {
                 slot,
@@ -255,10 +262,8 @@ impl Handle {
     async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<Deleted, SandboxError> {
         let exec = {
             let mut table = self.table();
-            let container = table
-                .containers
-                .get_mut(id)
-                .ok_or_else(|| self.not_found("container", id))?;
+            let container =
+                table.containers.get_mut(id).ok_or_else(|| self.not_found("container", id))?;
             let name = format!("{id}/{exec_id}");
             let exec = container.execs.get(exec_id).ok_or_else(|| self.not_found("exec", &name))?;
             state::check(exec.process.status(), Operation::Delete)

@@ -16,7 +16,9 @@ pub(crate) const SLOTS: u32 = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// All are in use.
-    #[error("all {SLOTS} disk slots of the sandbox are in use; a pod can use that many images at once")]
+    #[error(
+        "all {SLOTS} disk slots of the sandbox are in use; a pod can use that many images at once"
+    )]
     Full,
     /// The VMM refuses.
     #[error(transparent)]
@@ -53,9 +55,8 @@ impl Disks {
                 used.users += 1;
                 return Ok(*slot);
             }
-            let free = |slot: &u32| {
-                slot_is_writable(*slot) == image.writable && !used.contains_key(slot)
-            };
+            let free =
+                |slot: &u32| slot_is_writable(*slot) == image.writable && !used.contains_key(slot);
             (0..SLOTS).find(free).ok_or(DiskError::Full)?
         };
         vm.attach_disk(slot, image.file.try_clone()?, !image.writable).await?;

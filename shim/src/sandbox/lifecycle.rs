@@ -111,12 +111,18 @@ impl Handle {
     /// Ends the VM and waits until everything in it has been accounted for.
     async fn end(&self, why: &str, status: u32) {
         let exit = Exit { status, at: SystemTime::now() };
-        let ready = match &*self.0.progress.borrow() {
-            Progress::Ready(guest) => Some(guest.clone()),
-            _ => None,
+        // Takes the guest out, so that of two who end it one does.
+        let before = self.0.progress.send_replace(Progress::Ended(why.into()));
+        let guest = match before {
+            Progress::Ready(guest) => guest,
+            Progress::Starting => return self.end_start(exit),
+            Progress::Waiting => return,
+            // Why it ended first is what counts.
+            before => {
+                self.0.progress.send_replace(before);
+                return;
+            }
         };
-        let Some(guest) = ready else { return };
-        self.0.progress.send_replace(Progress::Ended(why.into()));
         self.0.ended.send_replace(Some(exit));
         if let Some(pause) = self.table().pause.as_mut() {
             // Before the VM's end is noticed, so that the status is the signal's.
@@ -131,6 +137,18 @@ impl Handle {
             self.emit_exit(&self.0.boot.id, None, pid, exit);
         }
         self.0.changed.notify_waiters();
+    }
+
+    /// Ends a sandbox that is still starting: without its task nothing more is acquired, and what was
+    /// goes by the record.
+    fn end_start(&self, exit: Exit) {
+        let starting =
+            self.0.starting.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some(starting) = starting {
+            starting.abort();
+        }
+        self.0.ended.send_replace(Some(exit));
+        self.undo();
     }
 
     /// Shutdown of the Task service: ends the shim if nothing is left in it.
@@ -156,8 +174,7 @@ impl Handle {
     /// # Errors
     /// None here: [`Handle::start_sandbox`] waits for the outcome.
     pub async fn create_sandbox(&self, request: SandboxRequest) -> Result<(), SandboxError> {
-        *self.0.pod_files.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
-            request.files;
+        *self.0.pod_files.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = request.files;
         let parent = request.cgroup_parent.trim_end_matches('/');
         let id = &self.0.boot.id;
         let cgroups_path = match parent {

@@ -101,6 +101,8 @@ struct Sandbox {
     created_at: SystemTime,
     /// How the VM ended.
     ended: channel::Sender<Option<Exit>>,
+    /// The bring-up, to be ended with the sandbox.
+    starting: Mutex<Option<tokio::task::AbortHandle>>,
     /// Set when the shim is to leave.
     leave: channel::Sender<bool>,
 }
@@ -136,6 +138,7 @@ impl Handle {
             timeline: Timeline::start(since),
             created_at: SystemTime::now(),
             ended: channel::Sender::new(None),
+            starting: Mutex::default(),
             leave: channel::Sender::new(false),
             boot,
         });
@@ -169,10 +172,9 @@ impl Handle {
             Progress::Ended(reason) => {
                 Err(SandboxError::Ended { id: id(), reason: reason.clone() })
             }
-            Progress::Waiting | Progress::Starting => Err(SandboxError::NotStarted {
-                id: id(),
-                reason: "it was not asked to".into(),
-            }),
+            Progress::Waiting | Progress::Starting => {
+                Err(SandboxError::NotStarted { id: id(), reason: "it was not asked to".into() })
+            }
         }
     }
 
@@ -201,9 +203,9 @@ impl Handle {
             change(&mut record);
             record.clone()
         };
-        record
-            .write(&self.directory())
-            .map_err(|error| SandboxError::host(&self.0.boot.id, "write the sandbox's record", error))
+        record.write(&self.directory()).map_err(|error| {
+            SandboxError::host(&self.0.boot.id, "write the sandbox's record", error)
+        })
     }
 }
 

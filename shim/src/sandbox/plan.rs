@@ -287,17 +287,18 @@ fn check_namespaces(spec: &Spec, facts: &Facts<'_>) -> Result<(), Refusal> {
 /// Host devices: a privileged container gets the guest's own instead, others are refused.
 fn host_devices(spec: &mut Spec) -> Result<(), Refusal> {
     let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
-    let privileged = linux
-        .resources()
-        .as_ref()
-        .and_then(|resources| resources.devices().as_ref())
-        .is_some_and(|rules| {
-            rules.iter().any(|rule| {
-                rule.allow() && rule.major().is_none() && rule.minor().is_none()
-                    && rule.access().as_deref().is_none_or(|access| access.contains('m'))
-                    && rule.typ().is_none_or(|typ| typ.as_str() == "a")
-            })
-        });
+    let privileged =
+        linux.resources().as_ref().and_then(|resources| resources.devices().as_ref()).is_some_and(
+            |rules| {
+                rules.iter().any(|rule| {
+                    rule.allow()
+                        && rule.major().is_none()
+                        && rule.minor().is_none()
+                        && rule.access().as_deref().is_none_or(|access| access.contains('m'))
+                        && rule.typ().is_none_or(|typ| typ.as_str() == "a")
+                })
+            },
+        );
     let devices = linux.devices().clone().unwrap_or_default();
     let foreign = devices
         .iter()
@@ -393,7 +394,10 @@ mod tests {
             .map(|mount| mount.source().clone().unwrap_or_default().display().to_string())
             .collect();
         assert_eq!(sources[1], "joey-shm:");
-        assert!(sources[2..].iter().all(|source| source.starts_with("joey-volume:")), "{sources:?}");
+        assert!(
+            sources[2..].iter().all(|source| source.starts_with("joey-volume:")),
+            "{sources:?}"
+        );
     }
 
     #[test]
@@ -431,7 +435,8 @@ mod tests {
         let target: Spec = serde_json::from_value(value.clone()).unwrap();
         assert!(plan(&target).unwrap_err().to_string().contains("/proc/99/ns/pid"));
         value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "network"}]);
-        value["linux"]["devices"] = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        value["linux"]["devices"] =
+            json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
         let device: Spec = serde_json::from_value(value.clone()).unwrap();
         assert!(plan(&device).unwrap_err().to_string().contains("/dev/sda"));
         value["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});

@@ -55,8 +55,8 @@ impl Handle {
             return self.start_pause(id).await;
         }
         let start = Instant::now();
-        self.with_process(id, exec, Process::starting)?;
         let guest = self.guest().await?;
+        self.with_process(id, exec, Process::starting)?;
         let reply = match guest.client.start(&request(id, exec)).await {
             Ok(reply) => reply,
             Err(error) => {
@@ -237,8 +237,7 @@ impl Handle {
         }
         let guest = self.guest().await?;
         let request = api::ContainerRequest { container_id: id.to_owned(), ..Default::default() };
-        let reply =
-            guest.client.processes(&request).await.map_err(Self::guest_error(id, None))?;
+        let reply = guest.client.processes(&request).await.map_err(Self::guest_error(id, None))?;
         let mut pids: Vec<u32> = reply.processes.iter().map(|process| process.pid).collect();
         if pids.is_empty() {
             pids.push(pid);

@@ -64,10 +64,10 @@ impl Handle {
         let handle = self.clone();
         let guest = guest.clone();
         tokio::spawn(async move {
-            if let Some(drained) = drained {
-                if !drained.await {
-                    tracing::info!(container = %id, "output is still open after the exit");
-                }
+            if let Some(drained) = drained
+                && !drained.await
+            {
+                tracing::info!(container = %id, "output is still open after the exit");
             }
             for file in write_back {
                 handle.write_back(&guest, &id, &file).await;

@@ -99,10 +99,7 @@ impl Copies {
         async move {
             let mut moved = counter.load(Ordering::Relaxed);
             loop {
-                if timeout(idle, outputs.wait_for(|count| *count == 0))
-                    .await
-                    .is_ok()
-                {
+                if timeout(idle, outputs.wait_for(|count| *count == 0)).await.is_ok() {
                     return *outputs.borrow() == 0;
                 }
                 let now = counter.load(Ordering::Relaxed);

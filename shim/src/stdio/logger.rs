@@ -41,23 +41,15 @@ pub(super) async fn start(
     container: &str,
     namespace: &str,
 ) -> Result<(Logger, pipe::Sender, pipe::Sender), StdioError> {
-    let failed = |source: io::Error| StdioError::Logger {
-        program: program.clone(),
-        source,
-    };
+    let failed = |source: io::Error| StdioError::Logger { program: program.clone(), source };
     let new_pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|error| failed(error.into()));
     let (out_reader, out) = new_pipe()?;
     let (error_reader, error) = new_pipe()?;
     let (ready, ready_writer) = new_pipe()?;
     let mut command = Command::new(&program);
     command.args(args).env_clear();
-    command
-        .env("CONTAINER_ID", container)
-        .env("CONTAINER_NAMESPACE", namespace);
-    command
-        .stdin(Null::null())
-        .stdout(Null::null())
-        .stderr(Null::null());
+    command.env("CONTAINER_ID", container).env("CONTAINER_NAMESPACE", namespace);
+    command.stdin(Null::null()).stdout(Null::null()).stderr(Null::null());
     sys::pass_from_3(&mut command, [out_reader, error_reader, ready_writer]).map_err(failed)?;
     let child = command.spawn().map_err(failed)?;
     // The command holds the child's ends; here they would hide its death.
@@ -70,10 +62,7 @@ pub(super) async fn start(
         Ok(Err(error)) => return Err(failed(error)),
         Err(_) => {
             let _ = logger.0.kill().await;
-            return Err(StdioError::LoggerNotReady {
-                program,
-                seconds: READY.as_secs(),
-            });
+            return Err(StdioError::LoggerNotReady { program, seconds: READY.as_secs() });
         }
     }
     let sender = |fd| pipe::Sender::from_owned_fd(fd).map_err(failed);

@@ -22,11 +22,7 @@ fn rig() -> Rig {
     tokio::spawn(driver);
     let (guest, driver) = Mux::new(b);
     tokio::spawn(driver);
-    Rig {
-        dir: tempfile::tempdir().unwrap(),
-        host,
-        guest,
-    }
+    Rig { dir: tempfile::tempdir().unwrap(), host, guest }
 }
 
 impl Rig {
@@ -62,9 +58,7 @@ fn request<'a>(stdin: &'a str, stdout: &'a str, stderr: &'a str) -> Request<'a> 
 }
 
 async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(20), future)
-        .await
-        .unwrap()
+    tokio::time::timeout(Duration::from_secs(20), future).await.unwrap()
 }
 
 #[tokio::test]
@@ -81,10 +75,7 @@ async fn output_survives_a_reader_that_comes_back() {
         soon(reader.read_exact(&mut got)).await.unwrap();
         assert_eq!(&got, text);
     }
-    assert!(
-        !copies.drained(Duration::from_millis(50)).await,
-        "the process still has it open"
-    );
+    assert!(!copies.drained(Duration::from_millis(50)).await, "the process still has it open");
     drop(process);
     assert!(soon(copies.drained(DRAIN)).await);
 }
@@ -133,10 +124,7 @@ async fn only_close_io_ends_stdin() {
 async fn the_last_writer_ends_stdin_where_chosen() {
     let rig = rig();
     let path = rig.fifo("in");
-    let stdin = Request {
-        stdin_end: StdinEnd::LastWriter,
-        ..request(&path, "", "")
-    };
+    let stdin = Request { stdin_end: StdinEnd::LastWriter, ..request(&path, "", "") };
     let (message, _copies) = rig.run(stdin).await;
     let mut process = rig.guest.open(message.stdin).unwrap();
     let mut writer = pipe::OpenOptions::new().open_sender(&path).unwrap();
@@ -155,19 +143,11 @@ async fn both_outputs_may_share_a_file() {
     let uri = format!("file://{}", path.to_str().unwrap().replace(' ', "%20"));
     let (message, copies) = rig.run(request("", &uri, &uri)).await;
     for (id, text) in [(message.stdout, "out\n"), (message.stderr, "err\n")] {
-        rig.guest
-            .open(id)
-            .unwrap()
-            .write_all(text.as_bytes())
-            .await
-            .unwrap();
+        rig.guest.open(id).unwrap().write_all(text.as_bytes()).await.unwrap();
     }
     assert!(soon(copies.drained(DRAIN)).await);
     let text = fs::read_to_string(&path).unwrap();
-    assert!(
-        text == "old\nout\nerr\n" || text == "old\nerr\nout\n",
-        "{text}"
-    );
+    assert!(text == "old\nout\nerr\n" || text == "old\nerr\nout\n", "{text}");
 }
 
 fn script(path: &Path, body: &str) -> String {
@@ -187,12 +167,7 @@ async fn a_logger_gets_both_outputs_its_arguments_and_the_names() {
     let uri = format!("binary://{program}?to={}", seen.to_str().unwrap());
     let (message, copies) = soon(rig.run(request("", &uri, &uri))).await;
     for (id, text) in [(message.stdout, "out\n"), (message.stderr, "err\n")] {
-        rig.guest
-            .open(id)
-            .unwrap()
-            .write_all(text.as_bytes())
-            .await
-            .unwrap();
+        rig.guest.open(id).unwrap().write_all(text.as_bytes()).await.unwrap();
     }
     assert!(soon(copies.drained(DRAIN)).await);
     let done = rig.dir.path().join("seen.done");
@@ -209,31 +184,12 @@ async fn a_logger_gets_both_outputs_its_arguments_and_the_names() {
 async fn what_is_not_supported_is_refused_by_name() {
     for (stdin, stdout, words) in [
         ("", "npipe:///x", "stdout \"npipe:///x\" is not supported"),
-        (
-            "",
-            "relative",
-            "stdout \"relative\" does not name an absolute path",
-        ),
-        (
-            "file:///etc/passwd",
-            "",
-            "stdin \"file:///etc/passwd\" is not supported",
-        ),
-        (
-            "",
-            "/nonexistent/fifo",
-            "opening stdout \"/nonexistent/fifo\"",
-        ),
-        (
-            "",
-            "binary:///nonexistent",
-            "starting the logger \"/nonexistent\"",
-        ),
+        ("", "relative", "stdout \"relative\" does not name an absolute path"),
+        ("file:///etc/passwd", "", "stdin \"file:///etc/passwd\" is not supported"),
+        ("", "/nonexistent/fifo", "opening stdout \"/nonexistent/fifo\""),
+        ("", "binary:///nonexistent", "starting the logger \"/nonexistent\""),
     ] {
-        let error = Stdio::open(request(stdin, stdout, ""))
-            .await
-            .unwrap_err()
-            .to_string();
+        let error = Stdio::open(request(stdin, stdout, "")).await.unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }
 }

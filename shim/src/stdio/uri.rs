@@ -11,10 +11,7 @@ pub(super) enum Target {
     None,
     Fifo(PathBuf),
     File(PathBuf),
-    Binary {
-        program: PathBuf,
-        args: Vec<OsString>,
-    },
+    Binary { program: PathBuf, args: Vec<OsString> },
 }
 
 impl Target {
@@ -34,10 +31,7 @@ pub(super) fn parse(name: &'static str, uri: &str) -> Result<Target, StdioError>
         if path.is_absolute() {
             Ok(path)
         } else {
-            Err(StdioError::Path {
-                name,
-                uri: uri.to_owned(),
-            })
+            Err(StdioError::Path { name, uri: uri.to_owned() })
         }
     };
     let Some((scheme, rest)) = uri.split_once("://") else {
@@ -48,14 +42,8 @@ pub(super) fn parse(name: &'static str, uri: &str) -> Result<Target, StdioError>
     match scheme {
         "fifo" => Ok(Target::Fifo(path)),
         "file" => Ok(Target::File(path)),
-        "binary" => Ok(Target::Binary {
-            program: path,
-            args: arguments(query),
-        }),
-        _ => Err(StdioError::Scheme {
-            name,
-            uri: uri.to_owned(),
-        }),
+        "binary" => Ok(Target::Binary { program: path, args: arguments(query) }),
+        _ => Err(StdioError::Scheme { name, uri: uri.to_owned() }),
     }
 }
 

@@ -42,10 +42,7 @@ impl Acceleration {
 /// The accelerator of this node; probes at most once per boot of the node.
 pub fn probe(run_dir: &Path) -> Acceleration {
     let path = run_dir.join("accelerator.json");
-    if let Some(known) = fs::read(&path)
-        .ok()
-        .and_then(|text| serde_json::from_slice(&text).ok())
-    {
+    if let Some(known) = fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
         return known;
     }
     let found = probe_now();
@@ -57,10 +54,7 @@ pub fn probe(run_dir: &Path) -> Acceleration {
         );
     }
     if let Err(error) = keep(&path, &found) {
-        tracing::warn!(
-            "keeping the accelerator's probe in {}: {error}",
-            path.display()
-        );
+        tracing::warn!("keeping the accelerator's probe in {}: {error}", path.display());
     }
     found
 }
@@ -77,9 +71,7 @@ fn keep(path: &Path, found: &Acceleration) -> std::io::Result<()> {
 /// Probes without looking at what is known.
 pub fn probe_now() -> Acceleration {
     match try_kvm() {
-        Ok(()) => {
-            Acceleration { kvm: true, reason: "a trial guest ran".to_owned(), tsc_khz: None }
-        }
+        Ok(()) => Acceleration { kvm: true, reason: "a trial guest ran".to_owned(), tsc_khz: None },
         Err(reason) => Acceleration { kvm: false, reason, tsc_khz: Some(tsc_khz()) },
     }
 }
@@ -96,14 +88,8 @@ fn tsc_khz() -> u64 {
 
 fn try_kvm() -> Result<(), String> {
     let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = processor
-        .lines()
-        .find(|line| line.starts_with("flags"))
-        .unwrap_or_default();
-    if !flags
-        .split_whitespace()
-        .any(|flag| flag == "vmx" || flag == "svm")
-    {
+    let flags = processor.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    if !flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
         return Err("the processor offers no virtualization (no vmx or svm flag)".to_owned());
     }
     let kvm = fs::OpenOptions::new()
@@ -146,9 +132,7 @@ fn wait_for_trial(
     }
     let _ = waitpid(Pid::from_raw(pid), None);
     if !ended {
-        return Err(format!(
-            "{DEVICE}: a trial guest did not end within {DEADLINE:?}"
-        ));
+        return Err(format!("{DEVICE}: a trial guest did not end within {DEADLINE:?}"));
     }
     let mut text = String::new();
     let _ = answer.read_to_string(&mut text);
@@ -172,11 +156,7 @@ mod tests {
     #[test]
     fn what_is_known_is_not_probed_again() {
         let directory = tempfile::tempdir().unwrap();
-        let known = Acceleration {
-            kvm: true,
-            reason: "known".to_owned(),
-            tsc_khz: None,
-        };
+        let known = Acceleration { kvm: true, reason: "known".to_owned(), tsc_khz: None };
         keep(&directory.path().join("accelerator.json"), &known).unwrap();
         assert_eq!(probe(directory.path()), known);
     }

@@ -30,14 +30,8 @@ impl FakeVm {
     /// The machine, and the guest's end of its channel.
     pub fn new() -> std::io::Result<(Self, UnixStream)> {
         let (host, guest) = UnixStream::pair()?;
-        let script = Script {
-            channel: Some(host),
-            ..Script::default()
-        };
-        let vm = Self {
-            script: Arc::new(Mutex::new(script)),
-            ended: watch::Sender::new(None),
-        };
+        let script = Script { channel: Some(host), ..Script::default() };
+        let vm = Self { script: Arc::new(Mutex::new(script)), ended: watch::Sender::new(None) };
         Ok((vm, guest))
     }
 

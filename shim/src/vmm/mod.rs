@@ -126,11 +126,7 @@ pub async fn start(config: &VmmConfig, spec: VmSpec) -> Result<Started, VmmError
     phases.push(("template", begun.elapsed()));
     let again = copy_of(&spec)?;
     match clone(config, &store, &template, spec, &mut phases).await {
-        Ok(vm) => Ok(Started {
-            vm: Box::new(vm),
-            cloned: true,
-            phases,
-        }),
+        Ok(vm) => Ok(Started { vm: Box::new(vm), cloned: true, phases }),
         Err(error @ (VmmError::Ended { .. } | VmmError::Deadline { .. })) => {
             tracing::warn!("sandbox {}: cloning failed, boots cold: {error}", again.id);
             store.condemn(&key);
@@ -147,11 +143,7 @@ fn copy_of(spec: &VmSpec) -> Result<VmSpec, VmmError> {
         id: spec.id.clone(),
         tap: spec.tap.as_ref().map(copy).transpose()?,
         run_dir: spec.run_dir.clone(),
-        cgroup_procs: spec
-            .cgroup_procs
-            .iter()
-            .map(copy)
-            .collect::<Result<_, _>>()?,
+        cgroup_procs: spec.cgroup_procs.iter().map(copy).collect::<Result<_, _>>()?,
         ..*spec
     })
 }
@@ -163,11 +155,7 @@ async fn clone(
     spec: VmSpec,
     phases: &mut Phases,
 ) -> Result<QemuVm, VmmError> {
-    let paths = Paths {
-        kernel: template.kernel(),
-        initrd: None,
-        memory: Some(template.memory()),
-    };
+    let paths = Paths { kernel: template.kernel(), initrd: None, memory: Some(template.memory()) };
     let state = template.open_state()?;
     let launch = prepare(config, store, Mode::Clone, spec, &paths, Some(state))?;
     let vm = QemuVm::start(launch, phases).await?;
@@ -190,11 +178,7 @@ async fn cold(
     };
     let launch = prepare(config, store, Mode::Cold, spec, &paths, None)?;
     let vm = QemuVm::start(launch, &mut phases).await?;
-    Ok(Started {
-        vm: Box::new(vm),
-        cloned: false,
-        phases,
-    })
+    Ok(Started { vm: Box::new(vm), cloned: false, phases })
 }
 
 /// Files of the node that QEMU opens.
@@ -241,10 +225,7 @@ pub(crate) fn prepare<'a>(
     for (source, target, writable) in files {
         if let Some(source) = source {
             jail.bind(source, Path::new(target), writable)
-                .map_err(|error| VmmError::Guest {
-                    path: source.clone(),
-                    source: error,
-                })?;
+                .map_err(|error| VmmError::Guest { path: source.clone(), source: error })?;
         }
     }
     let tap = match spec.tap {
@@ -266,10 +247,7 @@ pub(crate) fn prepare<'a>(
 fn tap_to_nowhere() -> io::Result<OwnedFd> {
     let make = || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
-        let tun = fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/net/tun")?;
+        let tun = fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
         let tun = OwnedFd::from(tun);
         sys::make_tap(std::os::fd::AsFd::as_fd(&tun), "tap0")?;
         Ok(tun)
@@ -288,12 +266,7 @@ fn build_beside(config: &VmmConfig, vcpus: u32, memory_mib: u32) {
     };
     let spawned = tokio::process::Command::new(program)
         .args(arguments)
-        .args([
-            "--vcpus",
-            &vcpus.to_string(),
-            "--memory",
-            &memory_mib.to_string(),
-        ])
+        .args(["--vcpus", &vcpus.to_string(), "--memory", &memory_mib.to_string()])
         .stdin(std::process::Stdio::null())
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())

@@ -125,11 +125,9 @@ impl Template {
         let path = self.directory.join(STATE);
         match File::open(&path) {
             Ok(file) => Ok(file.into()),
-            Err(source) => Err(TemplateError::File {
-                key: self.manifest.key.clone(),
-                path,
-                source,
-            }),
+            Err(source) => {
+                Err(TemplateError::File { key: self.manifest.key.clone(), path, source })
+            }
         }
     }
 }
@@ -225,29 +223,20 @@ impl<'a> TemplateStore<'a> {
         let manifest: Manifest = serde_json::from_slice(&text)
             .map_err(|error| damaged(key, format!("its manifest: {error}")))?;
         if manifest.key != key {
-            return Err(damaged(
-                key,
-                format!("its manifest is that of {}", manifest.key),
-            ));
+            return Err(damaged(key, format!("its manifest is that of {}", manifest.key)));
         }
         for name in [MEMORY, STATE, KERNEL] {
             if !manifest.files.contains_key(name) {
                 return Err(damaged(key, format!("its manifest lacks {name}")));
             }
         }
-        Ok(Template {
-            directory,
-            manifest,
-        })
+        Ok(Template { directory, manifest })
     }
 
     /// Takes a template away.
     pub fn remove(&self, key: &str) -> Result<(), TemplateError> {
         let directory = self.config.templates_dir.join(key);
-        let gone = self
-            .config
-            .templates_dir
-            .join(format!("{key}.{}.old", std::process::id()));
+        let gone = self.config.templates_dir.join(format!("{key}.{}.old", std::process::id()));
         let file = |path: &Path| file_error(key, path);
         match fs::rename(&directory, &gone) {
             Ok(()) => fs::remove_dir_all(&gone).map_err(file(&gone)),
@@ -333,9 +322,7 @@ impl<'a> TemplateStore<'a> {
         match receiver.await {
             Ok(Ok(lock)) => Ok(lock),
             Ok(Err((_, errno))) => Err(file_error(key, &path)(errno.into())),
-            Err(_) => Err(file_error(key, &path)(io::Error::other(
-                "waiting for the lock",
-            ))),
+            Err(_) => Err(file_error(key, &path)(io::Error::other("waiting for the lock"))),
         }
     }
 
@@ -384,11 +371,7 @@ impl<'a> TemplateStore<'a> {
             answered = greeting => answered,
             how = vm.exited() => Err(format!("the VMM ended: {how}")),
         };
-        answered.map_err(|what| TemplateError::Agent {
-            key: key.to_owned(),
-            what,
-            console,
-        })?;
+        answered.map_err(|what| TemplateError::Agent { key: key.to_owned(), what, console })?;
         vm.save(target.into()).await?;
         vm.kill();
         vm.exited().await;
@@ -404,10 +387,7 @@ impl<'a> TemplateStore<'a> {
                 .and_then(|()| std::os::unix::fs::chown(&path, Some(0), Some(0)))
                 .and_then(|()| File::open(&path)?.sync_all())
                 .map_err(file_error(key, &path))?;
-            files.insert(
-                name.to_owned(),
-                record(&path).map_err(file_error(key, &path))?,
-            );
+            files.insert(name.to_owned(), record(&path).map_err(file_error(key, &path))?);
         }
         let manifest = Manifest {
             key: key.to_owned(),
@@ -420,8 +400,7 @@ impl<'a> TemplateStore<'a> {
         };
         let path = work.join(MANIFEST);
         let text = serde_json::to_vec_pretty(&manifest).map_err(io::Error::from);
-        text.and_then(|text| fs::write(&path, text))
-            .map_err(file_error(key, &path))?;
+        text.and_then(|text| fs::write(&path, text)).map_err(file_error(key, &path))?;
         let target = self.config.templates_dir.join(key);
         fs::rename(work, &target).map_err(file_error(key, &target))?;
         Ok(())
@@ -470,15 +449,11 @@ impl Template {
 async fn greet(vm: &QemuVm) -> Result<(), String> {
     let channel = vm.take_channel().map_err(|error| error.to_string())?;
     let (mux, driver) = Mux::connect(channel);
-    let calls = mux
-        .open(limits::STREAM_RPC)
-        .map_err(|error| error.to_string())?;
+    let calls = mux.open(limits::STREAM_RPC).map_err(|error| error.to_string())?;
     let socket = ttrpc::r#async::transport::Socket::new(calls);
     let agent = api::AgentClient::new(ttrpc::r#async::Client::new(socket));
-    let request = api::HelloRequest {
-        protocol_version: limits::PROTOCOL_VERSION,
-        ..Default::default()
-    };
+    let request =
+        api::HelloRequest { protocol_version: limits::PROTOCOL_VERSION, ..Default::default() };
     let hello = agent.hello(ttrpc::context::Context::default(), &request);
     let asking = async {
         match timeout(limits::deadline::HELLO_COLD, hello).await {
@@ -487,10 +462,7 @@ async fn greet(vm: &QemuVm) -> Result<(), String> {
                 Ok(())
             }
             Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!(
-                "no answer within {:?}",
-                limits::deadline::HELLO_COLD
-            )),
+            Err(_) => Err(format!("no answer within {:?}", limits::deadline::HELLO_COLD)),
         }
     };
     tokio::select! {
@@ -512,10 +484,7 @@ fn record(path: &Path) -> io::Result<FileRecord> {
         digest.update(buffer.get(..read).unwrap_or_default());
         bytes += read as u64;
     }
-    Ok(FileRecord {
-        bytes,
-        sha256: hex(&digest.finalize()),
-    })
+    Ok(FileRecord { bytes, sha256: hex(&digest.finalize()) })
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -523,10 +492,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn damaged(key: &str, what: String) -> TemplateError {
-    TemplateError::Damaged {
-        key: key.to_owned(),
-        what,
-    }
+    TemplateError::Damaged { key: key.to_owned(), what }
 }
 
 fn file_error(key: &str, path: &Path) -> impl FnOnce(io::Error) -> TemplateError + use<> {

@@ -48,12 +48,7 @@ pub fn start(
         progress(&format!("{TOGETHER} pods at once with {handler}"));
         together(node, handler, &mut samples)?;
     }
-    Ok(samples.report(
-        "start",
-        &machine(),
-        handlers[0],
-        handlers[handlers.len() - 1],
-    ))
+    Ok(samples.report("start", &machine(), handlers[0], handlers[handlers.len() - 1]))
 }
 
 fn milliseconds(time: Duration) -> f64 {
@@ -82,9 +77,7 @@ fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
         let watcher = scope.spawn(|| first_change(&watch, start));
         node.cri.start(&container.id)?;
         timed("start_container", start.elapsed());
-        watcher
-            .join()
-            .map_err(|_| anyhow!("the log's watcher panicked"))?
+        watcher.join().map_err(|_| anyhow!("the log's watcher panicked"))?
     })?;
     timed("first_byte", first_byte);
 
@@ -100,10 +93,7 @@ fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
     node.cri.remove_pod(&pod.id)?;
     timed("remove_pod", start.elapsed());
     if let (Some(before), Some(after)) = (cpu_before, cgroups::cpu_nanoseconds(&node.cgroup())) {
-        timed(
-            "host_cpu",
-            Duration::from_nanos(after.saturating_sub(before)),
-        );
+        timed("host_cpu", Duration::from_nanos(after.saturating_sub(before)));
     }
     for (metric, kib) in memory {
         samples.add(handler, metric, "MiB", kib as f64 / 1024.0);
@@ -135,11 +125,7 @@ fn memory_of_new(node: &Node, before: &HashSet<u32>) -> Vec<(&'static str, u64)>
             shim += memory.private;
         }
     }
-    vec![
-        ("private_memory", all),
-        ("shim_private_memory", shim),
-        ("pss_memory", shares),
-    ]
+    vec![("private_memory", all), ("shim_private_memory", shim), ("pss_memory", shares)]
 }
 
 /// Starts pods all at once; a sample is one pod's time to a started container.
@@ -154,9 +140,7 @@ fn together(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
         };
         let threads: Vec<_> = (0..TOGETHER).map(|n| scope.spawn(move || one(n))).collect();
         let joined = threads.into_iter().map(|thread| thread.join());
-        joined
-            .map(|r| r.unwrap_or_else(|_| Err(anyhow!("panicked"))))
-            .collect()
+        joined.map(|r| r.unwrap_or_else(|_| Err(anyhow!("panicked")))).collect()
     });
     let all = began.elapsed();
     for outcome in outcomes {
@@ -171,9 +155,7 @@ fn together(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
 /// The machine in a line: processor, count, kernel.
 fn machine() -> String {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let model = model.map_or("unknown processor", |(_, name)| name.trim());
     let count = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -181,10 +163,7 @@ fn machine() -> String {
     let virtual_cpu = info
         .lines()
         .find(|line| line.starts_with("flags"))
-        .is_some_and(|line| {
-            line.split_whitespace()
-                .any(|flag| flag == "vmx" || flag == "svm")
-        });
+        .is_some_and(|line| line.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"));
     let mode = if virtual_cpu && fs::metadata("/dev/kvm").is_ok() {
         "KVM"
     } else {

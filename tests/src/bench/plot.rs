@@ -17,20 +17,9 @@ pub fn svg(report: &Report) -> String {
             continue;
         }
         done.push(&row.metric);
-        let rows: Vec<&Row> = report
-            .rows
-            .iter()
-            .filter(|r| r.metric == row.metric)
-            .collect();
-        let most = rows
-            .iter()
-            .map(|row| row.p99)
-            .fold(f64::MIN_POSITIVE, f64::max);
-        body += &format!(
-            "<text x='12' y='{:.0}'>{}</text>\n",
-            y + BAR * 0.8,
-            escape(&row.metric)
-        );
+        let rows: Vec<&Row> = report.rows.iter().filter(|r| r.metric == row.metric).collect();
+        let most = rows.iter().map(|row| row.p99).fold(f64::MIN_POSITIVE, f64::max);
+        body += &format!("<text x='12' y='{:.0}'>{}</text>\n", y + BAR * 0.8, escape(&row.metric));
         for row in rows {
             body += &bar(row, y, (WIDTH - LEFT - 150.0) / most);
             y += BAR + 3.0;
@@ -48,11 +37,7 @@ pub fn svg(report: &Report) -> String {
 }
 
 fn bar(row: &Row, y: f64, scale: f64) -> String {
-    let colour = if row.subject == "joey" {
-        "#c8641e"
-    } else {
-        "#5078a0"
-    };
+    let colour = if row.subject == "joey" { "#c8641e" } else { "#5078a0" };
     let (end, far) = (row.p50 * scale, row.p99 * scale);
     let middle = y + BAR / 2.0;
     format!(

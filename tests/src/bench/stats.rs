@@ -56,15 +56,9 @@ pub struct Samples(Vec<(String, String, String, Vec<f64>)>);
 impl Samples {
     /// Adds one sample.
     pub fn add(&mut self, subject: &str, metric: &str, unit: &str, value: f64) {
-        match self
-            .0
-            .iter_mut()
-            .find(|(s, m, _, _)| s == subject && m == metric)
-        {
+        match self.0.iter_mut().find(|(s, m, _, _)| s == subject && m == metric) {
             Some((_, _, _, values)) => values.push(value),
-            None => self
-                .0
-                .push((subject.into(), metric.into(), unit.into(), vec![value])),
+            None => self.0.push((subject.into(), metric.into(), unit.into(), vec![value])),
         }
     }
 
@@ -77,20 +71,11 @@ impl Samples {
                 values.sort_by(f64::total_cmp);
                 let at = |percent| round(percentile(&values, percent));
                 let (p50, p90, p99) = (at(50.0), at(90.0), at(99.0));
-                Row {
-                    subject,
-                    metric,
-                    unit,
-                    n: values.len(),
-                    p50,
-                    p90,
-                    p99,
-                }
+                Row { subject, metric, unit, n: values.len(), p50, p90, p99 }
             })
             .collect();
         let find = |subject: &str, metric: &str| {
-            rows.iter()
-                .find(|row| row.subject == subject && row.metric == metric)
+            rows.iter().find(|row| row.subject == subject && row.metric == metric)
         };
         let ratio = |row: &Row| {
             let base = find(to, &row.metric).filter(|base| base.p50 > 0.0 && base.p99 > 0.0)?;
@@ -102,27 +87,15 @@ impl Samples {
                 p99: round(row.p99 / base.p99),
             })
         };
-        let ratios = rows
-            .iter()
-            .filter(|row| row.subject == of)
-            .filter_map(ratio)
-            .collect();
-        Report {
-            name: name.into(),
-            machine: machine.into(),
-            rows,
-            ratios,
-        }
+        let ratios = rows.iter().filter(|row| row.subject == of).filter_map(ratio).collect();
+        Report { name: name.into(), machine: machine.into(), rows, ratios }
     }
 }
 
 /// Nearest rank in sorted values.
 fn percentile(sorted: &[f64], percent: f64) -> f64 {
     let rank = (percent / 100.0 * sorted.len() as f64).ceil() as usize;
-    sorted
-        .get(rank.clamp(1, sorted.len().max(1)) - 1)
-        .copied()
-        .unwrap_or(0.0)
+    sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
 }
 
 fn round(value: f64) -> f64 {
@@ -141,18 +114,10 @@ impl Report {
             }
         }
         for metric in metrics {
-            let rows: Vec<&Row> = self
-                .rows
-                .iter()
-                .filter(|row| row.metric == metric)
-                .collect();
+            let rows: Vec<&Row> = self.rows.iter().filter(|row| row.metric == metric).collect();
             let most = rows.iter().map(|row| row.p50).fold(0.0, f64::max);
             for row in rows {
-                let filled = if most > 0.0 {
-                    (row.p50 / most * 24.0).round() as usize
-                } else {
-                    0
-                };
+                let filled = if most > 0.0 { (row.p50 / most * 24.0).round() as usize } else { 0 };
                 text += &format!(
                     "{:<22} {:<8} {:>4} {:>8.1} {:>8.1} {:>8.1} {:<4} {}\n",
                     row.metric,

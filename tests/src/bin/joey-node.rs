@@ -84,15 +84,7 @@ fn run(command: Command) -> Result<()> {
         Command::Up { containerd } => up(containerd),
         Command::Down => down(),
         Command::Status => status(),
-        Command::Bench {
-            bench:
-                Bench::Start {
-                    runs,
-                    json,
-                    containerd,
-                    handlers,
-                },
-        } => {
+        Command::Bench { bench: Bench::Start { runs, json, containerd, handlers } } => {
             let handlers: Vec<&str> = handlers.iter().map(String::as_str).collect();
             with_node(containerd, "bench", |node| {
                 bench_start(node, &handlers, runs, json.as_deref())
@@ -104,12 +96,7 @@ fn run(command: Command) -> Result<()> {
 
 fn up(version: Version) -> Result<()> {
     let tool = std::env::current_exe()?;
-    let options = Options {
-        version,
-        name: NAME,
-        tool: &tool,
-        tied: false,
-    };
+    let options = Options { version, name: NAME, tool: &tool, tied: false };
     let node = match Node::up(&options) {
         Ok(node) => node,
         Err(error) => {
@@ -124,19 +111,12 @@ fn up(version: Version) -> Result<()> {
     println!("  handlers    joey, runc{}", sandboxed(version));
     println!("  images      {}", node.cri.images()?.join(", "));
     println!("  network     nsenter -t {} -n", node.holder());
-    println!(
-        "  log         {}",
-        node.dir().join("containerd.log").display()
-    );
+    println!("  log         {}", node.dir().join("containerd.log").display());
     Ok(())
 }
 
 fn sandboxed(version: Version) -> &'static str {
-    if version == Version::V2_1 {
-        ", joey-sandboxed"
-    } else {
-        ""
-    }
+    if version == Version::V2_1 { ", joey-sandboxed" } else { "" }
 }
 
 fn down() -> Result<()> {
@@ -174,12 +154,7 @@ fn status() -> Result<()> {
 fn with_node(version: Version, name: &str, work: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
     let tool = std::env::current_exe()?;
     let name = format!("{name}-{}", std::process::id());
-    let node = Node::up(&Options {
-        version,
-        name: &name,
-        tool: &tool,
-        tied: true,
-    })?;
+    let node = Node::up(&Options { version, name: &name, tool: &tool, tied: true })?;
     let result = work(&node).with_context(|| format!("containerd's last words:\n{}", node.log()));
     let leaks = node.down()?;
     result?;
@@ -201,10 +176,6 @@ fn bench_start(node: &Node, handlers: &[&str], runs: usize, json: Option<&Path>)
     fs::write(json, serde_json::to_string_pretty(&report)? + "\n")?;
     let picture = json.with_extension("svg");
     fs::write(&picture, bench::plot::svg(&report))?;
-    println!(
-        "figures: {}\npicture: {}",
-        json.display(),
-        picture.display()
-    );
+    println!("figures: {}\npicture: {}", json.display(), picture.display());
     Ok(())
 }

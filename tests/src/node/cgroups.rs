@@ -12,14 +12,8 @@ fn hierarchies() -> Vec<PathBuf> {
     if root.join("cgroup.controllers").exists() {
         return vec![root.to_path_buf()];
     }
-    let folders = fs::read_dir(root)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path());
-    folders
-        .filter(|p| p.join("cgroup.procs").exists() && !p.is_symlink())
-        .collect()
+    let folders = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    folders.filter(|p| p.join("cgroup.procs").exists() && !p.is_symlink()).collect()
 }
 
 /// Makes the cgroup in every hierarchy.
@@ -46,9 +40,7 @@ pub fn count_cpu(cgroup: &str, pid: u32) -> Result<()> {
     let name = cgroup.trim_start_matches('/');
     let root = Path::new("/sys/fs/cgroup");
     let versioned = [root.join("cpuacct").join(name), root.join(name)];
-    let folder = versioned
-        .iter()
-        .find(|folder| folder.join("cgroup.procs").exists());
+    let folder = versioned.iter().find(|folder| folder.join("cgroup.procs").exists());
     let folder = folder.with_context(|| format!("no cgroup {cgroup} that counts CPU time"))?;
     fs::write(folder.join("cgroup.procs"), pid.to_string())
         .with_context(|| format!("put {pid} into {}", folder.display()))
@@ -65,10 +57,7 @@ fn inherit(parent: &Path, folder: &Path) {
     }
     if let Ok(controllers) = fs::read_to_string(parent.join("cgroup.controllers")) {
         for controller in controllers.split_whitespace() {
-            let _ = fs::write(
-                parent.join("cgroup.subtree_control"),
-                format!("+{controller}"),
-            );
+            let _ = fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
         }
     }
 }
@@ -103,10 +92,7 @@ pub fn purge(cgroup: &str) {
 /// All cgroups below one, in all hierarchies.
 pub fn list(cgroup: &str) -> Vec<PathBuf> {
     let folder = |hierarchy: PathBuf| hierarchy.join(cgroup.trim_start_matches('/'));
-    hierarchies()
-        .into_iter()
-        .flat_map(|hierarchy| below(&folder(hierarchy)))
-        .collect()
+    hierarchies().into_iter().flat_map(|hierarchy| below(&folder(hierarchy))).collect()
 }
 
 /// CPU time in nanoseconds that the cgroup's processes used so far.
@@ -117,13 +103,8 @@ pub fn cpu_nanoseconds(cgroup: &str) -> Option<u64> {
         return text.trim().parse().ok();
     }
     let text = fs::read_to_string(root.join(name).join("cpu.stat")).ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("usage_usec "))?;
-    line.trim()
-        .parse::<u64>()
-        .ok()
-        .map(|microseconds| microseconds * 1000)
+    let line = text.lines().find_map(|line| line.strip_prefix("usage_usec "))?;
+    line.trim().parse::<u64>().ok().map(|microseconds| microseconds * 1000)
 }
 
 fn below(folder: &Path) -> Vec<PathBuf> {

@@ -67,11 +67,7 @@ disable_tcp_service = false
                 "version = 2\n{common}sandbox_image = \"{PAUSE}\"\nrestrict_oom_score_adj = true\n\
                  [{cri}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{dir}/cni\"\n\
                  [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n{}",
-                runtimes(
-                    &format!("{cri}.containerd.runtimes"),
-                    version,
-                    &dir.to_string()
-                )
+                runtimes(&format!("{cri}.containerd.runtimes"), version, &dir.to_string())
             )
         }
         Version::V2_1 => {
@@ -82,11 +78,7 @@ disable_tcp_service = false
                  [{cri}]\nrestrict_oom_score_adj = true\n\
                  [{cri}.cni]\nbin_dirs = [\"/usr/lib/cni\"]\nconf_dir = \"{dir}/cni\"\n\
                  [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n{}",
-                runtimes(
-                    &format!("{cri}.containerd.runtimes"),
-                    version,
-                    &dir.to_string()
-                )
+                runtimes(&format!("{cri}.containerd.runtimes"), version, &dir.to_string())
             )
         }
     }

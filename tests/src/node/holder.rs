@@ -58,44 +58,17 @@ pub fn run(tied: bool) -> Result<()> {
     let signals = SignalFd::new(&signals)?;
 
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)?;
-    mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        None::<&str>,
-    )?;
-    mount(
-        Some("proc"),
-        "/proc",
-        Some("proc"),
-        MsFlags::empty(),
-        None::<&str>,
-    )?;
-    mount(
-        Some("run"),
-        "/run",
-        Some("tmpfs"),
-        MsFlags::empty(),
-        Some("mode=0755"),
-    )?;
-    mount(
-        Some("bpf"),
-        "/sys/fs/bpf",
-        Some("bpf"),
-        MsFlags::empty(),
-        Some("mode=0700"),
-    )
-    .context("mount a BPF file system: does the kernel have BPF?")?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), None::<&str>)?;
+    mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))?;
+    mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+        .context("mount a BPF file system: does the kernel have BPF?")?;
     fs::create_dir_all("/run/netns")?;
     for (key, value) in [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")] {
         fs::write(format!("/proc/sys/net/{key}"), value)
             .with_context(|| format!("sysctl {key}"))?;
     }
-    let up = Command::new("ip")
-        .args(["link", "set", "lo", "up"])
-        .status()
-        .context("run ip")?;
+    let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().context("run ip")?;
     if !up.success() {
         bail!("ip link set lo up: {up}");
     }
@@ -137,17 +110,13 @@ pub fn spawn_inside(holder: u32, mut command: Command) -> Result<Child> {
         File::open(&path).with_context(|| format!("open {path}: is the node up?"))
     };
     let pid = open("pid")?;
-    let others = vec![
-        (open("net")?, CloneFlags::CLONE_NEWNET),
-        (open("mnt")?, CloneFlags::CLONE_NEWNS),
-    ];
+    let others =
+        vec![(open("net")?, CloneFlags::CLONE_NEWNET), (open("mnt")?, CloneFlags::CLONE_NEWNS)];
     sys::join_before_exec(&mut command, others);
     on_thread(move || {
         setns(&pid, CloneFlags::CLONE_NEWPID).context("join the node's pid namespace")?;
         let program = command.get_program().to_owned();
-        command
-            .spawn()
-            .with_context(|| format!("start {program:?} in the node"))
+        command.spawn().with_context(|| format!("start {program:?} in the node"))
     })
 }
 

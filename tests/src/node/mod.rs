@@ -55,18 +55,12 @@ impl Node {
         sweep();
         let dir = folder(options.name);
         if dir.join("holder").exists() {
-            bail!(
-                "node {} is up already: end it with `cargo xtask node down`",
-                options.name
-            );
+            bail!("node {} is up already: end it with `cargo xtask node down`", options.name);
         }
         for folder in ["cni", "jrun", "joey", "logs"] {
             fs::create_dir_all(dir.join(folder))?;
         }
-        fs::write(
-            dir.join("config.toml"),
-            config::containerd(options.version, &dir),
-        )?;
+        fs::write(dir.join("config.toml"), config::containerd(options.version, &dir))?;
         fs::write(dir.join("cni/10-joey.conflist"), config::cni(&dir))?;
         fs::write(dir.join("joey.toml"), config::joey(&dir))?;
         fs::write(dir.join("version"), options.version.name())?;
@@ -84,6 +78,9 @@ impl Node {
         for archive in image::standard(&node.dir.join("images"), config::PAUSE)? {
             node.import(&archive)?;
         }
+        // Once per node; without them the first pods would wait for it or boot cold.
+        node.joey(&["ebpf", "load"])?;
+        node.joey(&["template", "build"])?;
         Ok(node)
     }
 
@@ -91,15 +88,9 @@ impl Node {
     pub fn attach(name: &str) -> Result<Self> {
         let dir = folder(name);
         let read = |file: &str| fs::read_to_string(dir.join(file));
-        let holder = read("holder")
-            .map_err(|_| anyhow!("no node {name} is up"))?
-            .trim()
-            .parse()?;
+        let holder = read("holder").map_err(|_| anyhow!("no node {name} is up"))?.trim().parse()?;
         Ok(Self {
-            version: read("version")?
-                .trim()
-                .parse()
-                .map_err(|error: String| anyhow!(error))?,
+            version: read("version")?.trim().parse().map_err(|error: String| anyhow!(error))?,
             cri: Cri::connect(&dir.join("c.sock"))?,
             holder,
             holder_child: Mutex::new(None),
@@ -125,12 +116,7 @@ impl Node {
 
     /// The cgroup below which the node's pods are.
     pub fn cgroup(&self) -> String {
-        let name = self
-            .dir
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
+        let name = self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         format!("/joey-node-{name}")
     }
 
@@ -180,9 +166,7 @@ impl Node {
 
     /// Pid of containerd.
     pub fn containerd_pid(&self) -> Result<u32> {
-        Ok(fs::read_to_string(self.dir.join("containerd"))?
-            .trim()
-            .parse()?)
+        Ok(fs::read_to_string(self.dir.join("containerd"))?.trim().parse()?)
     }
 
     /// Ends containerd with SIGKILL, as a crash would.
@@ -206,10 +190,7 @@ impl Node {
     pub fn import(&self, archive: &Path) -> Result<()> {
         let bin = paths::deps().join(format!("containerd-{}/usr/bin", self.version.name()));
         let mut command = Command::new(bin.join("ctr"));
-        command
-            .arg("--address")
-            .arg(self.socket())
-            .args(["-n", "k8s.io", "images", "import"]);
+        command.arg("--address").arg(self.socket()).args(["-n", "k8s.io", "images", "import"]);
         if self.version == Version::V2_1 {
             command.arg("--local");
         }
@@ -231,9 +212,7 @@ impl Node {
     /// Runs `joey` with this node's configuration; returns its standard output.
     pub fn joey(&self, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new(paths::joey());
-        command
-            .args(arguments)
-            .env("JOEY_CONFIG", self.dir.join("joey.toml"));
+        command.args(arguments).env("JOEY_CONFIG", self.dir.join("joey.toml"));
         command.stdin(Stdio::null());
         let output = self.run_inside(command)?;
         if !output.status.success() {
@@ -256,19 +235,14 @@ impl Node {
     /// Processes that run on the node, by pid and command line.
     pub fn processes(&self) -> Vec<(u32, String)> {
         let pids = traces::processes(self.holder);
-        pids.into_iter()
-            .filter_map(|pid| Some((pid, traces::command(pid)?)))
-            .collect()
+        pids.into_iter().filter_map(|pid| Some((pid, traces::command(pid)?))).collect()
     }
 
     /// Removes all pods, stops containerd, ends the namespaces, removes the files; returns leaks by name.
     pub fn down(&self) -> Result<Vec<String>> {
         let mut leaks = Vec::new();
         for pod in self.cri.pods().unwrap_or_default() {
-            let removed = self
-                .cri
-                .stop_pod(&pod)
-                .and_then(|()| self.cri.remove_pod(&pod));
+            let removed = self.cri.stop_pod(&pod).and_then(|()| self.cri.remove_pod(&pod));
             if let Err(error) = removed {
                 leaks.push(format!("pod {pod} could not be removed: {error:#}"));
             }
@@ -304,11 +278,7 @@ impl Node {
                 || name.starts_with("cgroup") && !name.contains("/pod-")
         };
         let traces = self.traces();
-        traces
-            .names()
-            .filter(|name| !harmless(name))
-            .map(str::to_owned)
-            .collect()
+        traces.names().filter(|name| !harmless(name)).map(str::to_owned).collect()
     }
 }
 
@@ -316,11 +286,7 @@ impl Node {
 fn sweep() {
     for name in names() {
         let holder = fs::read_to_string(folder(&name).join("holder")).unwrap_or_default();
-        if holder
-            .trim()
-            .parse()
-            .is_ok_and(|pid| !crate::process::alive(pid))
-        {
+        if holder.trim().parse().is_ok_and(|pid| !crate::process::alive(pid)) {
             cgroups::purge(&format!("/joey-node-{name}"));
             let _ = fs::remove_dir_all(folder(&name));
         }
@@ -330,9 +296,7 @@ fn sweep() {
 /// Names of the nodes that are up.
 pub fn names() -> Vec<String> {
     let entries = fs::read_dir(NODES).into_iter().flatten().flatten();
-    entries
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect()
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
 fn folder(name: &str) -> PathBuf {
@@ -340,7 +304,5 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

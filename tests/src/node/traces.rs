@@ -40,10 +40,7 @@ impl Traces {
             ("BPF object", root.join("sys/fs/bpf")),
             ("address lease", dir.join("ipam/joey-test")),
             ("sandbox record", dir.join("jrun/sandboxes")),
-            (
-                "bundle",
-                dir.join("state/io.containerd.runtime.v2.task/k8s.io"),
-            ),
+            ("bundle", dir.join("state/io.containerd.runtime.v2.task/k8s.io")),
         ] {
             for name in names(&folder) {
                 // host-local keeps its lock and its last address.
@@ -71,10 +68,7 @@ impl Traces {
 
 /// containerd itself belongs to the node: a restart is no leak.
 fn is_containerd(command: &str) -> bool {
-    command
-        .split(' ')
-        .next()
-        .is_some_and(|program| program.ends_with("/containerd"))
+    command.split(' ').next().is_some_and(|program| program.ends_with("/containerd"))
 }
 
 /// Waits until nothing is left beyond `before`; returns what still is at the deadline.
@@ -114,12 +108,8 @@ pub fn processes(holder: u32) -> Vec<u32> {
 
 fn levels(pid: u32) -> Option<Vec<u32>> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("NSpid:"))?;
-    line.split_whitespace()
-        .map(|pid| pid.parse().ok())
-        .collect()
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_whitespace().map(|pid| pid.parse().ok()).collect()
 }
 
 /// Whether `holder`'s namespace is among the ancestors: some parent lives directly in it.
@@ -136,12 +126,7 @@ fn descends(mut pid: u32, holder: u32) -> bool {
 
 fn parent(pid: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("PPid:"))?
-        .trim()
-        .parse()
-        .ok()
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
 /// A process's command line.
@@ -157,11 +142,7 @@ fn names(folder: &Path) -> Vec<String> {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            found.extend(
-                names(&entry.path())
-                    .into_iter()
-                    .map(|below| format!("{name}/{below}")),
-            );
+            found.extend(names(&entry.path()).into_iter().map(|below| format!("{name}/{below}")));
         }
         found.push(name);
     }

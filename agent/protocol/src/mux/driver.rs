@@ -87,11 +87,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         let data = buffer.filled();
         if data.is_empty() {
             let inside = self.parser.header_length > 0 || self.parser.payload > 0;
-            return Poll::Ready(Err(if inside {
-                MuxError::Truncated
-            } else {
-                MuxError::Closed
-            }));
+            return Poll::Ready(Err(if inside { MuxError::Truncated } else { MuxError::Closed }));
         }
         self.parser.take(data, &self.shared)?;
         Poll::Ready(Ok(()))
@@ -115,10 +111,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
 }
 
 fn gone(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-    )
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 impl Parser {
@@ -165,8 +158,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
 
 impl<T> Drop for Driver<T> {
     fn drop(&mut self) {
-        self.shared
-            .lock()
-            .lose("this side stopped serving it".to_owned());
+        self.shared.lock().lose("this side stopped serving it".to_owned());
     }
 }

@@ -35,17 +35,8 @@ pub(super) struct Stream {
 impl Stream {
     pub(super) fn new(id: u32) -> Self {
         // The fixed streams need no grant first, so that the first call needs no extra round trip.
-        let first = if id < STREAM_FIRST_STDIO {
-            FIRST_WINDOW
-        } else {
-            0
-        };
-        Self {
-            window: FIRST_WINDOW,
-            allowance: first,
-            credit: first,
-            ..Self::default()
-        }
+        let first = if id < STREAM_FIRST_STDIO { FIRST_WINDOW } else { 0 };
+        Self { window: FIRST_WINDOW, allowance: first, credit: first, ..Self::default() }
     }
 
     pub(super) fn ended(id: u32) -> Self {

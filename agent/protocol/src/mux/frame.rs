@@ -73,17 +73,9 @@ impl Header {
             Kind::Start => length == 0 && stream == 0,
         };
         if fits {
-            Ok(Self {
-                stream,
-                kind,
-                length,
-            })
+            Ok(Self { stream, kind, length })
         } else {
-            Err(Violation::Length {
-                stream,
-                kind: kind.code(),
-                length,
-            })
+            Err(Violation::Length { stream, kind: kind.code(), length })
         }
     }
 }
@@ -102,10 +94,7 @@ impl Frame {
         if buffer.len() < HEADER + payload {
             buffer.resize(HEADER + payload, 0);
         }
-        Self {
-            buffer,
-            end: HEADER,
-        }
+        Self { buffer, end: HEADER }
     }
 
     pub(super) fn payload(&self) -> usize {
@@ -118,8 +107,7 @@ impl Frame {
         let end = self.end + taken;
         if self.buffer.len() < end {
             // Small writes come in rows: grow by doubling, not each time.
-            self.buffer
-                .resize(end.next_power_of_two().min(HEADER + PAYLOAD), 0);
+            self.buffer.resize(end.next_power_of_two().min(HEADER + PAYLOAD), 0);
         }
         self.buffer[self.end..end].copy_from_slice(&data[..taken]);
         self.end = end;
@@ -148,11 +136,7 @@ impl Frame {
     /// The finished bytes of the frame and how many of them count.
     pub(super) fn finish(mut self, stream: u32) -> (Vec<u8>, usize) {
         let length = self.payload() as u32;
-        let header = Header {
-            stream,
-            kind: Kind::Data,
-            length,
-        };
+        let header = Header { stream, kind: Kind::Data, length };
         self.buffer[..HEADER].copy_from_slice(&header.encode());
         (self.buffer, self.end)
     }
@@ -171,11 +155,7 @@ mod tests {
             (Kind::Fin, 0),
             (Kind::Stop, 0),
         ] {
-            let header = Header {
-                stream: 0xdead_beef,
-                kind,
-                length,
-            };
+            let header = Header { stream: 0xdead_beef, kind, length };
             assert_eq!(Header::decode(header.encode()).unwrap(), header);
         }
     }
@@ -190,11 +170,7 @@ mod tests {
             (1, Kind::Stop, 9),
             (1, Kind::Start, 0),
         ] {
-            let header = Header {
-                stream,
-                kind,
-                length,
-            };
+            let header = Header { stream, kind, length };
             assert!(Header::decode(header.encode()).is_err(), "{header:?}");
         }
         for kind in (0..=255_u8).filter(|kind| !(1..=5).contains(kind)) {

@@ -14,18 +14,10 @@ const MAX_CREDIT: u32 = 0x00ff_ffff;
 impl State {
     /// Takes the header of a frame from the peer.
     pub(super) fn header(&mut self, header: Header) -> Result<(), Violation> {
-        let Header {
-            stream: id,
-            kind,
-            length,
-        } = header;
+        let Header { stream: id, kind, length } = header;
         let first = !std::mem::replace(&mut self.heard, true);
         if kind == Kind::Start {
-            return if first && !self.connecting {
-                Ok(())
-            } else {
-                self.restart()
-            };
+            return if first && !self.connecting { Ok(()) } else { self.restart() };
         }
         if !self.streams.contains_key(&id) && self.streams.len() >= MAX_STREAMS {
             return Err(Violation::TooManyStreams { stream: id });
@@ -34,54 +26,34 @@ impl State {
         match kind {
             Kind::Data => {
                 if stream.fin_received {
-                    return Err(Violation::AfterEnd {
-                        stream: id,
-                        what: "data",
-                    });
+                    return Err(Violation::AfterEnd { stream: id, what: "data" });
                 }
                 if length > stream.allowance {
                     let window = stream.allowance;
-                    return Err(Violation::Window {
-                        stream: id,
-                        length,
-                        window,
-                    });
+                    return Err(Violation::Window { stream: id, length, window });
                 }
                 stream.allowance -= length;
             }
             Kind::Credit => {
                 if stream.stop_received {
-                    return Err(Violation::AfterEnd {
-                        stream: id,
-                        what: "credit",
-                    });
+                    return Err(Violation::AfterEnd { stream: id, what: "credit" });
                 }
                 if stream.credit + length > MAX_CREDIT {
-                    return Err(Violation::Credit {
-                        stream: id,
-                        credit: stream.credit,
-                        length,
-                    });
+                    return Err(Violation::Credit { stream: id, credit: stream.credit, length });
                 }
                 stream.credit += length;
                 stream.wake_writer();
             }
             Kind::Fin => {
                 if std::mem::replace(&mut stream.fin_received, true) {
-                    return Err(Violation::AfterEnd {
-                        stream: id,
-                        what: "end of data",
-                    });
+                    return Err(Violation::AfterEnd { stream: id, what: "end of data" });
                 }
                 stream.wake_reader();
                 self.ended_by_peer(id);
             }
             Kind::Stop => {
                 if std::mem::replace(&mut stream.stop_received, true) {
-                    return Err(Violation::AfterEnd {
-                        stream: id,
-                        what: "end of reading",
-                    });
+                    return Err(Violation::AfterEnd { stream: id, what: "end of reading" });
                 }
                 stream.queue.clear();
                 stream.queued = 0;
@@ -134,22 +106,13 @@ impl State {
         self.bulk.clear();
         self.ended.clear();
         self.pool_used = 0;
-        self.streams
-            .retain(|_, stream| stream.opened && !stream.dropped);
+        self.streams.retain(|_, stream| stream.opened && !stream.dropped);
         for (id, stream) in &mut self.streams {
             stream.wake_reader();
             stream.wake_writer();
             let fixed = *id < STREAM_FIRST_STDIO;
-            let anew = if fixed {
-                Stream::new(*id)
-            } else {
-                Stream::ended(*id)
-            };
-            *stream = Stream {
-                opened: true,
-                held: stream.held,
-                ..anew
-            };
+            let anew = if fixed { Stream::new(*id) } else { Stream::ended(*id) };
+            *stream = Stream { opened: true, held: stream.held, ..anew };
         }
         Ok(())
     }

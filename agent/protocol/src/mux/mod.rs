@@ -70,26 +70,15 @@ pub enum Violation {
     Length { stream: u32, kind: u8, length: u32 },
     /// More data than was granted.
     #[error("{length} bytes on stream {stream}, of which {window} were granted")]
-    Window {
-        stream: u32,
-        length: u32,
-        window: u32,
-    },
+    Window { stream: u32, length: u32, window: u32 },
     /// More credit than can be counted.
     #[error("credit of {length} on stream {stream}, which has {credit}, is more than can be")]
-    Credit {
-        stream: u32,
-        credit: u32,
-        length: u32,
-    },
+    Credit { stream: u32, credit: u32, length: u32 },
     /// A frame after the one that said there would be none.
     #[error("{what} on stream {stream} after its end")]
     AfterEnd { stream: u32, what: &'static str },
     /// More streams than the limit.
-    #[error(
-        "stream {stream} would be one more than {}",
-        crate::limits::MAX_STREAMS
-    )]
+    #[error("stream {stream} would be one more than {}", crate::limits::MAX_STREAMS)]
     TooManyStreams { stream: u32 },
     /// A start frame where none may be.
     #[error("start frame to the connecting side, or while data was under way")]
@@ -104,10 +93,7 @@ pub enum OpenError {
     #[error("channel stream {stream} is in use")]
     InUse { stream: u32 },
     /// There are too many.
-    #[error(
-        "channel stream {stream} would be one more than {}",
-        crate::limits::MAX_STREAMS
-    )]
+    #[error("channel stream {stream} would be one more than {}", crate::limits::MAX_STREAMS)]
     TooMany { stream: u32 },
     /// The channel is gone.
     #[error("channel stream {stream} cannot be opened, the channel is lost: {reason}")]
@@ -151,12 +137,7 @@ impl Mux {
 
     fn with<T: AsyncRead + AsyncWrite + Unpin>(io: T, state: State) -> (Self, Driver<T>) {
         let shared = Shared(Arc::new(Mutex::new(state)));
-        (
-            Self {
-                shared: shared.clone(),
-            },
-            Driver::new(io, shared),
-        )
+        (Self { shared: shared.clone() }, Driver::new(io, shared))
     }
 
     /// Opens this end of a stream. A number is used once in a channel's life.

@@ -46,11 +46,7 @@ pub(super) struct State {
 impl State {
     /// The side that connects says so with its first frame.
     pub(super) fn connecting() -> Self {
-        Self {
-            connecting: true,
-            start: true,
-            ..Self::default()
-        }
+        Self { connecting: true, start: true, ..Self::default() }
     }
 
     pub(super) fn wake_driver(&mut self) {
@@ -65,10 +61,7 @@ impl State {
 
     pub(super) fn open(&mut self, id: u32) -> Result<(), OpenError> {
         if let Some(reason) = &self.lost {
-            return Err(OpenError::Lost {
-                stream: id,
-                reason: reason.clone(),
-            });
+            return Err(OpenError::Lost { stream: id, reason: reason.clone() });
         }
         if let Some(at) = self.ended.iter().position(|ended| *ended == id) {
             self.ended.remove(at);
@@ -146,11 +139,7 @@ impl State {
         while !rest.is_empty() {
             // A small frame gets a buffer of its size, a full one a buffer that was used before.
             let size = rest.len().min(PAYLOAD);
-            let buffer = if size == PAYLOAD {
-                self.spare.pop()
-            } else {
-                None
-            };
+            let buffer = if size == PAYLOAD { self.spare.pop() } else { None };
             let mut frame = Frame::new(buffer.unwrap_or_default(), size);
             rest = &rest[frame.append(rest)..];
             stream.queue.push_back(frame);
@@ -174,10 +163,7 @@ impl State {
         let last = stream.queue.pop_back();
         let (mut frame, full) = match last {
             Some(last) if last.payload() <= PAYLOAD - JOIN => (last.widened(), None),
-            full => (
-                Frame::new(self.spare.pop().unwrap_or_default(), PAYLOAD),
-                full,
-            ),
+            full => (Frame::new(self.spare.pop().unwrap_or_default(), PAYLOAD), full),
         };
         stream.queue.extend(full);
         let before = frame.payload();
@@ -211,10 +197,7 @@ impl State {
     /// All that was written has left this process.
     pub(super) fn flushed(&self, id: u32) -> bool {
         self.in_flight != Some(id)
-            && self
-                .streams
-                .get(&id)
-                .is_none_or(|stream| stream.queue.is_empty())
+            && self.streams.get(&id).is_none_or(|stream| stream.queue.is_empty())
     }
 
     /// The reader has used up so many bytes: grants the peer more once half the window is free.
@@ -272,11 +255,7 @@ impl State {
             };
             stream.queued -= frame.payload();
             if !stream.queue.is_empty() {
-                if urgent {
-                    self.urgent.push_back(id)
-                } else {
-                    self.bulk.push_back(id)
-                }
+                if urgent { self.urgent.push_back(id) } else { self.bulk.push_back(id) }
             } else if stream.fin_wanted {
                 self.control.push(id);
             }
@@ -295,10 +274,7 @@ impl State {
     }
 
     fn sent(&mut self) {
-        if let Some(stream) = self
-            .in_flight
-            .take()
-            .and_then(|id| self.streams.get_mut(&id))
+        if let Some(stream) = self.in_flight.take().and_then(|id| self.streams.get_mut(&id))
             && stream.queue.is_empty()
         {
             stream.wake_writer();
@@ -308,14 +284,7 @@ impl State {
     fn control_frames(&mut self) -> Vec<u8> {
         let mut frames = Vec::new();
         let mut push = |stream, kind, length| {
-            frames.extend_from_slice(
-                &Header {
-                    stream,
-                    kind,
-                    length,
-                }
-                .encode(),
-            );
+            frames.extend_from_slice(&Header { stream, kind, length }.encode());
         };
         if std::mem::take(&mut self.start) {
             push(0, Kind::Start, 0);

@@ -26,12 +26,7 @@ pub struct MuxStream {
 
 impl MuxStream {
     pub(super) fn new(id: u32, shared: Shared) -> Self {
-        Self {
-            id,
-            shared,
-            held: Vec::new(),
-            used: 0,
-        }
+        Self { id, shared, held: Vec::new(), used: 0 }
     }
 
     /// The stream's number.
@@ -84,10 +79,7 @@ impl MuxStream {
 }
 
 fn broken(id: u32) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::BrokenPipe,
-        format!("channel stream {id} takes no more data"),
-    )
+    io::Error::new(io::ErrorKind::BrokenPipe, format!("channel stream {id} takes no more data"))
 }
 
 impl AsyncBufRead for MuxStream {

@@ -15,12 +15,7 @@ fn pair() -> (Mux, Mux, Running, Running) {
     let (a, b) = duplex(7001);
     let (host, host_driver) = Mux::connect(a);
     let (guest, guest_driver) = Mux::new(b);
-    (
-        host,
-        guest,
-        tokio::spawn(host_driver),
-        tokio::spawn(guest_driver),
-    )
+    (host, guest, tokio::spawn(host_driver), tokio::spawn(guest_driver))
 }
 
 async fn soon<T>(future: impl Future<Output = T>) -> T {
@@ -65,11 +60,7 @@ async fn streams_do_not_mix() {
         tasks.push(tokio::spawn(async move {
             let mut got = Vec::new();
             near.read_to_end(&mut got).await.unwrap();
-            assert!(
-                got == expected,
-                "stream {id}: {} of {length} bytes",
-                got.len()
-            );
+            assert!(got == expected, "stream {id}: {} of {length} bytes", got.len());
             near.write_all(b"thanks").await.unwrap();
         }));
     }
@@ -86,10 +77,7 @@ async fn a_stalled_reader_stops_its_writer_and_nobody_else() {
     let mut total = 0;
     while let Ok(done) = timeout(Duration::from_millis(100), writer.write(&block)).await {
         total += done.unwrap();
-        assert!(
-            total <= SEND_QUEUE + FIRST_WINDOW as usize,
-            "no back-pressure"
-        );
+        assert!(total <= SEND_QUEUE + FIRST_WINDOW as usize, "no back-pressure");
     }
     assert_eq!(total, FIRST_WINDOW as usize);
     let (mut near, mut far) = (host.open(17).unwrap(), guest.open(17).unwrap());
@@ -142,9 +130,7 @@ async fn a_stream_may_be_used_before_the_peer_opens_it() {
     let mut served = guest.open(0).unwrap();
     soon(served.read_u8()).await.unwrap();
     let mut got = String::new();
-    soon(guest.open(16).unwrap().read_to_string(&mut got))
-        .await
-        .unwrap();
+    soon(guest.open(16).unwrap().read_to_string(&mut got)).await.unwrap();
     assert_eq!(got, "early");
     soon(writer).await.unwrap();
 }
@@ -174,11 +160,7 @@ async fn fixed_streams_overtake_bulk() {
     let mut state = State::default();
     for id in [16, 17, 0] {
         state.open(id).unwrap();
-        let credit = Header {
-            stream: id,
-            kind: Kind::Credit,
-            length: 500_000,
-        };
+        let credit = Header { stream: id, kind: Kind::Credit, length: 500_000 };
         state.header(credit).unwrap();
         state.write(id, &vec![0; 100_000]);
     }
@@ -201,14 +183,8 @@ async fn the_loss_of_the_channel_reaches_everybody() {
     b.abort();
     assert!(matches!(soon(a).await.unwrap(), Err(MuxError::Closed)));
     assert_eq!(soon(near.read(&mut got)).await.unwrap(), 0);
-    assert_eq!(
-        soon(near.write(b"x")).await.unwrap_err().kind(),
-        io::ErrorKind::BrokenPipe
-    );
-    assert_eq!(
-        soon(far.write(b"x")).await.unwrap_err().kind(),
-        io::ErrorKind::BrokenPipe
-    );
+    assert_eq!(soon(near.write(b"x")).await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    assert_eq!(soon(far.write(b"x")).await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     let error = host.open(17).unwrap_err().to_string();
     assert!(error.contains("the peer closed the channel"), "{error}");
 }
@@ -217,10 +193,7 @@ async fn the_loss_of_the_channel_reaches_everybody() {
 async fn numbers_are_taken_once() {
     let (host, _guest, _a, _b) = pair();
     let _near = host.open(16).unwrap();
-    assert!(matches!(
-        host.open(16),
-        Err(OpenError::InUse { stream: 16 })
-    ));
+    assert!(matches!(host.open(16), Err(OpenError::InUse { stream: 16 })));
 }
 
 #[tokio::test]
@@ -295,48 +268,21 @@ async fn hostile(frames: &[(Header, usize)]) -> MuxError {
 
 #[tokio::test]
 async fn hostile_frames_end_the_channel_and_are_named() {
-    let frame = |stream, kind, length| Header {
-        stream,
-        kind,
-        length,
-    };
+    let frame = |stream, kind, length| Header { stream, kind, length };
     let data = |stream, length: u32| (frame(stream, Kind::Data, length), length as usize);
     let window = FIRST_WINDOW;
     let cases = [
-        (
-            vec![data(16, window), data(16, 1)],
-            "1 bytes on stream 16, of which 0 were granted",
-        ),
-        (
-            vec![data(99, 1)],
-            "1 bytes on stream 99, of which 0 were granted",
-        ),
+        (vec![data(16, window), data(16, 1)], "1 bytes on stream 16, of which 0 were granted"),
+        (vec![data(99, 1)], "1 bytes on stream 99, of which 0 were granted"),
         (vec![data(0, window), data(0, 1)], "stream 0"),
-        (
-            vec![(frame(16, Kind::Credit, 0xff_ffff), 0); 2],
-            "credit of 16777215 on stream 16",
-        ),
-        (
-            vec![(frame(16, Kind::Fin, 0), 0), data(16, 1)],
-            "data on stream 16 after its end",
-        ),
-        (
-            vec![(frame(16, Kind::Fin, 0), 0); 2],
-            "end of data on stream 16 after its end",
-        ),
-        (
-            vec![(frame(16, Kind::Stop, 0), 0); 2],
-            "end of reading on stream 16 after its end",
-        ),
+        (vec![(frame(16, Kind::Credit, 0xff_ffff), 0); 2], "credit of 16777215 on stream 16"),
+        (vec![(frame(16, Kind::Fin, 0), 0), data(16, 1)], "data on stream 16 after its end"),
+        (vec![(frame(16, Kind::Fin, 0), 0); 2], "end of data on stream 16 after its end"),
+        (vec![(frame(16, Kind::Stop, 0), 0); 2], "end of reading on stream 16 after its end"),
         (vec![(frame(0, Kind::Start, 0), 0)], "start frame"),
+        (vec![(frame(16, Kind::Data, MAX_FRAME as u32 + 1), 0)], "length 65537"),
         (
-            vec![(frame(16, Kind::Data, MAX_FRAME as u32 + 1), 0)],
-            "length 65537",
-        ),
-        (
-            (100..101 + MAX_STREAMS as u32)
-                .map(|id| (frame(id, Kind::Credit, 1), 0))
-                .collect(),
+            (100..101 + MAX_STREAMS as u32).map(|id| (frame(id, Kind::Credit, 1), 0)).collect(),
             "one more than 2048",
         ),
     ];
@@ -386,23 +332,13 @@ async fn windows_beyond_the_first_share_one_pool() {
             let mut rest = allowed;
             while rest > 0 {
                 let length = rest.min(MAX_FRAME as u32);
-                state
-                    .header(Header {
-                        stream: id,
-                        kind: Kind::Data,
-                        length,
-                    })
-                    .unwrap();
+                state.header(Header { stream: id, kind: Kind::Data, length }).unwrap();
                 rest -= length;
             }
             state.consumed(id, allowed);
         }
     }
-    assert!(
-        state.pool_used <= crate::limits::WINDOW_POOL,
-        "{}",
-        state.pool_used
-    );
+    assert!(state.pool_used <= crate::limits::WINDOW_POOL, "{}", state.pool_used);
     for id in 16..16 + 40 {
         state.close(id);
     }

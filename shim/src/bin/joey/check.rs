@@ -105,12 +105,9 @@ fn findings(config: &Config) -> Result<Vec<Finding>> {
 fn ebpf(config: &Config) -> Finding {
     match joey_ebpf::loader::load(&config.bpf_dir) {
         Ok(path) => finding("eBPF wire", Level::Ok, path.display(), ""),
-        Err(error) => finding(
-            "eBPF wire",
-            Level::Missing,
-            error,
-            "mount -t bpf bpf /sys/fs/bpf, as root",
-        ),
+        Err(error) => {
+            finding("eBPF wire", Level::Missing, error, "mount -t bpf bpf /sys/fs/bpf, as root")
+        }
     }
 }
 

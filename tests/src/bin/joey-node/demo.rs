@@ -26,20 +26,14 @@ pub fn run(node: &Node) -> Result<()> {
 fn live(node: &Node, shown: bool) -> Result<()> {
     let step = |name: &str, start: Instant| {
         if shown {
-            println!(
-                "  {name:<24} {:>7.1} ms",
-                start.elapsed().as_secs_f64() * 1000.0
-            );
+            println!("  {name:<24} {:>7.1} ms", start.elapsed().as_secs_f64() * 1000.0);
         }
     };
     let start = Instant::now();
     let pod = Pod::run(node, "joey", "demo")?;
     step("RunPodSandbox", start);
     let mut config = pod::container("nginx", &[]);
-    config.image = Some(ImageSpec {
-        image: image::NGINX.into(),
-        ..ImageSpec::default()
-    });
+    config.image = Some(ImageSpec { image: image::NGINX.into(), ..ImageSpec::default() });
     let start = Instant::now();
     let container = pod.create(&config)?;
     step("CreateContainer", start);
@@ -53,17 +47,10 @@ fn live(node: &Node, shown: bool) -> Result<()> {
     if shown {
         let page = answer.lines().last().unwrap_or_default();
         println!("  the pod at {address} says: {page}");
-        let kernel = container
-            .exec(&["/usr/bin/busybox", "uname", "-r"])
-            .map(|output| output.text());
-        println!(
-            "  its kernel: {}",
-            kernel.unwrap_or_else(|error| format!("{error:#}"))
-        );
-        println!(
-            "timeline, measured inside (joey inspect {}):",
-            &pod.id[..12]
-        );
+        let kernel =
+            container.exec(&["/usr/bin/busybox", "uname", "-r"]).map(|output| output.text());
+        println!("  its kernel: {}", kernel.unwrap_or_else(|error| format!("{error:#}")));
+        println!("timeline, measured inside (joey inspect {}):", &pod.id[..12]);
         println!("{}", node.joey(&["inspect", &pod.id])?);
     }
     pod.remove()
