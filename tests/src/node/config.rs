@@ -89,13 +89,15 @@ fn runtimes(section: &str, version: Version, dir: &str) -> String {
     let joey = |name: &str, more: &str| {
         format!(
             "[{section}.{name}]\nruntime_type = \"io.containerd.joey.v2\"\nruntime_path = \"{}\"\n\
-             pod_annotations = [\"io.joey.*\"]\n{more}\
-             [{section}.{name}.options]\nConfigPath = \"{dir}/joey.toml\"\n",
+             pod_annotations = [\"io.joey.*\"]\n{more}",
             shim.display()
         )
     };
+    // With a sandboxer of its own containerd 2.1 takes every runtime's options for runc's: there the
+    // configuration comes by JOEY_CONFIG alone.
+    let options = format!("[{section}.joey.options]\nConfigPath = \"{dir}/joey.toml\"\n");
     let mut text = format!("[{section}.runc]\nruntime_type = \"io.containerd.runc.v2\"\n");
-    text += &joey("joey", "");
+    text += &joey("joey", &options);
     if version == Version::V2_1 {
         text += &joey("joey-sandboxed", "sandboxer = \"shim\"\n");
     }
