@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -366,7 +366,11 @@ impl<'a> TemplateStore<'a> {
         };
         let launch = prepare(self.config, self, Mode::Build, spec, &paths, None)?;
         let vm = QemuVm::start(launch, &mut Phases::new()).await?;
-        let greeting = greet(&vm);
+        let channel = vm.take_channel()?;
+        // Open until the state is saved: a guest that saw its host go would end in every clone.
+        let _connected =
+            channel.as_fd().try_clone_to_owned().map_err(VmmError::io("keeping the channel"))?;
+        let greeting = greet(channel);
         let answered = tokio::select! {
             answered = greeting => answered,
             how = vm.exited() => Err(format!("the VMM ended: {how}")),
@@ -446,8 +450,7 @@ impl Template {
 }
 
 /// Waits until the agent answers and the guest is at rest.
-async fn greet(vm: &QemuVm) -> Result<(), String> {
-    let channel = vm.take_channel().map_err(|error| error.to_string())?;
+async fn greet(channel: tokio::net::UnixStream) -> Result<(), String> {
     let (mux, driver) = Mux::connect(channel);
     let calls = mux.open(limits::STREAM_RPC).map_err(|error| error.to_string())?;
     let socket = ttrpc::r#async::transport::Socket::new(calls);
