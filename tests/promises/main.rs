@@ -31,6 +31,8 @@ use crate::context::{Context, Skip, Test};
 
 /// No test may take longer; the whole run ends if one does, since its thread cannot be ended.
 const TEST_LIMIT: Duration = Duration::from_secs(300);
+/// Promises that Joey does not keep yet, and why: shown as skipped with every run.
+const PENDING: &[(&str, &str)] = &[];
 /// How long a removed pod may take to disappear entirely.
 const SETTLE: Duration = Duration::from_secs(5);
 
@@ -122,31 +124,58 @@ fn run_all(node: &Node, handler: &str, chosen: &[Test], tally: &mut Tally) -> Re
     println!("{} first pod: {:.1?}", node.version.name(), started.elapsed());
     for test in chosen {
         let label = format!("{} {handler} {}", node.version.name(), test.name);
-        let started = Instant::now();
-        let before = node.traces();
-        let outcome = watched(&label, || (test.run)(&Context { node, handler }));
-        let left = traces::settle(SETTLE, &before, || node.traces());
-        let time = started.elapsed();
+        let pending = PENDING.iter().find(|(name, _)| *name == test.name);
+        if let Some((_, reason)) = pending.filter(|_| handler.starts_with("joey")) {
+            println!("SKIPPED {label}: not kept yet: {reason}");
+            tally.skipped += 1;
+            continue;
+        }
+        let mut outcome = once(node, handler, test, &label);
+        if let Outcome::Failed(error) = &outcome {
+            // On a busy machine a deadline may pass; what fails twice is broken. Both are shown.
+            println!("AGAIN   {label}: {error}");
+            outcome = once(node, handler, test, &label);
+        }
         match outcome {
-            Err(error) if error.is::<Skip>() => {
-                println!("SKIPPED {label}: {error}");
-                tally.skipped += 1;
-            }
-            Err(error) => {
-                println!("FAILED  {label} ({time:.1?}): {error:#}");
+            Outcome::Passed => tally.passed += 1,
+            Outcome::Skipped => tally.skipped += 1,
+            Outcome::Failed(error) => {
+                println!("FAILED  {label}: {error}");
                 tally.failed.push(label);
-            }
-            Ok(()) if !left.is_empty() => {
-                println!("FAILED  {label} ({time:.1?}): left behind:\n  {}", left.join("\n  "));
-                tally.failed.push(label);
-            }
-            Ok(()) => {
-                println!("passed  {label} ({time:.1?})");
-                tally.passed += 1;
             }
         }
     }
     Ok(())
+}
+
+/// How a test ended.
+enum Outcome {
+    Passed,
+    Skipped,
+    Failed(String),
+}
+
+/// Runs a test and looks for what it left behind; says how it went unless it failed.
+fn once(node: &Node, handler: &str, test: &Test, label: &str) -> Outcome {
+    let started = Instant::now();
+    let before = node.traces();
+    let outcome = watched(label, || (test.run)(&Context { node, handler }));
+    let left = traces::settle(SETTLE, &before, || node.traces());
+    let time = started.elapsed();
+    match outcome {
+        Err(error) if error.is::<Skip>() => {
+            println!("SKIPPED {label}: {error}");
+            Outcome::Skipped
+        }
+        Err(error) => Outcome::Failed(format!("({time:.1?}) {error:#}")),
+        Ok(()) if !left.is_empty() => {
+            Outcome::Failed(format!("({time:.1?}) left behind:\n  {}", left.join("\n  ")))
+        }
+        Ok(()) => {
+            println!("passed  {label} ({time:.1?})");
+            Outcome::Passed
+        }
+    }
 }
 
 /// Runs the test while another thread watches the clock.

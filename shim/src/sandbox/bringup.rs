@@ -32,6 +32,8 @@ use crate::vmm::{self, Vm, VmSpec};
 pub(super) struct Wanted {
     /// The pod's network namespace.
     pub(super) netns: Option<PathBuf>,
+    /// Whether the pod asks for the host's network: CRI then names no network namespace at all.
+    pub(super) host_network: bool,
     /// Host name.
     pub(super) hostname: String,
     /// OCI's `cgroupsPath`.
@@ -51,8 +53,11 @@ impl Wanted {
             let network = all.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?;
             network.path().clone()
         });
+        let isolated = namespaces
+            .is_some_and(|all| all.iter().any(|n| n.typ() == LinuxNamespaceType::Network));
         Self {
             netns,
+            host_network: !isolated,
             hostname: spec.hostname().clone().unwrap_or_default(),
             cgroups_path: linux
                 .and_then(|linux| linux.cgroups_path().as_ref())
@@ -151,8 +156,9 @@ impl Handle {
         let refuse =
             |error: &dyn std::fmt::Display| SandboxError::Refused(format!("sandbox {id}: {error}"));
         let sizing = sizing::size(config, &wanted.annotations).map_err(|error| refuse(&error))?;
+        let on_host = wanted.netns.as_deref().is_some_and(net::is_host_netns);
         let netns = match &wanted.netns {
-            Some(path) if net::is_host_netns(path) => {
+            _ if on_host || wanted.host_network => {
                 return Err(refuse(
                     &"host network (hostNetwork: true) is not supported: the pod's \
                     network is its virtual machine's own",

@@ -187,6 +187,8 @@ impl Handle {
         };
         self.bring_up(Wanted {
             netns: request.netns,
+            // Refused where CRI's configuration is decoded.
+            host_network: false,
             hostname: request.hostname,
             cgroups_path,
             sysctls: request.sysctls,
