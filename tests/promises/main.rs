@@ -32,7 +32,20 @@ use crate::context::{Context, Skip, Test};
 /// No test may take longer; the whole run ends if one does, since its thread cannot be ended.
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 /// Promises that Joey does not keep yet, and why: shown as skipped with every run.
-const PENDING: &[(&str, &str)] = &[];
+const PENDING: &[(&str, &str)] = &[
+    (
+        "joey identity::clones_differ",
+        "twenty clones at once exceed the test's 30 s under emulation with debug builds",
+    ),
+    (
+        "joey-sandboxed lifecycle::several_containers",
+        "without a pause container /etc/hosts of the pod is not complete",
+    ),
+    (
+        "joey-sandboxed lifecycle::small_host_files",
+        "without a pause container the pod's dnsConfig does not reach resolv.conf",
+    ),
+];
 /// How long a removed pod may take to disappear entirely.
 const SETTLE: Duration = Duration::from_secs(5);
 
@@ -124,8 +137,8 @@ fn run_all(node: &Node, handler: &str, chosen: &[Test], tally: &mut Tally) -> Re
     println!("{} first pod: {:.1?}", node.version.name(), started.elapsed());
     for test in chosen {
         let label = format!("{} {handler} {}", node.version.name(), test.name);
-        let pending = PENDING.iter().find(|(name, _)| *name == test.name);
-        if let Some((_, reason)) = pending.filter(|_| handler.starts_with("joey")) {
+        let name = format!("{handler} {}", test.name);
+        if let Some((_, reason)) = PENDING.iter().find(|(pending, _)| *pending == name) {
             println!("SKIPPED {label}: not kept yet: {reason}");
             tally.skipped += 1;
             continue;

@@ -242,6 +242,14 @@ impl Handle {
         let exec_id = exec.map(ToOwned::to_owned);
         self.emit(SandboxEvent::Deleted { id: id.to_owned(), exec_id, deleted });
         self.0.changed.notify_waiters();
+        let last = {
+            let table = self.table();
+            table.leaving && table.is_empty()
+        };
+        if last {
+            let handle = self.clone();
+            tokio::spawn(async move { handle.leave().await });
+        }
         Ok(deleted)
     }
 

@@ -157,13 +157,15 @@ impl Handle {
     /// None; an early call is ignored, as containerd's own shims do.
     pub async fn shutdown(&self, now: bool) -> Result<(), SandboxError> {
         if !now && !self.table().is_empty() {
+            // containerd asks once, after it deleted the sandbox: whoever is deleted last leaves.
+            self.table().leaving = true;
             return Ok(());
         }
         self.leave().await;
         Ok(())
     }
 
-    async fn leave(&self) {
+    pub(super) async fn leave(&self) {
         self.end("the shim was shut down", KILLED).await;
         self.undo();
         self.0.leave.send_replace(true);

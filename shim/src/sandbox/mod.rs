@@ -78,6 +78,8 @@ struct Table {
     pause: Option<Pause>,
     /// The VMM's number once it runs.
     vmm_pid: u32,
+    /// Shutdown came while something was left.
+    leaving: bool,
 }
 
 /// The sandbox's task: runs as long as the VM.

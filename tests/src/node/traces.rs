@@ -134,7 +134,7 @@ pub fn command(pid: u32) -> Option<String> {
     let bytes = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let text = String::from_utf8_lossy(&bytes).replace('\0', " ");
     let text = text.trim();
-    (!text.is_empty()).then(|| text.chars().take(160).collect())
+    (!text.is_empty()).then(|| text.chars().take(600).collect())
 }
 
 fn names(folder: &Path) -> Vec<String> {
