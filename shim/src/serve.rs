@@ -106,6 +106,10 @@ pub fn delete(config: &Config, invocation: &Invocation) -> Result<Vec<u8>> {
             teardown::undo(&config.run_dir, &record)?;
         }
     }
+    if id == sandbox {
+        // A shim that was killed before its first record has a socket all the same.
+        let _ = std::fs::remove_file(invocation.socket_path());
+    }
     let response = DeleteResponse {
         pid: 0,
         exit_status: KILLED,
