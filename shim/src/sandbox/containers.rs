@@ -15,7 +15,7 @@ use oci_spec::runtime::Spec;
 use super::plan::{self, Plan};
 use super::state::{self, Operation, Process, Status};
 use super::{CreateTask, Deleted, Guest, Handle, SandboxError, SandboxEvent, StdioPaths};
-use crate::stdio::{Copies, Request, StdinEnd, Stdio};
+use crate::stdio::{Copies, Stdio};
 use crate::{rootfs, volumes};
 
 /// A container of the pod.
@@ -124,17 +124,7 @@ impl Handle {
         let config = &self.0.config;
         let start = Instant::now();
         let mut plan = self.plan(id, spec)?;
-        let stdio = Stdio::open(Request {
-            namespace: &self.0.boot.namespace,
-            container: id,
-            stdin: &task.stdio.stdin,
-            stdout: &task.stdio.stdout,
-            stderr: &task.stdio.stderr,
-            terminal: task.stdio.terminal,
-            stdin_end: StdinEnd::CloseIo,
-        })
-        .await
-        .map_err(|error| SandboxError::Refused(format!("container {id}: {error}")))?;
+        let stdio = self.open_stdio(id, &format!("container {id}"), &task.stdio).await?;
         let images = rootfs::prepare(id, &task.rootfs, config)
             .await
             .map_err(|error| SandboxError::host(id, "prepare the root file system", error))?;

@@ -7,7 +7,7 @@ use joey_protocol::ids::ExecId;
 
 use super::containers::Exec;
 use super::state::{self, Exit, Operation, Process, Status};
-use super::{ExecTask, Handle, ProcessState, SandboxError, SandboxEvent};
+use super::{ExecTask, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths};
 use crate::guest::GuestError;
 use crate::stdio::{Request, StdinEnd, Stdio};
 
@@ -98,6 +98,26 @@ impl Handle {
         self.emit(SandboxEvent::Exited { id: id.to_owned(), exec_id, pid, exit });
     }
 
+    /// Opens the stdio of a process of container `id`; `what` names the process in an error.
+    pub(super) async fn open_stdio(
+        &self,
+        id: &str,
+        what: &str,
+        paths: &StdioPaths,
+    ) -> Result<Stdio, SandboxError> {
+        Stdio::open(Request {
+            namespace: &self.0.boot.namespace,
+            container: id,
+            stdin: &paths.stdin,
+            stdout: &paths.stdout,
+            stderr: &paths.stderr,
+            terminal: paths.terminal,
+            stdin_end: StdinEnd::CloseIo,
+        })
+        .await
+        .map_err(|error| SandboxError::Refused(format!("{what}: {error}")))
+    }
+
     /// Adds a process to a running container.
     ///
     /// # Errors
@@ -106,17 +126,7 @@ impl Handle {
         ExecId::new(&task.exec_id)?;
         let (id, exec_id) = (task.id.as_str(), task.exec_id.as_str());
         self.check(id, None, Operation::Exec)?;
-        let stdio = Stdio::open(Request {
-            namespace: &self.0.boot.namespace,
-            container: id,
-            stdin: &task.stdio.stdin,
-            stdout: &task.stdio.stdout,
-            stderr: &task.stdio.stderr,
-            terminal: task.stdio.terminal,
-            stdin_end: StdinEnd::CloseIo,
-        })
-        .await
-        .map_err(|error| SandboxError::Refused(format!("exec {id}/{exec_id}: {error}")))?;
+        let stdio = self.open_stdio(id, &format!("exec {id}/{exec_id}"), &task.stdio).await?;
         let guest = self.guest().await?;
         let (message, copies) = stdio
             .attach(|| guest.streams.open())
