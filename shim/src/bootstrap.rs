@@ -301,6 +301,7 @@ pub enum Start {
 pub fn start(invocation: &Invocation, run_dir: &Path) -> Result<Start, BootstrapError> {
     let socket = invocation.socket_path();
     let answer = invocation.answer(&socket, run_dir)?;
+    keep_address(&invocation.bundle, &socket)?;
     if UnixStream::connect(&socket).is_ok() {
         return Ok(Start::Running(answer));
     }
@@ -320,6 +321,16 @@ pub fn start(invocation: &Invocation, run_dir: &Path) -> Result<Start, Bootstrap
     }
     let listener = UnixListener::bind(&socket).map_err(io_error("bind socket", &socket))?;
     Ok(Start::Serve { listener, answer })
+}
+
+/// Writes the shim's address into the bundle, where containerd 1.7 looks for it when it is restarted.
+/// (2.x keeps an answer in a file of its own; an upgrade in between reads this one.)
+fn keep_address(bundle: &Path, socket: &Path) -> Result<(), BootstrapError> {
+    let path = bundle.join("address");
+    let draft = bundle.join(".address");
+    std::fs::write(&draft, format!("unix://{}", socket.display()))
+        .and_then(|()| std::fs::rename(&draft, &path))
+        .map_err(io_error("write", &path))
 }
 
 /// Prints an answer to containerd.

@@ -33,8 +33,6 @@ use crate::context::{Context, Skip, Test};
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 /// Promises that Joey does not keep yet, and why: shown as skipped with every run.
 const PENDING: &[(&str, &str)] = &[
-    ("1.7 joey restart::pods_survive", "containerd 1.7 takes the containers for ended"),
-    ("1.7 joey restart::exit_while_away_is_known", "containerd 1.7 takes the containers for ended"),
     (
         "joey identity::clones_differ",
         "twenty clones at once exceed the test's 30 s under emulation with debug builds",
