@@ -32,20 +32,10 @@ use crate::context::{Context, Skip, Test};
 /// No test may take longer; the whole run ends if one does, since its thread cannot be ended.
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 /// Promises that Joey does not keep yet, and why: shown as skipped with every run.
-const PENDING: &[(&str, &str)] = &[
-    (
-        "joey identity::clones_differ",
-        "twenty clones at once exceed the test's 30 s under emulation with debug builds",
-    ),
-    (
-        "joey-sandboxed lifecycle::several_containers",
-        "without a pause container /etc/hosts of the pod is not complete",
-    ),
-    (
-        "joey-sandboxed lifecycle::small_host_files",
-        "without a pause container the pod's dnsConfig does not reach resolv.conf",
-    ),
-];
+const PENDING: &[(&str, &str)] = &[(
+    "joey identity::clones_differ",
+    "twenty clones at once exceed the test's 30 s under emulation with debug builds",
+)];
 /// How long a removed pod may take to disappear entirely.
 const SETTLE: Duration = Duration::from_secs(5);
 

@@ -65,6 +65,13 @@ pub struct Volume {
     pub destination: PathBuf,
 }
 
+impl Volume {
+    /// How a mount of the guest's specification names it.
+    fn mount_source(&self) -> PathBuf {
+        PathBuf::from(format!("joey-volume:{}", self.id))
+    }
+}
+
 /// A file that is brought back to the host when the container ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WriteBack {
@@ -125,6 +132,7 @@ impl Plan {
         for mount in &mut mounts {
             plan.mount(mount, facts)?;
         }
+        mounts.extend(plan.pod_files(&mounts, facts));
         spec.set_mounts(Some(mounts));
         plan.spec = serde_json::to_vec(&spec)
             .map_err(|error| refuse("config.json", "", format!("cannot be encoded: {error}")))?;
@@ -136,6 +144,32 @@ impl Plan {
             ));
         }
         Ok(plan)
+    }
+
+    /// Mounts for the pod files that the specification leaves out: with the Sandbox API containerd
+    /// mounts only those it has made itself.
+    fn pod_files(&mut self, known: &[Mount], facts: &Facts<'_>) -> Vec<Mount> {
+        let missing = facts
+            .pod_files
+            .iter()
+            .filter(|(path, _)| known.iter().all(|mount| mount.destination() != Path::new(path)));
+        let mut mounts = Vec::new();
+        for (path, content) in missing {
+            let mut mount = Mount::default();
+            mount
+                .set_destination(PathBuf::from(path))
+                .set_typ(Some("bind".to_owned()))
+                .set_options(Some(vec!["bind".to_owned()]));
+            let volume = Volume {
+                id: volume_id(Path::new(path)),
+                source: Source::Inline(content.clone()),
+                destination: PathBuf::from(path),
+            };
+            mount.set_source(Some(volume.mount_source()));
+            self.volumes.push(volume);
+            mounts.push(mount);
+        }
+        mounts
     }
 
     fn mount(&mut self, mount: &mut Mount, facts: &Facts<'_>) -> Result<(), Refusal> {
@@ -151,19 +185,22 @@ impl Plan {
                 format!("propagation {shared:?} would reach out of the virtual machine"),
             ));
         }
+        let source = mount.source().clone().unwrap_or_default();
+        if destination == Path::new("/dev/shm") && is_pod_shm(&source) {
+            mount.set_source(Some(PathBuf::from("joey-shm:")));
+            if typ == "tmpfs" {
+                mount.set_typ(Some("bind".to_owned())).set_options(Some(vec!["rbind".to_owned()]));
+            }
+            return Ok(());
+        }
         if typ != "bind" && !has("bind") && !has("rbind") {
             if GUEST_TYPES.contains(&typ.as_str()) {
                 return Ok(());
             }
             return Err(refuse("mount", shown, format!("file system {typ:?} is not supported")));
         }
-        let source = mount.source().clone().unwrap_or_default();
-        if destination == Path::new("/dev/shm") && source.ends_with("shm") {
-            mount.set_source(Some(PathBuf::from("joey-shm:")));
-            return Ok(());
-        }
         let volume = self.volume(&source, &destination, has("ro"), facts)?;
-        mount.set_source(Some(PathBuf::from(format!("joey-volume:{}", volume.id))));
+        mount.set_source(Some(volume.mount_source()));
         if !self.volumes.iter().any(|known| known.id == volume.id) {
             self.volumes.push(volume);
         }
@@ -189,11 +226,10 @@ impl Plan {
         let host = || volume(source, Source::Host(source.to_owned()));
         match ((facts.look)(source), pod_file) {
             (Kind::File, Some(_)) => Ok(host()),
-            (Kind::Missing, Some(path)) => match facts.pod_files.get(path) {
-                Some(content) => Ok(volume(source, Source::Inline(content.clone()))),
-                None => no("its source does not exist on the host"),
-            },
-            (Kind::Missing, None) => no("its source does not exist on the host"),
+            (Kind::Missing, Some(path)) if facts.pod_files.contains_key(path) => {
+                Ok(volume(Path::new(path), Source::Inline(facts.pod_files[path].clone())))
+            }
+            (Kind::Missing, _) => no("its source does not exist on the host"),
             (Kind::File | Kind::Directory, _) if read_only => Ok(host()),
             (Kind::File, None) if is_termination_log(source, destination) => {
                 // The kubelet names the file anew at each restart; its directory stays.
@@ -214,6 +250,12 @@ impl Plan {
                      container's own file system"),
         }
     }
+}
+
+/// The pod's shared memory: CRI's mount of it, or the tmpfs that the Sandbox API leaves it at. Not a
+/// volume of that name.
+fn is_pod_shm(source: &Path) -> bool {
+    source.ends_with("shm") && source.components().all(|part| part.as_os_str() != "volumes")
 }
 
 /// Name of the volume for a source: short, valid, the same each time.
