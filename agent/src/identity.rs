@@ -26,6 +26,7 @@ const DEFAULT_SHM_BYTES: u64 = 64 << 20;
 /// Longest host name that Linux takes.
 const HOSTNAME_MAX: usize = 64;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+const MACHINE_ID: &str = "/etc/machine-id";
 
 /// Why this clone could not become the sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -89,9 +90,11 @@ pub(crate) fn assume(
     phases.measure("sysctls", || set_sysctls(request))?;
     phases.measure("shared memory", || set_shared_memory(request.shm_bytes))?;
     let boot_id = fs::read_to_string(BOOT_ID).map_err(step("boot id"))?;
+    let machine_id = fs::read_to_string(MACHINE_ID).map_err(step("machine id"))?;
     Ok(api::StartSandboxResponse {
         phases: phases.0,
         boot_id: boot_id.trim().to_owned(),
+        machine_id: machine_id.trim().to_owned(),
         ..Default::default()
     })
 }
@@ -169,7 +172,7 @@ fn set_entropy(entropy: &[u8]) -> Result<(), IdentityError> {
 fn set_names(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
     let mut id: String = request.machine_id.iter().map(|byte| format!("{byte:02x}")).collect();
     id.push('\n');
-    fs::write("/etc/machine-id", id).map_err(step("machine id"))?;
+    fs::write(MACHINE_ID, id).map_err(step("machine id"))?;
     if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname).map_err(step("host name"))?;
     }

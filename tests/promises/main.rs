@@ -31,11 +31,6 @@ use crate::context::{Context, Skip, Test};
 
 /// No test may take longer; the whole run ends if one does, since its thread cannot be ended.
 const TEST_LIMIT: Duration = Duration::from_secs(300);
-/// Promises that Joey does not keep yet, and why: shown as skipped with every run.
-const PENDING: &[(&str, &str)] = &[(
-    "joey identity::clones_differ",
-    "twenty clones at once exceed the test's 30 s under emulation with debug builds",
-)];
 /// How long a removed pod may take to disappear entirely.
 const SETTLE: Duration = Duration::from_secs(5);
 
@@ -127,14 +122,6 @@ fn run_all(node: &Node, handler: &str, chosen: &[Test], tally: &mut Tally) -> Re
     println!("{} first pod: {:.1?}", node.version.name(), started.elapsed());
     for test in chosen {
         let label = format!("{} {handler} {}", node.version.name(), test.name);
-        let name = format!("{handler} {}", test.name);
-        if let Some((_, reason)) =
-            PENDING.iter().find(|(pending, _)| *pending == name || *pending == label)
-        {
-            println!("SKIPPED {label}: not kept yet: {reason}");
-            tally.skipped += 1;
-            continue;
-        }
         let mut outcome = once(node, handler, test, &label);
         if let Outcome::Failed(error) = &outcome {
             // On a busy machine a deadline may pass; what fails twice is broken. Both are shown.

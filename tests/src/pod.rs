@@ -20,7 +20,7 @@ use crate::node::{Node, cgroups};
 use crate::stream::Session;
 
 /// How long tests wait for what should come quickly.
-pub const SOON: Duration = Duration::from_secs(30);
+pub const SOON: Duration = Duration::from_secs(60);
 
 fn serial() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(1);

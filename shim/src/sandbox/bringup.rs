@@ -269,6 +269,10 @@ impl Handle {
             .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
         self.0.timeline.host("identity", "", start);
         self.note_phases("", &reply.phases);
+        self.record(|record| {
+            record.boot_id = reply.boot_id;
+            record.machine_id = reply.machine_id;
+        })?;
         let guest = Guest {
             client: channel.client,
             streams: channel.streams,
