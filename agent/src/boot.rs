@@ -92,7 +92,7 @@ const MOUNTS: &[Mount] = &[
         kind: "tmpfs",
         target: "dev/shm",
         flags: NO_SUID_DEV_EXEC,
-        options: "mode=1777,size=64m",
+        options: "mode=1777,size=67108864",
     },
     Mount { kind: "tmpfs", target: "run", flags: NO_SUID_DEV, options: "mode=755" },
     Mount {

@@ -3,12 +3,12 @@
 //! A clone wakes with its template's memory: the same generator state, the same clock, no name. All
 //! of this is set before the first container exists, or the sandbox does not start. Order: the clock
 //! first (later steps take time from it), then entropy (nothing random is drawn before), the rest
-//! after; `boot_id`, which the kernel draws at its first reading, is read last, so that no two clones
-//! of a template share it.
+//! after. The kernel draws its `boot_id` at the first reading: nothing reads it before.
 
-use std::fs::{self, OpenOptions};
-use std::io;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -18,15 +18,19 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
-use crate::network::{self, NetworkError};
+use crate::network::{Links, NetworkError};
 use crate::sys;
 
-/// Size of the pod's /dev/shm when the host names none.
+/// Size of the pod's /dev/shm when the host names none, as it is mounted at boot.
 const DEFAULT_SHM_BYTES: u64 = 64 << 20;
 /// Longest host name that Linux takes.
 const HOSTNAME_MAX: usize = 64;
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const MACHINE_ID: &str = "/etc/machine-id";
+/// Sysctls that CRI sets for every pod unless it was told otherwise, and the kernel's own values.
+const USUAL_SYSCTLS: [(&str, &str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0", "1024"),
+    ("net.ipv4.ping_group_range", "0 2147483647", "1 0"),
+];
 
 /// Why this clone could not become the sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -76,27 +80,56 @@ fn step<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> Identi
     move |source| IdentityError::Step { step, source: source.into() }
 }
 
-/// Gives this clone its identity; on any error the sandbox must not start.
-pub(crate) fn assume(
-    request: &api::StartSandboxRequest,
-) -> Result<api::StartSandboxResponse, IdentityError> {
-    check(request)?;
-    let mut phases = Phases::default();
-    phases.measure("clock", || set_clock(request.wall_clock_ns))?;
-    phases.measure("entropy", || set_entropy(&request.entropy))?;
-    phases.measure("names", || set_names(request))?;
-    // Before the sysctls, which may be an interface's.
-    phases.measure("network", || Ok(network::apply(&request.network)?))?;
-    phases.measure("sysctls", || set_sysctls(request))?;
-    phases.measure("shared memory", || set_shared_memory(request.shm_bytes))?;
-    let boot_id = fs::read_to_string(BOOT_ID).map_err(step("boot id"))?;
-    let machine_id = fs::read_to_string(MACHINE_ID).map_err(step("machine id"))?;
-    Ok(api::StartSandboxResponse {
-        phases: phases.0,
-        boot_id: boot_id.trim().to_owned(),
-        machine_id: machine_id.trim().to_owned(),
-        ..Default::default()
-    })
+/// What every sandbox needs in the same way: done once, before a template is saved.
+///
+/// A clone repeats none of it. Under emulation a kernel path costs most when it is first taken, under
+/// hardware virtualisation each page that is first touched does; both are then the template's cost.
+pub(crate) struct Prepared {
+    random: File,
+    machine_id: File,
+    links: Links,
+}
+
+impl Prepared {
+    /// Prepares the guest; nothing here is the pod's.
+    pub(crate) fn new() -> Result<Self, IdentityError> {
+        let random = OpenOptions::new().read(true).write(true).open("/dev/urandom");
+        let mut random = random.map_err(step("entropy (opening /dev/urandom)"))?;
+        // The generator counts as ready from now on, which patches the kernel's code. What it gives
+        // before the identity is known to every clone, and used by none.
+        let mut bytes = [0; limits::ENTROPY_BYTES];
+        random.read_exact(&mut bytes).map_err(step("entropy (reading /dev/urandom)"))?;
+        sys::add_entropy(random.as_fd(), &bytes).map_err(step("entropy (RNDADDENTROPY)"))?;
+        let machine_id = File::create(MACHINE_ID).map_err(step("machine id"))?;
+        for (name, usual, _) in USUAL_SYSCTLS {
+            set_sysctl(name, usual)?;
+        }
+        Ok(Self { random, machine_id, links: Links::prepare()? })
+    }
+
+    /// For tests of what comes before the kernel is asked.
+    #[cfg(test)]
+    pub(crate) fn nothing() -> Self {
+        let null = || File::open("/dev/null").unwrap();
+        Self { random: null(), machine_id: null(), links: Links::none() }
+    }
+
+    /// Gives this clone its identity; on any error the sandbox must not start.
+    pub(crate) fn assume(
+        &mut self,
+        request: &api::StartSandboxRequest,
+    ) -> Result<api::StartSandboxResponse, IdentityError> {
+        check(request)?;
+        let mut phases = Phases::default();
+        phases.measure("clock", || set_clock(request.wall_clock_ns))?;
+        phases.measure("entropy", || set_entropy(&self.random, &request.entropy))?;
+        phases.measure("names", || set_names(&self.machine_id, request))?;
+        // Before the sysctls, which may be an interface's.
+        phases.measure("network", || Ok(self.links.apply(&request.network)?))?;
+        phases.measure("sysctls", || set_sysctls(request))?;
+        phases.measure("shared memory", || set_shared_memory(request.shm_bytes))?;
+        Ok(api::StartSandboxResponse { phases: phases.0, ..Default::default() })
+    }
 }
 
 /// Everything that can be wrong with the request itself, before anything is changed.
@@ -160,19 +193,15 @@ fn set_clock(wall_clock_ns: i64) -> Result<(), IdentityError> {
 
 /// The generator of a clone is its template's, so every clone would draw the same bytes until this
 /// has succeeded: mixing in alone may wait for the kernel's own pace, hence the reseed.
-fn set_entropy(entropy: &[u8]) -> Result<(), IdentityError> {
-    let random = OpenOptions::new()
-        .write(true)
-        .open("/dev/urandom")
-        .map_err(step("entropy (opening /dev/urandom)"))?;
+fn set_entropy(random: &File, entropy: &[u8]) -> Result<(), IdentityError> {
     sys::add_entropy(random.as_fd(), entropy).map_err(step("entropy (RNDADDENTROPY)"))?;
     sys::reseed(random.as_fd()).map_err(step("entropy (RNDRESEEDCRNG)"))
 }
 
-fn set_names(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
+fn set_names(machine_id: &File, request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
     let mut id: String = request.machine_id.iter().map(|byte| format!("{byte:02x}")).collect();
     id.push('\n');
-    fs::write(MACHINE_ID, id).map_err(step("machine id"))?;
+    machine_id.write_all_at(id.as_bytes(), 0).map_err(step("machine id"))?;
     if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname).map_err(step("host name"))?;
     }
@@ -201,15 +230,30 @@ fn sysctl_path(name: &str) -> Result<PathBuf, IdentityError> {
     if allowed { Ok(path) } else { Err(refused()) }
 }
 
+fn set_sysctl(name: &str, value: &str) -> Result<(), IdentityError> {
+    fs::write(sysctl_path(name)?, value).map_err(step(format!("sysctl {name}={value:?}")))
+}
+
+/// Sets what differs from what was prepared.
 fn set_sysctls(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
+    let usual = |name: &str| USUAL_SYSCTLS.iter().find(|(usual, ..)| *usual == name);
     for (name, value) in &request.sysctls {
-        fs::write(sysctl_path(name)?, value).map_err(step(format!("sysctl {name}={value:?}")))?;
+        if usual(name).is_none_or(|(_, set, _)| set != value) {
+            set_sysctl(name, value)?;
+        }
+    }
+    for (name, _, kernels) in USUAL_SYSCTLS {
+        if !request.sysctls.contains_key(name) {
+            set_sysctl(name, kernels)?;
+        }
     }
     Ok(())
 }
 
 fn set_shared_memory(bytes: u64) -> Result<(), IdentityError> {
-    let bytes = if bytes == 0 { DEFAULT_SHM_BYTES } else { bytes };
+    if bytes == 0 || bytes == DEFAULT_SHM_BYTES {
+        return Ok(());
+    }
     let options = format!("mode=1777,size={bytes}");
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(None::<&str>, "/dev/shm", None::<&str>, flags, Some(options.as_str()))

@@ -43,6 +43,8 @@ use crate::log::{info, warning};
 enum AgentError {
     #[error(transparent)]
     Boot(#[from] boot::BootError),
+    #[error("preparing the guest: {0}")]
+    Prepare(#[from] identity::IdentityError),
     #[error(transparent)]
     Channel(#[from] channel::ChannelError),
     #[error("the event loop: {0}")]
@@ -88,17 +90,21 @@ fn end_machine() {
 fn work() -> Result<(), AgentError> {
     boot::boot()?;
     let port = channel::open()?;
+    let prepared = identity::Prepared::new()?;
     info!("booted");
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(port))
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(serve(port, prepared))
 }
 
-async fn serve(port: OwnedFd) -> Result<(), AgentError> {
+async fn serve(port: OwnedFd, prepared: identity::Prepared) -> Result<(), AgentError> {
     let (mux, driver) = Mux::new(fd_io::FdIo::new(port)?);
     let reaper = reap::Reaper::default();
     tokio::spawn(reaper.clone().run());
     let (events, queue) = events::Events::new();
     tokio::spawn(events::run(queue, mux.open(limits::STREAM_EVENTS)?));
-    let sandbox = Arc::new(sandbox::Sandbox::new(mux.clone(), reaper, events));
+    let sandbox = Arc::new(sandbox::Sandbox::new(prepared, mux.clone(), reaper, events));
     let calls = mux.open(limits::STREAM_RPC)?;
     let connection = futures::stream::once(async move { Ok(calls) });
     let mut server = ttrpc::r#async::Server::new()

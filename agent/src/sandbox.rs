@@ -20,8 +20,8 @@ use ttrpc::Code;
 use crate::container::Kind;
 use crate::containers::Containers;
 use crate::events::Events;
-use crate::identity::{self, IdentityError};
-use crate::log::{info, warning};
+use crate::identity::{IdentityError, Prepared};
+use crate::log::warning;
 use crate::pod_pid::PodPidNamespace;
 use crate::reap::Reaper;
 use crate::storage::{self, SharedSlots, StorageError};
@@ -134,9 +134,8 @@ impl SandboxError {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    Fresh,
+    Fresh(Prepared),
     Started,
     Failed,
 }
@@ -161,9 +160,9 @@ pub(crate) struct Sandbox {
 
 impl Sandbox {
     /// A clone that is nobody yet.
-    pub(crate) fn new(mux: Mux, reaper: Reaper, events: Events) -> Self {
+    pub(crate) fn new(prepared: Prepared, mux: Mux, reaper: Reaper, events: Events) -> Self {
         Self {
-            phase: Mutex::new(Phase::Fresh),
+            phase: Mutex::new(Phase::Fresh(prepared)),
             pod_pid: Mutex::default(),
             volumes: Volumes::new(VOLUMES),
             containers: Containers::default(),
@@ -213,13 +212,12 @@ impl Sandbox {
         request: &api::StartSandboxRequest,
     ) -> Result<api::StartSandboxResponse, SandboxError> {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
-        if *phase != Phase::Fresh {
+        let Phase::Fresh(prepared) = &mut *phase else {
             return Err(SandboxError::StartedBefore);
-        }
-        match identity::assume(request) {
+        };
+        match prepared.assume(request) {
             Ok(response) => {
                 *phase = Phase::Started;
-                info!("sandbox {} started", request.sandbox_id);
                 Ok(response)
             }
             Err(error) => {
@@ -234,7 +232,7 @@ impl Sandbox {
     pub(crate) fn require_started(&self) -> Result<(), SandboxError> {
         match *self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
             Phase::Started => Ok(()),
-            Phase::Fresh | Phase::Failed => Err(SandboxError::NotStarted),
+            Phase::Fresh(_) | Phase::Failed => Err(SandboxError::NotStarted),
         }
     }
 
@@ -270,7 +268,7 @@ mod tests {
 
     fn sandbox() -> Sandbox {
         let (mux, _driver) = Mux::new(tokio::io::empty());
-        Sandbox::new(mux, Reaper::default(), Events::new().0)
+        Sandbox::new(Prepared::nothing(), mux, Reaper::default(), Events::new().0)
     }
 
     #[test]

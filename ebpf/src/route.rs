@@ -65,6 +65,15 @@ pub fn link(step: impl Into<String>, kind: u16, index: u32, up: bool) -> Message
     Message::new(step, kind, 0, &header)
 }
 
+/// A request that sets the link with `index` down.
+#[must_use]
+pub fn down(step: impl Into<String>, index: u32) -> Message {
+    let mut header = [0; LINK];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    header[12..16].copy_from_slice(&(libc::IFF_UP as u32).to_ne_bytes());
+    Message::new(step, libc::RTM_NEWLINK, 0, &header)
+}
+
 /// `RTM_NEWADDR` of `ip` on a link, to which the caller adds attributes.
 #[must_use]
 pub fn address(step: impl Into<String>, index: u32, ip: &[u8], prefix: u8) -> Message {

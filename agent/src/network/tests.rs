@@ -83,12 +83,13 @@ fn the_guest_gets_all_of_the_pods_network() {
     alone(|| {
         ip_tool("link add before type veth peer name other");
         ip_tool("link set other up");
-        apply(&network()).expect("apply");
+        Links::prepare().and_then(|mut links| links.apply(&network())).expect("apply");
         let link = ip_tool("-d link show eth0");
         assert!(link.contains("mtu 1400") && link.contains("02:00:00:00:07:07"), "{link}");
         assert!(link.contains("UP"), "{link}");
         let addresses = ip_tool("-o addr show eth0");
         assert!(addresses.contains("10.7.0.5/24") && addresses.contains("fd07::5/64"));
+        assert!(addresses.contains("fe80::ff:fe00:707/64"), "{addresses}");
         assert!(!addresses.contains("tentative"), "{addresses}");
         let routes = ip_tool("-4 route show table main");
         assert!(routes.contains("default via 10.7.0.1 dev eth0"), "{routes}");
@@ -103,7 +104,8 @@ fn the_guest_gets_all_of_the_pods_network() {
 #[test]
 fn a_pod_without_interface_has_loopback() {
     alone(|| {
-        apply(&api::Network::new()).expect("apply");
+        let mut links = Links::prepare().expect("prepare");
+        links.apply(&api::Network::new()).expect("apply");
         assert!(ip_tool("link show lo").contains("LOOPBACK,UP"));
     });
 }
@@ -111,13 +113,15 @@ fn a_pod_without_interface_has_loopback() {
 #[test]
 fn what_cannot_be_is_refused() {
     alone(|| {
-        let error = apply(&network()).expect_err("no device");
+        let mut links = Links::prepare().expect("prepare");
+        let error = links.apply(&network()).expect_err("no device");
         assert!(matches!(error, NetworkError::NoDevice { .. }), "{error}");
         ip_tool("link add before type veth peer name other");
-        let refused = |change: fn(&mut api::Network)| {
+        let mut links = Links::prepare().expect("prepare");
+        let mut refused = |change: fn(&mut api::Network)| {
             let mut network = network();
             change(&mut network);
-            let error = apply(&network).expect_err("must be refused");
+            let error = links.apply(&network).expect_err("must be refused");
             assert!(error.is_callers(), "{error}");
         };
         refused(|n| n.interfaces[0].name = "../eth0".to_owned());

@@ -34,7 +34,6 @@ pub(super) fn hello(reply: &api::HelloResponse) -> Checked {
 }
 
 pub(super) fn start_sandbox(reply: &api::StartSandboxResponse) -> Checked {
-    text("the boot id", &reply.boot_id)?;
     phases(&reply.phases)
 }
 

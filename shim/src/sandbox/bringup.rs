@@ -269,10 +269,7 @@ impl Handle {
             .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
         self.0.timeline.host("identity", "", start);
         self.note_phases("", &reply.phases);
-        self.record(|record| {
-            record.boot_id = reply.boot_id;
-            record.machine_id = reply.machine_id;
-        })?;
+        self.record(|record| record.machine_id = hex(machine_id))?;
         let guest = Guest {
             client: channel.client,
             streams: channel.streams,
@@ -282,6 +279,10 @@ impl Handle {
         self.watch(guest.clone(), channel.events, channel.lost);
         Ok(guest)
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// `namespace/name`, where CRI gave them.

@@ -70,9 +70,6 @@ pub struct Record {
     pub cloned: Option<bool>,
     /// `tcg` or `kvm`, once known.
     pub accelerator: Option<String>,
-    /// The guest's boot id, drawn by the clone itself; empty before it has its identity.
-    #[serde(default)]
-    pub boot_id: String,
     /// The guest's machine id.
     #[serde(default)]
     pub machine_id: String,

@@ -34,7 +34,7 @@ const STATE: &str = "state";
 const KERNEL: &str = "kernel";
 const MANIFEST: &str = "manifest.json";
 /// After the agent answered, how long the guest gets to come to rest before it is stopped.
-const REST: Duration = Duration::from_millis(500);
+const REST: Duration = Duration::from_secs(2);
 
 /// What is wrong with a template.
 #[derive(Debug, thiserror::Error)]

@@ -76,10 +76,6 @@ fn find(config: &Config, prefix: &str) -> Result<Record> {
     }
 }
 
-fn or_dash(text: &str) -> &str {
-    if text.is_empty() { "-" } else { text }
-}
-
 pub(crate) fn inspect(config: &Config, id: &str, json: bool) -> Result<()> {
     let record = find(config, id)?;
     let steps = Steps::read(&directory(&config.run_dir, &record.id)).unwrap_or_default();
@@ -105,11 +101,8 @@ pub(crate) fn inspect(config: &Config, id: &str, json: bool) -> Result<()> {
         }
     );
     println!("processes  shim {}, VMM {}", pid(record.shim), pid(record.vmm));
-    println!(
-        "identity   machine {}, boot {}",
-        or_dash(&record.machine_id),
-        or_dash(&record.boot_id)
-    );
+    let machine = if record.machine_id.is_empty() { "-" } else { &record.machine_id };
+    println!("machine    {machine}");
     if let Some(netns) = &record.netns {
         println!("network    {}", netns.display());
     }

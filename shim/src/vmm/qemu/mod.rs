@@ -155,6 +155,8 @@ impl QemuVm {
         let wait = async {
             let mut qmp = self.qmp.lock().await;
             qmp.execute("migrate-set-capabilities", capabilities()).await?;
+            // The template's address is nobody's: the network shall not learn it.
+            qmp.execute("migrate-set-parameters", json!({"announce-rounds": 0})).await?;
             let source = json!({"uri": "file:/dev/fdset/1"});
             qmp.execute("migrate-incoming", source).await?;
             migrated(&mut qmp).await?;
