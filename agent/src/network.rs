@@ -154,9 +154,15 @@ fn device<'a>(
     })
 }
 
-/// The link gets the addresses that it is given: its hardware address is not the pod's yet.
+/// The link gets the addresses and routes that it is given, and asks nobody for others: what routers
+/// told the pod's interface on the host is among them.
 fn without_own_addresses(device: &str) -> Result<(), NetworkError> {
-    for (setting, value) in [("addr_gen_mode", "1"), ("accept_dad", "0")] {
+    for (setting, value) in [
+        ("addr_gen_mode", "1"),
+        ("accept_dad", "0"),
+        ("accept_ra", "0"),
+        ("router_solicitations", "0"),
+    ] {
         let path = format!("/proc/sys/net/ipv6/conf/{device}/{setting}");
         match fs::write(&path, value) {
             // A kernel without IPv6.

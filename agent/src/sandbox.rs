@@ -134,8 +134,9 @@ impl SandboxError {
     }
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    Fresh(Prepared),
+    Fresh,
     Started,
     Failed,
 }
@@ -143,6 +144,8 @@ enum Phase {
 /// The sandbox.
 pub(crate) struct Sandbox {
     phase: Mutex<Phase>,
+    /// Kept to the end: closing what was prepared would cost each clone more than it frees.
+    prepared: Mutex<Prepared>,
     pod_pid: Mutex<Option<PodPidNamespace>>,
     /// Small files from the host.
     pub(crate) volumes: Volumes,
@@ -162,7 +165,8 @@ impl Sandbox {
     /// A clone that is nobody yet.
     pub(crate) fn new(prepared: Prepared, mux: Mux, reaper: Reaper, events: Events) -> Self {
         Self {
-            phase: Mutex::new(Phase::Fresh(prepared)),
+            phase: Mutex::new(Phase::Fresh),
+            prepared: Mutex::new(prepared),
             pod_pid: Mutex::default(),
             volumes: Volumes::new(VOLUMES),
             containers: Containers::default(),
@@ -212,9 +216,10 @@ impl Sandbox {
         request: &api::StartSandboxRequest,
     ) -> Result<api::StartSandboxResponse, SandboxError> {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
-        let Phase::Fresh(prepared) = &mut *phase else {
+        if *phase != Phase::Fresh {
             return Err(SandboxError::StartedBefore);
-        };
+        }
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         match prepared.assume(request) {
             Ok(response) => {
                 *phase = Phase::Started;
@@ -232,7 +237,7 @@ impl Sandbox {
     pub(crate) fn require_started(&self) -> Result<(), SandboxError> {
         match *self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
             Phase::Started => Ok(()),
-            Phase::Fresh(_) | Phase::Failed => Err(SandboxError::NotStarted),
+            Phase::Fresh | Phase::Failed => Err(SandboxError::NotStarted),
         }
     }
 

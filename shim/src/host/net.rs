@@ -6,7 +6,8 @@
 //!
 //! Invariants: the namespace is entered only by short-lived threads of this module. The tap's index is
 //! derived from the interface's (`joey_ebpf::attach::partner`). The tap is not persistent: it dies with
-//! its last descriptor, the VMM's. What is left then are filters that drop, which [`Wire::unplug`]
+//! its last descriptor, the VMM's. It is down, and nothing passes, until the guest has its identity
+//! ([`Wire::open`]). What is left in the end are filters that drop, which [`Wire::unplug`]
 //! removes knowing nothing but the namespace.
 
 use std::fs::{self, File, OpenOptions};
@@ -85,7 +86,10 @@ pub enum NetError {
 /// A plugged wire, as long as the tap's descriptor lives here or elsewhere.
 #[derive(Debug)]
 pub struct Wire {
+    netns: PathBuf,
     tap: OwnedFd,
+    /// Index of the tap, unless it leads nowhere.
+    index: Option<u32>,
     mac: [u8; 6],
     network: Network,
 }
@@ -109,16 +113,28 @@ impl Wire {
                 let delete = route::link("remove an old tap", libc::RTM_DELLINK, old, false);
                 place.request(delete).map_err(netlink)?;
             }
-            let tap = make_tap(netns, pod.interface.as_ref().map(|i| attach::partner(i.index)))?;
+            let index = pod.interface.as_ref().map(|i| attach::partner(i.index));
+            let tap = make_tap(netns, index)?;
+            let netns = netns.to_owned();
             let Some(interface) = pod.interface else {
-                return Ok(Self { tap, mac: NO_MAC, network: Network::new() });
+                return Ok(Self { netns, tap, index, mac: NO_MAC, network: Network::new() });
             };
             if let Err(error) = join(place, interface.index, interface.mtu, &program) {
                 // The first error is the one to tell.
                 let _ = attach::detach(place, interface.index);
                 return Err(netlink(error));
             }
-            Ok(Self { tap, mac: interface.mac, network: pod.network })
+            Ok(Self { netns, tap, index, mac: interface.mac, network: pod.network })
+        })
+    }
+
+    /// Lets frames pass, from now on: to be called once the guest is the pod's.
+    pub fn open(&self) -> Result<(), NetError> {
+        let Some(index) = self.index else { return Ok(()) };
+        inside(&self.netns, |place| {
+            place
+                .request(route::link("set the tap up", libc::RTM_NEWLINK, index, true))
+                .map_err(|source| NetError::Netlink { netns: self.netns.clone(), source })
         })
     }
 
@@ -228,11 +244,11 @@ fn make_tap(netns: &Path, index: Option<u32>) -> Result<OwnedFd, NetError> {
     Ok(tun.into())
 }
 
-/// Tap up, filters on both.
+/// Filters on both.
 fn join(place: &mut Socket, index: u32, mtu: u32, program: &OwnedFd) -> Result<(), NetlinkError> {
     let tap = attach::partner(index);
-    let up = route::link("set the tap up", libc::RTM_NEWLINK, tap, true);
-    place.request(up.number(route::LINK_MTU, mtu))?;
+    let size = route::link("set the tap's MTU", libc::RTM_NEWLINK, tap, false);
+    place.request(size.number(route::LINK_MTU, mtu))?;
     for device in [tap, index] {
         attach::carry(place, device)?;
     }

@@ -269,6 +269,9 @@ impl Handle {
             .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
         self.0.timeline.host("identity", "", start);
         self.note_phases("", &reply.phases);
+        wire.as_ref()
+            .map_or(Ok(()), Wire::open)
+            .map_err(|error| SandboxError::host(id, "open the pod's network to its VM", error))?;
         self.record(|record| record.machine_id = hex(machine_id))?;
         let guest = Guest {
             client: channel.client,

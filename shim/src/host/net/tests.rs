@@ -89,7 +89,9 @@ impl Lab {
     }
 
     fn plug(&self) -> Result<Wire, NetError> {
-        Wire::plug(&self.path("p"), &self.config)
+        let wire = Wire::plug(&self.path("p"), &self.config)?;
+        assert!(!self.ip("p", "-o link show").contains("joey0: <BROADCAST,MULTICAST,UP"));
+        wire.open().map(|()| wire)
     }
 
     /// What Joey has in the pod's namespace.
