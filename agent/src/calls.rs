@@ -60,7 +60,8 @@ impl Sandbox {
             id: id.as_str(),
             cgroup_root: Path::new(CGROUP_ROOT),
             spec,
-            rootfs: &plan,
+            rootfs: serde_json::to_string(&plan).unwrap_or_default(),
+            spares: &self.spares,
             io,
             shared_pid: shared_pid.as_ref(),
         })

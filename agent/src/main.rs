@@ -29,6 +29,7 @@ mod volumes;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -37,6 +38,9 @@ use joey_protocol::{api, limits};
 use nix::sys::reboot::{RebootMode, reboot};
 
 use crate::log::{info, warning};
+
+/// Containers of most pods: the one, and its sidecar or its next start.
+const SPARES: usize = 2;
 
 /// What ends the agent.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +59,8 @@ enum AgentError {
     Stream(#[from] OpenError),
     #[error("the calls: {0}")]
     Calls(#[from] ttrpc::Error),
+    #[error("preparing containers: {0}")]
+    Spares(#[from] container::Error),
     #[error("the agent has {0} threads; it may only fork with one")]
     Threads(usize),
 }
@@ -105,6 +111,8 @@ async fn serve(port: OwnedFd, prepared: identity::Prepared) -> Result<(), AgentE
     let (events, queue) = events::Events::new();
     tokio::spawn(events::run(queue, mux.open(limits::STREAM_EVENTS)?));
     let sandbox = Arc::new(sandbox::Sandbox::new(prepared, mux.clone(), reaper, events));
+    container::prepare_device_policy()?;
+    sandbox.spares.fork(Path::new(boot::CGROUP_ROOT), SPARES)?;
     let calls = mux.open(limits::STREAM_RPC)?;
     let connection = futures::stream::once(async move { Ok(calls) });
     let mut server = ttrpc::r#async::Server::new()

@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 
-use crate::container::RootSource;
-use crate::storage::{LayerDisk, RootfsPlan};
+use crate::container::RootMaker;
+use crate::sandbox::memory_bytes;
+use crate::storage::{self, LayerDisk, RootfsPlan};
 
 const ROOT: &str = "/run/joey/root";
 const LAYERS: &str = "/run/joey/layers";
@@ -23,7 +24,27 @@ const UPPER: &str = "/run/joey/upper";
 /// Enough for the mount points of a read-only root.
 const READ_ONLY_UPPER: u64 = 1 << 20;
 
-impl RootSource for RootfsPlan {
+/// Roots of containers, from their disks.
+pub(crate) const ROOT_MAKER: RootMaker = RootMaker { prepare, mount: mount_root };
+
+/// The usual writable layer.
+fn prepare() -> Result<(), String> {
+    upper(storage::default_writable_bytes(memory_bytes()))
+}
+
+fn mount_root(plan: &str) -> Result<PathBuf, String> {
+    serde_json::from_str::<RootfsPlan>(plan).map_err(|error| error.to_string())?.mount()
+}
+
+/// Mounts an empty writable layer.
+fn upper(bytes: u64) -> Result<(), String> {
+    let options = format!("mode=755,size={bytes}");
+    attempt("tmpfs", &directory(UPPER)?, "tmpfs", MsFlags::empty(), &options)?;
+    directory(format!("{UPPER}/upper"))?;
+    directory(format!("{UPPER}/work")).map(drop)
+}
+
+impl RootfsPlan {
     fn mount(&self) -> Result<PathBuf, String> {
         let root = directory(ROOT)?;
         if let [disk] = self.layers.as_slice()
@@ -40,19 +61,13 @@ impl RootSource for RootfsPlan {
         }
         lower.reverse();
         let bytes = if self.read_only { READ_ONLY_UPPER } else { self.writable_bytes };
-        let upper = directory(UPPER)?;
-        let options = format!("mode=755,size={bytes}");
-        attempt("tmpfs", &upper, "tmpfs", MsFlags::empty(), &options)?;
-        let (upper, work) =
-            (directory(format!("{UPPER}/upper"))?, directory(format!("{UPPER}/work"))?);
+        if bytes != storage::default_writable_bytes(memory_bytes()) {
+            upper(bytes)?;
+        }
         // Relative names: the options of one mount have to fit into a page.
         std::env::set_current_dir(LAYERS).map_err(|error| format!("{LAYERS}: {error}"))?;
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            lower.join(":"),
-            upper.display(),
-            work.display()
-        );
+        let lower = lower.join(":");
+        let options = format!("lowerdir={lower},upperdir={UPPER}/upper,workdir={UPPER}/work");
         let result = attempt("overlay", &root, "overlay", MsFlags::empty(), &options);
         std::env::set_current_dir("/").map_err(|error| format!("/: {error}"))?;
         result.map(|()| root)

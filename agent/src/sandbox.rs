@@ -17,13 +17,14 @@ use joey_protocol::mux::Mux;
 use joey_protocol::{api, handshake, limits};
 use ttrpc::Code;
 
-use crate::container::Kind;
+use crate::container::{Kind, Spares};
 use crate::containers::Containers;
 use crate::events::Events;
 use crate::identity::{IdentityError, Prepared};
 use crate::log::warning;
 use crate::pod_pid::PodPidNamespace;
 use crate::reap::Reaper;
+use crate::rootfs::ROOT_MAKER;
 use crate::storage::{self, SharedSlots, StorageError};
 use crate::streams::StdioError;
 use crate::volumes::{VOLUMES, VolumeError, Volumes};
@@ -149,6 +150,8 @@ pub(crate) struct Sandbox {
     pod_pid: Mutex<Option<PodPidNamespace>>,
     /// Small files from the host.
     pub(crate) volumes: Volumes,
+    /// First processes of containers to come.
+    pub(crate) spares: Spares,
     /// The containers.
     pub(crate) containers: Containers,
     /// The disks in use.
@@ -169,6 +172,7 @@ impl Sandbox {
             prepared: Mutex::new(prepared),
             pod_pid: Mutex::default(),
             volumes: Volumes::new(VOLUMES),
+            spares: Spares::new(ROOT_MAKER),
             containers: Containers::default(),
             slots: SharedSlots::default(),
             mux,

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use joey_protocol::api;
+use serde::{Deserialize, Serialize};
 
 use crate::sys;
 
@@ -22,7 +23,7 @@ use crate::sys;
 const DISK_SLOTS: u32 = 16;
 
 /// A file system that a disk may carry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum FileSystem {
     /// A read-only image.
     Erofs,
@@ -41,7 +42,7 @@ impl FileSystem {
 }
 
 /// One disk of a container's root.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LayerDisk {
     /// The device node.
     pub(crate) device: PathBuf,
@@ -52,7 +53,7 @@ pub(crate) struct LayerDisk {
 }
 
 /// What a container's root is made of.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RootfsPlan {
     /// Lowest first.
     pub(crate) layers: Vec<LayerDisk>,
@@ -116,6 +117,11 @@ pub(crate) fn count_slots() -> u32 {
     u32::try_from(disks.count()).unwrap_or(u32::MAX)
 }
 
+/// Limit of a writable layer for which the host names none.
+pub(crate) fn default_writable_bytes(memory_bytes: u64) -> u64 {
+    memory_bytes / 2
+}
+
 /// Checks the request, purely.
 pub(crate) fn plan(rootfs: &api::Rootfs, memory_bytes: u64) -> Result<RootfsPlan, StorageError> {
     let invalid = |problem: String| Err(StorageError::Invalid(problem));
@@ -139,7 +145,7 @@ pub(crate) fn plan(rootfs: &api::Rootfs, memory_bytes: u64) -> Result<RootfsPlan
         layers.push(LayerDisk { device, file_system, writable: disk.writable });
     }
     let writable_bytes = match rootfs.writable_bytes {
-        0 => memory_bytes / 2,
+        0 => default_writable_bytes(memory_bytes),
         bytes => bytes,
     };
     Ok(RootfsPlan { layers, read_only: rootfs.read_only, writable_bytes })

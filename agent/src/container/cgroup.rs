@@ -28,28 +28,20 @@ pub(crate) struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the cgroup with its limits.
-    pub(crate) fn create(root: &Path, id: &str, limits: &LinuxResources) -> Result<Self, Error> {
+    /// Makes the cgroup, without limits.
+    pub(crate) fn create(root: &Path, id: &str) -> Result<Self, Error> {
         if id.is_empty() || id.contains('/') || id.starts_with('.') {
             return Err(Error::new(Kind::Invalid, format!("{id:?} is no container id")));
         }
         let path = root.join(id);
         let bad = |error| Error::failed(format!("making cgroup {path:?}: {error}"));
         fs::create_dir(&path).map_err(bad)?;
-        let directory = match File::open(&path) {
-            Ok(directory) => directory,
+        match File::open(&path) {
+            Ok(directory) => Ok(Cgroup { path, directory }),
             Err(error) => {
                 let error = bad(error);
                 // The failure to open is what matters; the directory is empty.
                 let _ = fs::remove_dir(&path);
-                return Err(error);
-            }
-        };
-        let cgroup = Cgroup { path, directory };
-        match cgroup.apply(limits) {
-            Ok(()) => Ok(cgroup),
-            Err(error) => {
-                cgroup.remove_now();
                 Err(error)
             }
         }

@@ -3,7 +3,8 @@
 //! The rules are tried last first, so that the last one that fits decides, as in the
 //! specification; what every container gets is always allowed, anything else is denied.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
 
@@ -40,6 +41,14 @@ struct Rule {
 }
 
 impl Rule {
+    fn covers(&self, other: &Rule) -> bool {
+        let any_or_same = |mine: Option<u32>, other: Option<u32>| mine.is_none() || mine == other;
+        any_or_same(self.kind, other.kind)
+            && any_or_same(self.major, other.major)
+            && any_or_same(self.minor, other.minor)
+            && self.access & other.access == other.access
+    }
+
     fn is_for_everything(&self) -> bool {
         (self.kind, self.major, self.minor, self.access) == (None, None, None, ALL)
     }
@@ -89,6 +98,10 @@ fn rules(resources: &LinuxResources) -> Result<Option<Vec<Rule>>, Error> {
     let listed = resources.devices().iter().flatten().map(rule).collect::<Result<Vec<_>, _>>()?;
     let mut tried: Vec<Rule> = default.chain(make).collect();
     for rule in listed.into_iter().rev() {
+        // What is allowed already: with it gone, most containers have the very same program.
+        if rule.allow && tried.iter().any(|known| known.allow && known.covers(&rule)) {
+            continue;
+        }
         tried.push(rule);
         if rule.is_for_everything() {
             if rule.allow && tried.iter().all(|rule| rule.allow) {
@@ -167,9 +180,39 @@ pub(crate) fn attach(cgroup: BorrowedFd<'_>, resources: &LinuxResources) -> Resu
     let Some(rules) = rules(resources)? else {
         return Ok(());
     };
-    let bad = |what: &str, error| Error::failed(format!("{what} the device policy: {error}"));
-    let loaded = sys::load_device_program(&program(&rules)).map_err(|e| bad("loading", e))?;
-    sys::attach_device_program(cgroup, loaded.as_fd()).map_err(|e| bad("attaching", e))
+    load(program(&rules), |loaded| {
+        sys::attach_device_program(cgroup, loaded)
+            .map_err(|error| Error::failed(format!("attaching the device policy: {error}")))
+    })
+}
+
+/// Loads the program that most containers get.
+pub(crate) fn prepare() -> Result<(), Error> {
+    let mut usual = LinuxResources::default();
+    usual.set_devices(Some(Vec::new()));
+    match rules(&usual)? {
+        Some(rules) => load(program(&rules), |_| Ok(())),
+        None => Ok(()),
+    }
+}
+
+/// The program that was loaded last, with its text: most containers have the same rules, and the
+/// kernel's check of a program is a long way.
+static LOADED: Mutex<Option<(Vec<EbpfInstruction>, OwnedFd)>> = Mutex::new(None);
+
+fn load(
+    program: Vec<EbpfInstruction>,
+    then: impl FnOnce(BorrowedFd<'_>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut last = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((known, loaded)) = &*last
+        && *known == program
+    {
+        return then(loaded.as_fd());
+    }
+    let loaded = sys::load_device_program(&program)
+        .map_err(|error| Error::failed(format!("loading the device policy: {error}")))?;
+    then(last.insert((program, loaded)).1.as_fd())
 }
 
 #[cfg(test)]

@@ -52,16 +52,29 @@ fn fill_with_umask(root: BorrowedFd<'_>, devices: &[LinuxDevice]) -> Result<(), 
         .map_err(|error| Error::failed(format!("making /dev: {error}")))?;
     let dev = paths::open(root, Path::new("dev"))
         .map_err(|error| Error::failed(format!("opening /dev: {error}")))?;
+    standard(dev.as_fd())?;
+    devices.iter().try_for_each(|device| make(root, device))
+}
+
+/// Puts what every container gets into a new `/dev`.
+pub(crate) fn fill_standard(dev: BorrowedFd<'_>) -> Result<(), Error> {
+    let old = umask(Mode::empty());
+    let result = standard(dev);
+    umask(old);
+    result
+}
+
+fn standard(dev: BorrowedFd<'_>) -> Result<(), Error> {
     for (name, major, minor) in DEFAULT {
         let mode = Mode::from_bits_truncate(0o666);
-        ignore_existing(mknodat(&dev, name, SFlag::S_IFCHR, mode, makedev(major, minor)))
+        ignore_existing(mknodat(dev, name, SFlag::S_IFCHR, mode, makedev(major, minor)))
             .map_err(|error| Error::failed(format!("making device /dev/{name}: {error}")))?;
     }
     for (target, name) in LINKS {
-        ignore_existing(symlinkat(target, &dev, name))
+        ignore_existing(symlinkat(target, dev, name))
             .map_err(|error| Error::failed(format!("making link /dev/{name}: {error}")))?;
     }
-    devices.iter().try_for_each(|device| make(root, device))
+    Ok(())
 }
 
 fn make(root: BorrowedFd<'_>, device: &LinuxDevice) -> Result<(), Error> {

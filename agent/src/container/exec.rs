@@ -9,7 +9,7 @@ use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::Process;
 
 use super::seccomp::Filter;
-use super::spawn::{self, Child};
+use super::spawn::{self, Child, TerminalSize};
 use super::{Container, Error, Exec, Kind, ProcessIo, init, plan, process, terminal};
 
 fn not_running(why: &str) -> Error {
@@ -35,8 +35,9 @@ pub(crate) async fn exec(
     let filter = container.seccomp.as_ref().map(Filter::new).transpose()?;
     let pidfd = container.pidfd.as_fd();
     let flags = CloneFlags::empty();
-    let forked = spawn::spawn(flags, &container.cgroup, Some(pidfd), io, Some(pidfd), {
-        |child, size| run(child, process, filter, size)
+    let (stdio, size) = spawn::split(io)?;
+    let forked = spawn::spawn(flags, &container.cgroup, Some(pidfd), stdio, Some(pidfd), |child| {
+        run(child, process, filter, size)
     });
     let (pid, link) = forked?;
     let ready = link.ready().await.map_err(|error| match has_ended(pidfd) {
@@ -53,7 +54,7 @@ fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-fn run(child: Child, process: &Process, filter: Option<Filter>, size: Option<(u16, u16)>) {
+fn run(child: Child, process: &Process, filter: Option<Filter>, size: Option<TerminalSize>) {
     let Child { link, extra } = child;
     let prepare = || -> Result<(process::Prepared, Option<OwnedFd>), Error> {
         init::new_session()?;

@@ -8,35 +8,31 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::fcntl::{OFlag, open};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 use nix::unistd::{fchdir, pivot_root, sethostname, setsid};
 use oci_spec::runtime::{LinuxPersonalityDomain, Process};
 
 use super::link::ChildLink;
+use super::mounts::Usual;
 use super::plan::Plan;
 use super::process::{self, Prepared};
 use super::seccomp::Filter;
-use super::spawn::{Child, Steps};
+use super::spare::{self, Order};
+use super::spawn::Steps;
 use super::sys::{self, MountAttr};
-use super::{Error, Kind, RootSource, devices, masks, mount_options, mounts, terminal};
+use super::{Error, Kind, devices, masks, mount_options, mounts, terminal};
 
 fn failed(what: &str, error: impl std::fmt::Display) -> Error {
     Error::failed(format!("{what}: {error}"))
 }
 
 /// Never returns to the agent's code: the caller ends the process after it.
-pub(crate) fn run(
-    child: Child,
-    plan: &Plan,
-    rootfs: &dyn RootSource,
-    filter: Option<Filter>,
-    size: Option<(u16, u16)>,
-) {
+pub(crate) fn run(link: &ChildLink, ordered: Result<(spare::Prepared, Order), Error>) {
     let mut steps = Steps::begin();
-    let built = build(plan, rootfs, filter, size, &mut steps);
-    finish(&child.link, built, &steps.taken);
+    let built = ordered.and_then(|(spare, order)| build(spare, order, &mut steps));
+    finish(link, built, &steps.taken);
 }
 
 /// Reports, waits for "go" and runs the command; returns when that has failed.
@@ -58,39 +54,42 @@ pub(crate) fn finish(
 }
 
 fn build(
-    plan: &Plan,
-    rootfs: &dyn RootSource,
-    filter: Option<Filter>,
-    size: Option<(u16, u16)>,
+    mut spare: spare::Prepared,
+    order: Order,
     steps: &mut Steps,
 ) -> Result<(Prepared, Option<OwnedFd>), Error> {
-    new_session()?;
-    // Here, not in clone: its root is then the container's cgroup, not the agent's.
-    unshare(CloneFlags::CLONE_NEWCGROUP)
-        .map_err(|error| failed("making a cgroup namespace", error))?;
+    let plan = Plan::new(order.spec)?;
+    let filter = plan.linux.seccomp().as_ref().map(Filter::new).transpose()?;
+    let size = order.terminal;
+    let mut own = CloneFlags::empty();
+    own.set(CloneFlags::CLONE_NEWIPC, plan.own_ipc);
+    own.set(CloneFlags::CLONE_NEWUTS, plan.own_uts);
+    if !own.is_empty() {
+        unshare(own).map_err(|error| failed("making IPC and UTS namespaces", error))?;
+    }
+    if plan.own_ipc {
+        spare.usual.forget_message_queues();
+    }
     set_oom_score(&plan.process)?;
     for (path, value) in &plan.sysctls {
         fs::write(Path::new("/proc/sys").join(path), value)
             .map_err(|error| failed(&format!("setting sysctl {path}"), error))?;
     }
-    set_names(plan)?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-        .map_err(|error| failed("making the mounts private", error))?;
-    let path = rootfs
-        .mount()
+    set_names(&plan)?;
+    let path = (spare.maker.mount)(&order.root)
         .map_err(|why| Error::failed(format!("mounting the root file system: {why}")))?;
     let root = open_directory(&path)?;
     steps.done();
-    let read_only_dev = fill(plan, root.as_fd())?;
+    let read_only_dev = fill(&plan, root.as_fd(), &mut spare.usual)?;
     enter(root.as_fd())?;
     let root = open_root()?;
     let master = size.map(|(width, height)| terminal::open(width, height)).transpose()?;
     if master.is_some() {
         terminal::bind_console(root.as_fd())?;
     }
-    protect(plan, root.as_fd(), read_only_dev)?;
+    protect(&plan, root.as_fd(), read_only_dev)?;
     steps.done();
-    set_personality(plan)?;
+    set_personality(&plan)?;
     let prepared = process::prepare(&plan.process, root.as_fd(), filter)?;
     steps.done();
     Ok((prepared, master))
@@ -140,9 +139,9 @@ pub(crate) fn open_root() -> Result<OwnedFd, Error> {
 }
 
 /// Everything below the root that is made from outside. Gives whether /dev is to be read-only.
-fn fill(plan: &Plan, root: BorrowedFd<'_>) -> Result<bool, Error> {
+fn fill(plan: &Plan, root: BorrowedFd<'_>, usual: &mut Usual) -> Result<bool, Error> {
     let all = plan.spec.mounts().as_deref().unwrap_or(&[]);
-    let read_only_dev = mounts::mount_all(root, all)?;
+    let read_only_dev = mounts::mount_all(root, all, usual)?;
     if !mounts::brings_own_dev(all) {
         devices::fill(root, plan.linux.devices().as_deref().unwrap_or(&[]))?;
     }

@@ -1,15 +1,19 @@
 //! What the agent and a forked child say to each other before `execve`.
 //!
-//! One `SOCK_SEQPACKET` pair per process. The child sends one message: ready (with how long its
+//! One `SOCK_SEQPACKET` pair per process. A spare first waits for its order: a memory file with the
+//! text, and three descriptors. The child sends one message: ready (with how long its
 //! steps took, and the terminal as `SCM_RIGHTS`) or failed (a kind and a text). The agent answers
 //! "go"; then either `execve` closes the child's end, or the child says why it failed. A child
 //! that dies says nothing and closes its end, too, which `wait` tells from success.
 
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
     recvmsg, send, sendmsg, socketpair,
@@ -21,6 +25,9 @@ use super::Error;
 
 const READY: u8 = 0;
 const FAILED: u8 = 1;
+const ORDER: u8 = 2;
+/// Descriptors that come with an order: its text, then standard input, output and error.
+const ORDER_FDS: usize = 4;
 /// Longest message; a longer error text is cut.
 const MESSAGE_MAX: usize = 4096;
 
@@ -82,21 +89,28 @@ pub(crate) fn pair() -> Result<(Link, OwnedFd), Error> {
 }
 
 /// One received message; empty when the other end is closed.
-fn receive(socket: RawFd) -> nix::Result<(Vec<u8>, Option<OwnedFd>)> {
+fn receive(socket: RawFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut buffer = vec![0u8; MESSAGE_MAX];
-    let mut control = nix::cmsg_space!(RawFd);
+    let mut control = nix::cmsg_space!([RawFd; ORDER_FDS]);
     let mut slices = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(socket, &mut slices, Some(&mut control), flags)?;
-    let mut terminal = None;
+    let mut received = Vec::new();
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = part {
-            terminal = fds.first().map(|&fd| super::sys::adopt(fd));
+            received.extend(fds.into_iter().map(super::sys::adopt));
         }
     }
     let length = message.bytes;
     buffer.truncate(length);
-    Ok((buffer, terminal))
+    Ok((buffer, received))
+}
+
+fn send_with(socket: RawFd, message: &[u8], fds: &[RawFd]) -> nix::Result<()> {
+    let rights = [ControlMessage::ScmRights(fds)];
+    let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+    let slices = [IoSlice::new(message)];
+    sendmsg::<()>(socket, &slices, control, MsgFlags::MSG_NOSIGNAL, None).map(drop)
 }
 
 fn failure(body: &[u8]) -> Error {
@@ -105,13 +119,28 @@ fn failure(body: &[u8]) -> Error {
 }
 
 impl Link {
-    async fn receive(&self) -> Result<(Vec<u8>, Option<OwnedFd>), Error> {
+    /// Tells a spare what to become.
+    pub(crate) fn order(&self, text: &[u8], stdio: &[OwnedFd; 3]) -> Result<(), Error> {
+        let send = || -> io::Result<()> {
+            let file = memfd_create(c"order", MFdFlags::MFD_CLOEXEC)?;
+            let file = File::from(file);
+            file.write_all_at(text, 0)?;
+            let [stdin, stdout, stderr] = stdio.each_ref().map(AsRawFd::as_raw_fd);
+            let fds = [file.as_raw_fd(), stdin, stdout, stderr];
+            Ok(send_with(self.socket.get_ref().as_raw_fd(), &[ORDER], &fds)?)
+        };
+        send().map_err(|error| Error::failed(format!("giving a process its order: {error}")))
+    }
+
+    async fn receive(&self) -> Result<(Vec<u8>, Vec<OwnedFd>), Error> {
         let result = self
             .socket
             .async_io(Interest::READABLE, |fd| receive(fd.as_raw_fd()).map_err(io::Error::from));
         match result.await {
             // A child that died with our message unread.
-            Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => Ok((Vec::new(), None)),
+            Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => {
+                Ok((Vec::new(), Vec::new()))
+            }
             result => result
                 .map_err(|error| Error::failed(format!("hearing from a new process: {error}"))),
         }
@@ -119,7 +148,7 @@ impl Link {
 
     /// Waits until the child is ready, or says why not.
     pub(crate) async fn ready(&self) -> Result<Ready, Error> {
-        let (message, terminal) = self.receive().await?;
+        let (message, mut fds) = self.receive().await?;
         match message.split_first() {
             Some((&READY, times)) => {
                 let steps = times
@@ -127,7 +156,7 @@ impl Link {
                     .filter_map(|bytes| bytes.try_into().ok())
                     .map(|bytes| Duration::from_nanos(u64::from_le_bytes(bytes)))
                     .collect();
-                Ok(Ready { steps, terminal })
+                Ok(Ready { steps, terminal: fds.pop() })
             }
             Some((_, body)) => Err(failure(body)),
             None => Err(Error::failed(
@@ -152,18 +181,36 @@ impl Link {
 }
 
 impl ChildLink {
-    /// Takes over the child's end at descriptor `fd`.
-    pub(crate) fn adopt(fd: RawFd) -> ChildLink {
-        ChildLink { socket: super::sys::adopt(fd) }
+    /// Takes over the child's end at descriptor `fd`, which from now on sleeps where it waits.
+    pub(crate) fn adopt(fd: RawFd) -> io::Result<ChildLink> {
+        let socket = super::sys::adopt(fd);
+        nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()))?;
+        Ok(ChildLink { socket })
     }
 
     fn send(&self, message: &[u8], terminal: Option<RawFd>) -> nix::Result<()> {
-        let fds = terminal.map(|fd| [fd]);
-        let rights = fds.as_ref().map(|fds| [ControlMessage::ScmRights(fds)]);
-        let control = rights.as_ref().map_or(&[][..], |rights| &rights[..]);
-        let slices = [IoSlice::new(message)];
-        let flags = MsgFlags::MSG_NOSIGNAL;
-        sendmsg::<()>(self.socket.as_raw_fd(), &slices, control, flags, None).map(drop)
+        send_with(self.socket.as_raw_fd(), message, terminal.as_slice())
+    }
+
+    /// Sleeps until the order comes: its text and three descriptors; nothing when the agent has given
+    /// up.
+    pub(crate) fn wait_for_order(&self) -> io::Result<Option<(Vec<u8>, [OwnedFd; 3])>> {
+        let (message, fds) = loop {
+            match receive(self.socket.as_raw_fd()) {
+                Err(Errno::EINTR) => continue,
+                other => break other?,
+            }
+        };
+        let Ok([text, stdin, stdout, stderr]) = <[OwnedFd; ORDER_FDS]>::try_from(fds) else {
+            return Ok(None);
+        };
+        if message != [ORDER] {
+            return Ok(None);
+        }
+        let text = File::from(text);
+        let mut order = vec![0; usize::try_from(text.metadata()?.len()).unwrap_or(0)];
+        text.read_exact_at(&mut order, 0)?;
+        Ok(Some((order, [stdin, stdout, stderr])))
     }
 
     /// Says "ready" and waits for "go"; gives false when the agent has given up.
@@ -176,12 +223,7 @@ impl ChildLink {
             return false;
         }
         drop(terminal);
-        // From here on the child sleeps, so its end must block.
         let fd = self.socket.as_raw_fd();
-        let blocking = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty());
-        if nix::fcntl::fcntl(&self.socket, blocking).is_err() {
-            return false;
-        }
         let mut byte = [0u8];
         loop {
             match recv(fd, &mut byte, MsgFlags::empty()) {

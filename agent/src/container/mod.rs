@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! agent                                child (own mount, pid, cgroup, ipc, uts namespaces)
+//! spare:  cgroup, clone3 ───────────►  namespaces, usual file systems      (spare)
 //! create: check the spec  (plan)
-//!         cgroup, limits  (cgroup)
-//!         clone3 ───────────────────►  root, mounts, devices, pivot_root   (init)
+//!         limits          (cgroup)
+//!         order ────────────────────►  root, mounts, devices, pivot_root   (init)
 //!         wait for "ready" ◄─────────  identity, limits, capabilities      (process)
 //! start:  "go" ─────────────────────►  execve
 //!         end of file = it runs ◄────  the link closes by exec, or says why not
@@ -31,6 +32,7 @@ mod plan;
 mod process;
 mod seccomp;
 mod seccomp_bpf;
+mod spare;
 mod spawn;
 mod sys;
 mod syscalls;
@@ -39,7 +41,7 @@ mod terminal;
 mod tests;
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -49,7 +51,9 @@ use nix::sys::signal::Signal;
 use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process, Spec};
 
 pub(crate) use cgroup::Cgroup;
+pub(crate) use device_policy::prepare as prepare_device_policy;
 pub(crate) use link::{Kind, Link};
+pub(crate) use spare::{RootMaker, Spares};
 
 /// Why the engine did not do what was asked; the text is for the node's operator.
 #[derive(Debug, thiserror::Error)]
@@ -68,13 +72,6 @@ impl Error {
     pub(crate) fn failed(message: impl Into<String>) -> Error {
         Error::new(Kind::Failed, message)
     }
-}
-
-/// Where a container's root file system comes from.
-pub(crate) trait RootSource: Sync {
-    /// Mounts it and gives the mount point. Runs in the container's first process, in its own
-    /// mount namespace, with which the mounts go away.
-    fn mount(&self) -> Result<PathBuf, String>;
 }
 
 /// What a process reads and writes.
@@ -106,8 +103,10 @@ pub(crate) struct CreateRequest<'a> {
     pub(crate) cgroup_root: &'a Path,
     /// What to run. Mount sources are paths of the guest.
     pub(crate) spec: Spec,
-    /// Its root file system.
-    pub(crate) rootfs: &'a dyn RootSource,
+    /// Its root file system, as the spares' [`RootMaker`] reads it.
+    pub(crate) rootfs: String,
+    /// First processes.
+    pub(crate) spares: &'a Spares,
     /// What its first process reads and writes.
     pub(crate) io: ProcessIo,
     /// The pod's shared PID namespace; needed when the spec names one by path.

@@ -14,7 +14,7 @@ use oci_spec::runtime::Mount;
 use super::mount_options::{self, Options};
 use super::paths::{self, Missing};
 use super::sys::{self, MountAttr};
-use super::{Error, Kind};
+use super::{Error, Kind, devices};
 
 const RESOLVE_NO_SYMLINKS: u64 = 0x04;
 
@@ -24,7 +24,11 @@ fn bad(mount: &Mount, why: impl std::fmt::Display) -> Error {
 
 /// Makes all mounts of the specification, in its order. Gives whether `/dev` is to become
 /// read-only once it is filled.
-pub(crate) fn mount_all(root: BorrowedFd<'_>, mounts: &[Mount]) -> Result<bool, Error> {
+pub(crate) fn mount_all(
+    root: BorrowedFd<'_>,
+    mounts: &[Mount],
+    usual: &mut Usual,
+) -> Result<bool, Error> {
     let mut read_only_dev = false;
     for mount in mounts {
         let options = mount.options().as_deref().unwrap_or(&[]);
@@ -46,7 +50,7 @@ pub(crate) fn mount_all(root: BorrowedFd<'_>, mounts: &[Mount]) -> Result<bool, 
         }
         match bind {
             true => bind_mount(root, mount, &options)?,
-            false => new_mount(root, mount, &options)?,
+            false => new_mount(root, mount, &options, usual)?,
         }
     }
     Ok(read_only_dev)
@@ -99,33 +103,103 @@ fn open_path(path: &Path) -> io::Result<OwnedFd> {
     Ok(open(path, flags, nix::sys::stat::Mode::empty())?)
 }
 
-fn new_mount(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<(), Error> {
+/// The file systems that nearly every container mounts, made beforehand and not yet in any place.
+#[derive(Debug)]
+pub(crate) struct Usual(Vec<(FileSystem, OwnedFd)>);
+
+/// A type and its options.
+type FileSystem = (&'static str, &'static [&'static str]);
+
+/// As CRI asks for them.
+const USUAL: [FileSystem; 6] = [
+    ("proc", &[]),
+    (DEV.0, DEV.1),
+    ("devpts", &["newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+    ("mqueue", &[]),
+    ("sysfs", &[]),
+    ("cgroup2", &[]),
+];
+const DEV: FileSystem = ("tmpfs", &["mode=755", "size=65536k"]);
+
+impl Usual {
+    /// Makes what the kernel lets it make: the rest is made, or refused, when it is asked for.
+    pub(crate) fn make() -> Usual {
+        let made = |fs: FileSystem| {
+            let options = fs.1.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>();
+            let source = if fs.0 == "cgroup2" { "cgroup" } else { fs.0 };
+            let made = make(fs.0, &options, Some(source)).ok()?;
+            if fs == DEV {
+                devices::fill_standard(made.as_fd()).ok()?;
+            }
+            Some((fs, made))
+        };
+        Usual(USUAL.into_iter().filter_map(made).collect())
+    }
+
+    /// They belong to the IPC namespace in which they were made.
+    pub(crate) fn forget_message_queues(&mut self) {
+        self.0.retain(|((kind, _), _)| *kind != "mqueue");
+    }
+
+    /// The one that is made like this; `/dev` is for `/dev` alone.
+    fn take(&mut self, kind: &str, data: &[String], is_dev: bool) -> Option<OwnedFd> {
+        let fits = |fs: &FileSystem| fs.0 == kind && fs.1 == data && (*fs == DEV) == is_dev;
+        let index = self.0.iter().position(|(fs, _)| fits(fs))?;
+        Some(self.0.swap_remove(index).1)
+    }
+}
+
+/// Why a file system was not made.
+enum Unmade {
+    Unknown,
+    Option(String, io::Error),
+    Failed(io::Error),
+}
+
+fn make(kind: &str, data: &[String], source: Option<&str>) -> Result<OwnedFd, Unmade> {
+    let text = |text: &str| CString::new(text).map_err(|error| Unmade::Failed(error.into()));
+    let fs = sys::fs_open(&text(kind)?).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENODEV) => Unmade::Unknown,
+        _ => Unmade::Failed(error),
+    })?;
+    for option in data {
+        set_option(fs.as_fd(), option).map_err(|error| Unmade::Option(option.clone(), error))?;
+    }
+    if let Some(source) = source {
+        sys::fs_set(fs.as_fd(), c"source", Some(&text(source)?)).map_err(Unmade::Failed)?;
+    }
+    sys::fs_mount(fs.as_fd(), 0).map_err(Unmade::Failed)
+}
+
+fn new_mount(
+    root: BorrowedFd<'_>,
+    mount: &Mount,
+    options: &Options,
+    usual: &mut Usual,
+) -> Result<(), Error> {
     let named = mount.typ().as_deref().unwrap_or("");
     // The guest has cgroup v2 alone, whatever the host has.
     let kind = if named == "cgroup" { "cgroup2" } else { named };
     if kind.is_empty() || kind == "none" {
         return Err(bad(mount, "it has neither a type nor the option bind"));
     }
-    let name = CString::new(kind).map_err(|_| bad(mount, "NUL in the type"))?;
-    let fs = sys::fs_open(&name).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENODEV) => {
-            let text = bad(mount, format!("unknown file system type {kind:?}")).to_string();
-            Error::new(Kind::Unsupported, text)
-        }
-        _ => bad(mount, format!("file system type {kind:?}: {error}")),
-    })?;
     // Options for a version 1 cgroup mean nothing to version 2.
     let data = if kind == "cgroup2" { &[][..] } else { &options.data };
-    for option in data {
-        set_option(fs.as_fd(), option)
-            .map_err(|error| bad(mount, format!("option {option:?}: {error}")))?;
-    }
-    if let Some(source) = mount.source().as_deref().and_then(Path::to_str) {
-        let source = CString::new(source).map_err(|_| bad(mount, "NUL in the source"))?;
-        sys::fs_set(fs.as_fd(), c"source", Some(&source)).map_err(|error| bad(mount, error))?;
-    }
-    let made = sys::fs_mount(fs.as_fd(), 0)
-        .map_err(|error| bad(mount, format!("file system of type {kind:?}: {error}")))?;
+    let made = match usual.take(kind, data, is_dev(mount)) {
+        Some(made) => made,
+        None => make(kind, data, mount.source().as_deref().and_then(Path::to_str)).map_err(
+            |unmade| match unmade {
+                Unmade::Unknown => {
+                    let text = bad(mount, format!("unknown file system type {kind:?}"));
+                    Error::new(Kind::Unsupported, text.to_string())
+                }
+                Unmade::Option(option, error) => bad(mount, format!("option {option:?}: {error}")),
+                Unmade::Failed(error) => {
+                    bad(mount, format!("file system of type {kind:?}: {error}"))
+                }
+            },
+        )?,
+    };
     let target = match kind {
         "proc" | "sysfs" => plain_target(root, mount)?,
         _ => target(root, mount, Missing::Directory)?,

@@ -13,7 +13,8 @@ use nix::sys::stat::Mode;
 use super::link::{self, ChildLink, Link, Ready};
 use super::plan::{PidNamespace, Plan};
 use super::seccomp::Filter;
-use super::{Cgroup, Container, CreateRequest, Error, Kind, ProcessIo, init, sys};
+use super::spare::Spare;
+use super::{Cgroup, Container, CreateRequest, Error, Kind, ProcessIo, sys};
 
 /// Where a child finds its end of the link.
 const LINK_FD: RawFd = 3;
@@ -22,6 +23,9 @@ const EXTRA_FD: RawFd = 4;
 
 /// Names of the child's steps, in the order of its code.
 const STEPS: [&str; 3] = ["container-rootfs", "container-mounts", "container-process"];
+
+/// Columns and rows; 0 leaves the size alone.
+pub(crate) type TerminalSize = (u16, u16);
 
 /// What a child starts with.
 pub(crate) struct Child {
@@ -33,35 +37,39 @@ pub(crate) struct Child {
 /// Builds a container up to "ready".
 pub(crate) async fn create(request: CreateRequest<'_>) -> Result<Container, Error> {
     let begun = Instant::now();
-    let plan = Plan::new(request.spec)?;
-    let shared_pid = match (plan.pid, request.shared_pid) {
-        (PidNamespace::Own, _) => None,
-        (PidNamespace::Pod, Some(shared)) => Some(shared.as_fd()),
+    let plan = Plan::new(request.spec.clone())?;
+    let seccomp = plan.linux.seccomp().clone();
+    // Translated here only to refuse a bad profile before anything exists.
+    seccomp.as_ref().map(Filter::new).transpose()?;
+    let limits = plan.linux.resources().clone().unwrap_or_default_limits();
+    let spare = match (plan.pid, request.shared_pid) {
+        (PidNamespace::Own, _) => request.spares.take(),
+        (PidNamespace::Pod, Some(_)) => None,
         (PidNamespace::Pod, None) => {
             let text = "the specification shares the pod's PID namespace, which this pod lacks";
             return Err(Error::new(Kind::Invalid, text));
         }
     };
-    let seccomp = plan.linux.seccomp().clone();
-    // Translated here only to refuse a bad profile before anything exists.
-    let filter = seccomp.as_ref().map(Filter::new).transpose()?;
-    let limits = plan.linux.resources().clone().unwrap_or_default_limits();
-    let cgroup = Cgroup::create(request.cgroup_root, request.id, &limits)?;
-    let mut flags = CloneFlags::CLONE_NEWNS;
-    flags.set(CloneFlags::CLONE_NEWIPC, plan.own_ipc);
-    flags.set(CloneFlags::CLONE_NEWUTS, plan.own_uts);
-    flags.set(CloneFlags::CLONE_NEWPID, shared_pid.is_none());
-    let rootfs = request.rootfs;
-    let forked = spawn(flags, &cgroup, shared_pid, request.io, None, |child, io| {
-        init::run(child, &plan, rootfs, filter, io)
-    });
+    let shared_pid = request.shared_pid.filter(|_| plan.pid == PidNamespace::Pod);
+    let spare = spare.map_or_else(
+        || {
+            let shared_pid = shared_pid.map(AsFd::as_fd);
+            Spare::fork(request.cgroup_root, request.id, request.spares.maker(), shared_pid)
+        },
+        Ok,
+    )?;
+    let ordered = spare
+        .cgroup
+        .apply(&limits)
+        .and_then(|()| spare.order(request.spec, request.rootfs, request.io));
     let before = begun.elapsed();
-    let waited = match forked {
-        Ok((pid, link)) => wait(pid, link).await,
+    let Spare { pid, link, cgroup } = spare;
+    let waited = match ordered {
+        Ok(()) => wait(pid, link).await,
         Err(error) => Err(error),
     };
     let waited = waited.and_then(|done| cgroup.restrict_devices(&limits).map(|()| done));
-    let (pid, pidfd, link, ready) = match waited {
+    let (pidfd, link, ready) = match waited {
         Ok(done) => done,
         Err(error) => {
             // The child that failed is on its way out; the error is what the host is to hear.
@@ -69,7 +77,7 @@ pub(crate) async fn create(request: CreateRequest<'_>) -> Result<Container, Erro
             return Err(error);
         }
     };
-    let mut phases = vec![("container-fork", before)];
+    let mut phases = vec![("container-order", before)];
     phases.extend(STEPS.into_iter().zip(ready.steps));
     Ok(Container {
         pid,
@@ -102,14 +110,29 @@ impl UnwrapOrEmpty<oci_spec::runtime::LinuxResources>
 }
 
 /// Waits for a child's "ready"; a pidfd is taken while it cannot have been reaped unseen.
-async fn wait(pid: i32, link: Link) -> Result<(i32, OwnedFd, Link, Ready), Error> {
+async fn wait(pid: i32, link: Link) -> Result<(OwnedFd, Link, Ready), Error> {
     let pidfd = open_pidfd(pid)?;
     let ready = link.ready().await?;
-    Ok((pid, pidfd, link, ready))
+    Ok((pidfd, link, ready))
 }
 
 fn open_pidfd(pid: i32) -> Result<OwnedFd, Error> {
     sys::pidfd_open(pid).map_err(|error| Error::failed(format!("pidfd of {pid}: {error}")))
+}
+
+/// The three descriptors that a process starts with, and the size of the terminal it is to make.
+pub(crate) fn split(io: ProcessIo) -> Result<([OwnedFd; 3], Option<TerminalSize>), Error> {
+    match io {
+        ProcessIo::Stdio { stdin, stdout, stderr } => Ok(([stdin, stdout, stderr], None)),
+        ProcessIo::Terminal { width, height } => Ok((null_stdio()?, Some((width, height)))),
+    }
+}
+
+/// `/dev/null`, three times.
+pub(crate) fn null_stdio() -> Result<[OwnedFd; 3], Error> {
+    let null = || open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
+    let three = || -> nix::Result<_> { Ok([null()?, null()?, null()?]) };
+    three().map_err(|error| Error::failed(format!("/dev/null: {error}")))
 }
 
 /// Forks a child into the cgroup and runs `body` in it; gives its pid and the agent's link.
@@ -119,29 +142,18 @@ pub(crate) fn spawn(
     flags: CloneFlags,
     cgroup: &Cgroup,
     pid_namespace: Option<BorrowedFd<'_>>,
-    io: ProcessIo,
+    stdio: [OwnedFd; 3],
     extra: Option<BorrowedFd<'_>>,
-    body: impl FnOnce(Child, Option<(u16, u16)>),
+    body: impl FnOnce(Child),
 ) -> Result<(i32, Link), Error> {
     let (link, theirs) = link::pair()?;
     let failed = |what: &str, error: io::Error| Error::failed(format!("{what}: {error}"));
-    let (stdio, terminal) = match io {
-        ProcessIo::Stdio { stdin, stdout, stderr } => ([stdin, stdout, stderr], None),
-        ProcessIo::Terminal { width, height } => {
-            let null = || -> nix::Result<OwnedFd> {
-                open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
-            };
-            let three = || Ok([null()?, null()?, null()?]);
-            let three = three().map_err(|error: nix::Error| failed("/dev/null", error.into()))?;
-            (three, Some((width, height)))
-        }
-    };
     let born_in = PidNamespaceGuard::enter(pid_namespace)
         .map_err(|error| failed("entering the PID namespace", error))?;
     let forked = sys::fork(flags.bits(), Some(cgroup.fd()));
     if let Ok(None) = forked {
         match arrange(&stdio, theirs.as_raw_fd(), extra) {
-            Ok(child) => body(child, terminal),
+            Ok(child) => body(child),
             Err(_) => sys::exit_now(1),
         }
         sys::exit_now(1);
@@ -202,7 +214,7 @@ fn arrange(stdio: &[OwnedFd; 3], link: RawFd, extra: Option<BorrowedFd<'_>>) -> 
     sys::close_from(first_closed)?;
     sys::close_on_exec_from(LINK_FD)?;
     sys::reset_signals();
-    Ok(Child { link: ChildLink::adopt(LINK_FD), extra: extra.map(|_| sys::adopt(EXTRA_FD)) })
+    Ok(Child { link: ChildLink::adopt(LINK_FD)?, extra: extra.map(|_| sys::adopt(EXTRA_FD)) })
 }
 
 /// Measures the child's steps.

@@ -25,17 +25,14 @@ const PATH: &str = "PATH=/bin";
 /// A directory with busybox as the root.
 struct Bundle {
     directory: tempfile::TempDir,
-    read_only_source: bool,
 }
 
-impl RootSource for Bundle {
-    fn mount(&self) -> Result<PathBuf, String> {
-        assert!(!self.read_only_source);
-        let path = self.directory.path().to_path_buf();
-        mount(Some(&path), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-            .map_err(|error| error.to_string())?;
-        Ok(path)
-    }
+const ROOT_MAKER: RootMaker = RootMaker { prepare: || Ok(()), mount: bind_root };
+
+fn bind_root(path: &str) -> Result<PathBuf, String> {
+    mount(Some(path), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .map_err(|error| error.to_string())?;
+    Ok(path.into())
 }
 
 fn bundle() -> Bundle {
@@ -60,7 +57,7 @@ fn bundle() -> Bundle {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(root.join("bin/garbage"), fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
-    Bundle { directory, read_only_source: false }
+    Bundle { directory }
 }
 
 /// A specification as containerd writes them, for a shell command.
@@ -179,7 +176,8 @@ async fn create(
         id: &id,
         cgroup_root: root,
         spec,
-        rootfs: bundle,
+        rootfs: bundle.directory.path().display().to_string(),
+        spares: &Spares::new(ROOT_MAKER),
         io,
         shared_pid,
     })
