@@ -184,6 +184,7 @@ impl Handle {
         cgroup::create(&cgroups)
             .and_then(|()| cgroup::join(&cgroups))
             .map_err(|error| SandboxError::host(id, "enter the pod's cgroup", error))?;
+        self.0.timeline.shim();
         let start = Instant::now();
         let wire =
             netns.as_deref().map(|netns| Wire::plug(netns, config)).transpose().map_err(
@@ -218,7 +219,8 @@ impl Handle {
         let settings = self.0.config.vmm().map_err(|error| fail("configure the VMM")(&error))?;
         let started =
             vmm::start(&settings, spec).await.map_err(|error| fail("start the VM")(&error))?;
-        self.0.timeline.host(if started.cloned { "clone" } else { "boot" }, "", start);
+        let name = if started.cloned { "clone" } else { "boot" };
+        self.0.timeline.machine(name, start, &started.phases);
         let vm: Arc<dyn Vm> = started.vm.into();
         let pid = u32::try_from(vm.pid()).unwrap_or(0);
         self.table().vmm_pid = pid;
@@ -236,7 +238,7 @@ impl Handle {
                 .hello(deadline::HELLO_COLD)
                 .await
                 .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
-            self.0.timeline.host("agent", "", start);
+            self.0.timeline.host("kernel", "", start);
         }
         Ok(Launched { wire: wired.wire, vm, channel })
     }
@@ -267,7 +269,8 @@ impl Handle {
             .start_sandbox(&request)
             .await
             .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
-        self.0.timeline.host("identity", "", start);
+        let inside = reply.phases.iter().map(|phase| phase.nanoseconds).sum();
+        self.0.timeline.call("agent", "identity", start, Duration::from_nanos(inside));
         self.note_phases("", &reply.phases);
         wire.as_ref()
             .map_or(Ok(()), Wire::open)

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use joey_protocol::api;
@@ -191,7 +191,21 @@ impl Handle {
             .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
         self.0.timeline.host("container", &id, start);
         self.note_phases(&id, &reply.phases);
+        self.note_first_byte(id, copies.first_byte());
         Ok((reply.pid, copies))
+    }
+
+    /// Notes when the container's first output arrives; nothing if it never has any.
+    fn note_first_byte(&self, id: String, first_byte: impl Future<Output = bool> + Send + 'static) {
+        let inner = Arc::downgrade(&self.0);
+        tokio::spawn(async move {
+            if first_byte.await
+                && let Some(inner) = inner.upgrade()
+            {
+                inner.timeline.mark("first byte", &id);
+                inner.timeline.write(&Handle(inner.clone()).directory());
+            }
+        });
     }
 
     /// Adds what the guest measured.

@@ -22,7 +22,7 @@ pub struct Step {
     /// For which container; empty for the sandbox.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub container: String,
-    /// Where it ran: `host` or `guest`.
+    /// Where it ran: `host`, `vmm` (a part of a step on the host) or `guest`.
     pub side: String,
     /// Milliseconds after the shim's start at which it began.
     pub start_ms: f64,
@@ -74,6 +74,34 @@ impl Timeline {
     /// Notes a step on the host that began at `start` and ends now.
     pub fn host(&self, name: &str, container: &str, start: Instant) {
         self.push(name, container, "host", start, start.elapsed());
+    }
+
+    /// Notes the shim's own start: from the process's to now.
+    pub fn shim(&self) {
+        self.push("shim", "", "host", self.origin, self.origin.elapsed());
+    }
+
+    /// Notes that something happened just now.
+    pub fn mark(&self, name: &str, container: &str) {
+        self.push(name, container, "host", Instant::now(), Duration::ZERO);
+    }
+
+    /// Notes the start of the machine, which began at `start`, after its parts.
+    pub fn machine(&self, name: &str, start: Instant, parts: &[(&str, Duration)]) {
+        let mut from = start;
+        for (part, took) in parts {
+            self.push(part, "", "vmm", from, *took);
+            from += *took;
+        }
+        self.host(name, "", start);
+    }
+
+    /// Notes a call to the guest that began at `start` and ends now, in two steps: `answer`, until the
+    /// guest began with it, and `name`, for which the guest needed `inside`.
+    pub fn call(&self, answer: &str, name: &str, start: Instant, inside: Duration) {
+        let before = start.elapsed().saturating_sub(inside);
+        self.push(answer, "", "host", start, before);
+        self.push(name, "", "host", start + before, inside);
     }
 
     /// Notes steps that the guest measured, laid end to end so that the last ends now.

@@ -43,6 +43,7 @@ pub struct Copies {
     close: Option<Arc<Notify>>,
     outputs: Arc<watch::Sender<usize>>,
     moved: Arc<AtomicU64>,
+    first: Arc<watch::Sender<bool>>,
     logger: Option<Logger>,
 }
 
@@ -53,6 +54,7 @@ impl Copies {
             close: None,
             outputs: Arc::new(watch::Sender::new(0)),
             moved: Arc::default(),
+            first: Arc::new(watch::Sender::new(false)),
             logger,
         }
     }
@@ -73,14 +75,20 @@ impl Copies {
     pub(super) fn add_output(&mut self, stream: MuxStream, sink: Sink) {
         self.outputs.send_modify(|count| *count += 1);
         let outputs = self.outputs.clone();
-        let moved = self.moved.clone();
+        let (moved, first) = (self.moved.clone(), self.first.clone());
         let task = tokio::spawn(async move {
-            if let Err(error) = output(stream, sink, &moved).await {
+            if let Err(error) = output(stream, sink, &moved, &first).await {
                 tracing::warn!("copying output: {error}");
             }
             outputs.send_modify(|count| *count -= 1);
         });
         self.tasks.push(task.abort_handle());
+    }
+
+    /// A future that waits for the first output: whether there was any.
+    pub fn first_byte(&self) -> impl Future<Output = bool> + Send + use<> {
+        let mut first = self.first.subscribe();
+        async move { first.wait_for(|came| *came).await.is_ok() }
     }
 
     /// Ends the process's stdin after what is in the FIFO now (CloseIO). Further calls do nothing.
@@ -123,7 +131,12 @@ impl Drop for Copies {
     }
 }
 
-async fn output(mut stream: MuxStream, mut sink: Sink, moved: &AtomicU64) -> io::Result<()> {
+async fn output(
+    mut stream: MuxStream,
+    mut sink: Sink,
+    moved: &AtomicU64,
+    first: &watch::Sender<bool>,
+) -> io::Result<()> {
     loop {
         let data = stream.fill_buf().await?;
         if data.is_empty() {
@@ -134,7 +147,9 @@ async fn output(mut stream: MuxStream, mut sink: Sink, moved: &AtomicU64) -> io:
             return Err(io::ErrorKind::WriteZero.into());
         }
         stream.consume(count);
-        moved.fetch_add(count as u64, Ordering::Relaxed);
+        if moved.fetch_add(count as u64, Ordering::Relaxed) == 0 {
+            first.send_replace(true);
+        }
     }
 }
 

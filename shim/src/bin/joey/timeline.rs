@@ -20,7 +20,11 @@ pub(crate) fn draw(steps: &Steps) -> String {
         // Both are between 0 and WIDTH.
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let (left, bar) = (scale(step.start_ms) as usize, scale(step.took_ms).max(1.0) as usize);
-        let indent = if step.side == "guest" { "  guest: " } else { "" };
+        let indent = match step.side.as_str() {
+            "guest" => "  guest: ",
+            "vmm" => "  vmm: ",
+            _ => "",
+        };
         let of = step.container.chars().take(6).collect::<String>();
         let of = if of.is_empty() { of } else { format!(" [{of}]") };
         let name = format!("{indent}{}{of}", step.name);
@@ -30,7 +34,7 @@ pub(crate) fn draw(steps: &Steps) -> String {
             step.start_ms,
             step.took_ms,
             " ".repeat(left),
-            if step.side == "guest" { "▒" } else { "█" }.repeat(bar),
+            if step.side == "host" { "█" } else { "▒" }.repeat(bar),
         );
     }
     text
