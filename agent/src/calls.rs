@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use joey_protocol::ids::{ContainerId, ExecId, VolumeId};
+use joey_protocol::ids::{ContainerId, ExecId};
 use joey_protocol::{api, limits};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -21,10 +21,6 @@ use crate::sandbox::{Sandbox, SandboxError, memory_bytes};
 use crate::storage::{self, SlotClaim};
 use crate::{streams, sys};
 
-/// How a mount's source names a volume.
-const VOLUME_SOURCE: &str = "joey-volume:";
-/// How a mount's source names the pod's shared memory.
-const SHM_SOURCE: &str = "joey-shm:";
 /// Longest signal number of Linux.
 const SIGNAL_MAX: u32 = 64;
 
@@ -48,7 +44,7 @@ impl Sandbox {
     ) -> Result<api::CreateContainerResponse, SandboxError> {
         self.require_started()?;
         let id = ContainerId::new(&request.container_id)?;
-        let spec = self.read_spec(&request.spec)?;
+        let spec: Spec = parse_spec(&request.spec)?;
         let rootfs = request.rootfs.get_or_default();
         let plan = storage::plan(rootfs, memory_bytes())?;
         let reservation = self.containers.reserve(id.as_str())?;
@@ -60,6 +56,7 @@ impl Sandbox {
             id: id.as_str(),
             cgroup_root: Path::new(CGROUP_ROOT),
             spec,
+            json: &request.spec,
             rootfs: serde_json::to_string(&plan).unwrap_or_default(),
             spares: &self.spares,
             io,
@@ -71,43 +68,12 @@ impl Sandbox {
         let mut phases: Vec<_> =
             container.phases.iter().map(|(name, took)| phase(name, *took)).collect();
         phases.push(phase("container", sys::monotonic() - begin));
-        let pumps = ends.run(container.pty_master.take())?;
+        let pumps = ends.run(std::mem::take(&mut container.io))?;
         let pid = child.pid().as_raw().unsigned_abs();
         let init = Process::new(child, pumps);
         let events = self.events.clone();
         reservation.keep(ContainerEntry::watched(id.as_str(), container, init, slots, events));
         Ok(api::CreateContainerResponse { pid, phases, ..Default::default() })
-    }
-
-    /// Parses a specification and puts guest paths in place of what names the host's volumes.
-    fn read_spec(&self, json: &[u8]) -> Result<Spec, SandboxError> {
-        if json.len() > limits::MAX_SPEC {
-            return Err(SandboxError::Invalid(format!(
-                "the specification has {} bytes, at most {} are allowed",
-                json.len(),
-                limits::MAX_SPEC
-            )));
-        }
-        let mut spec: Spec = parse("specification", json)?;
-        let mut mounts = spec.mounts().clone().unwrap_or_default();
-        for mount in &mut mounts {
-            let Some(source) = mount.source().as_ref().and_then(|source| source.to_str()) else {
-                continue;
-            };
-            if source == SHM_SOURCE {
-                mount.set_source(Some("/dev/shm".into()));
-            } else if let Some(id) = source.strip_prefix(VOLUME_SOURCE) {
-                let path = self.volumes.path(&VolumeId::new(id)?);
-                if !path.exists() {
-                    return Err(SandboxError::Invalid(format!(
-                        "volume {id} was not copied into the guest"
-                    )));
-                }
-                mount.set_source(Some(path));
-            }
-        }
-        spec.set_mounts(Some(mounts));
-        Ok(spec)
     }
 
     /// Prepares a further process.
@@ -137,7 +103,7 @@ impl Sandbox {
         let (ends, io) = streams::prepare(&self.mux, stdio)?;
         let mut exec = container.engine.exec(process, io).await.map_err(engine)?;
         let child = self.reaper.adopted(Pid::from_raw(exec.pid));
-        let pumps = ends.run(exec.pty_master.take())?;
+        let pumps = ends.run(std::mem::take(&mut exec.io))?;
         Ok((exec, Process::new(child, pumps)))
     }
 
@@ -264,6 +230,17 @@ fn parse<T: serde::de::DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, S
 }
 
 /// Whether a container joins the pod's pid namespace: its own namespace list names one by path.
+fn parse_spec(json: &[u8]) -> Result<Spec, SandboxError> {
+    if json.len() > limits::MAX_SPEC {
+        return Err(SandboxError::Invalid(format!(
+            "the specification has {} bytes, at most {} are allowed",
+            json.len(),
+            limits::MAX_SPEC
+        )));
+    }
+    parse("specification", json)
+}
+
 fn shares_pid(spec: &Spec) -> bool {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     namespaces.is_some_and(|namespaces| {

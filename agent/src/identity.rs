@@ -107,6 +107,11 @@ impl Prepared {
         Ok(Self { random, machine_id, links: Links::prepare()? })
     }
 
+    /// What can wait until the pod has started.
+    pub(crate) fn complete(&mut self, network: &api::Network) -> Result<(), IdentityError> {
+        Ok(self.links.add_link_local(network)?)
+    }
+
     /// For tests of what comes before the kernel is asked.
     #[cfg(test)]
     pub(crate) fn nothing() -> Self {

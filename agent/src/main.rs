@@ -111,8 +111,9 @@ async fn serve(port: OwnedFd, prepared: identity::Prepared) -> Result<(), AgentE
     let (events, queue) = events::Events::new();
     tokio::spawn(events::run(queue, mux.open(limits::STREAM_EVENTS)?));
     let sandbox = Arc::new(sandbox::Sandbox::new(prepared, mux.clone(), reaper, events));
-    container::prepare_device_policy()?;
-    sandbox.spares.fork(Path::new(boot::CGROUP_ROOT), SPARES)?;
+    let cgroups = Path::new(boot::CGROUP_ROOT);
+    container::prepare_device_policy(cgroups)?;
+    sandbox.spares.fork(cgroups, SPARES)?;
     let calls = mux.open(limits::STREAM_RPC)?;
     let connection = futures::stream::once(async move { Ok(calls) });
     let mut server = ttrpc::r#async::Server::new()

@@ -98,6 +98,21 @@ impl Links {
         Self { socket: Socket::open().unwrap(), devices: Vec::new() }
     }
 
+    /// Gives the links their link-local addresses, as far as the pod speaks IPv6. Once the pod has
+    /// started: the kernel, too, gives them a while after a link is up.
+    pub(crate) fn add_link_local(&mut self, network: &api::Network) -> Result<(), NetworkError> {
+        let mut batch = Vec::new();
+        for interface in &network.interfaces {
+            if interface.addresses.iter().any(|address| address.ip.len() == 16) {
+                let step = format!("add the link-local address of {}", interface.name);
+                let index = device(&self.devices, interface)?.index;
+                let address = route::address(step, index, &link_local(&interface.mac), 64);
+                batch.push(address.number(route::ADDRESS_FLAGS, NO_DETECTION));
+            }
+        }
+        Ok(self.socket.batch(batch)?)
+    }
+
     /// Gives the links the pod's addresses and routes; a link that the pod has no use for goes down.
     pub(crate) fn apply(&mut self, network: &api::Network) -> Result<(), NetworkError> {
         let mut batch = Vec::new();
@@ -200,11 +215,6 @@ fn configure(
         .attribute(route::LINK_MAC, &interface.mac)
         .number(route::LINK_MTU, interface.mtu);
     batch.push(link);
-    if interface.addresses.iter().any(|address| address.ip.len() == 16) {
-        let step = format!("add the link-local address of {name}");
-        let address = route::address(step, index, &link_local(&interface.mac), 64);
-        batch.push(address.number(route::ADDRESS_FLAGS, NO_DETECTION));
-    }
     for address in &interface.addresses {
         let what = || format!("address {} of {name}", shown(&address.ip));
         let prefix = prefix(&address.ip, address.prefix, &what)?;

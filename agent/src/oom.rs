@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::Interest;
@@ -12,8 +13,12 @@ use crate::sys;
 /// Size of an inotify event without a name: watch, mask, cookie, length, four bytes each.
 const NOTE: usize = 16;
 
+/// A start has better things to do; what happens until then is found at the first look.
+const LATER: Duration = Duration::from_millis(200);
+
 /// Calls `check` whenever the counters of `cgroup` change; ends with the cgroup.
 pub(crate) async fn watch(cgroup: &Path, mut check: impl FnMut()) -> io::Result<()> {
+    tokio::time::sleep(LATER).await;
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
     let flags = AddWatchFlags::IN_MODIFY;
     inotify.add_watch(&cgroup.join("memory.events"), flags)?;

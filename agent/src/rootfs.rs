@@ -14,9 +14,10 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 
-use crate::container::RootMaker;
+use crate::container::Sources;
 use crate::sandbox::memory_bytes;
 use crate::storage::{self, LayerDisk, RootfsPlan};
+use crate::volumes;
 
 const ROOT: &str = "/run/joey/root";
 const LAYERS: &str = "/run/joey/layers";
@@ -24,8 +25,9 @@ const UPPER: &str = "/run/joey/upper";
 /// Enough for the mount points of a read-only root.
 const READ_ONLY_UPPER: u64 = 1 << 20;
 
-/// Roots of containers, from their disks.
-pub(crate) const ROOT_MAKER: RootMaker = RootMaker { prepare, mount: mount_root };
+/// Roots of containers, from their disks; volumes, from the host's copies.
+pub(crate) const SOURCES: Sources =
+    Sources { prepare, root: mount_root, bind: volumes::bind_source };
 
 /// The usual writable layer.
 fn prepare() -> Result<(), String> {

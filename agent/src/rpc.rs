@@ -50,7 +50,7 @@ impl api::Agent for Service {
         _: &TtrpcContext,
         request: api::StartSandboxRequest,
     ) -> ttrpc::Result<api::StartSandboxResponse> {
-        reply(self.0.start(&request))
+        reply(self.0.start(request))
     }
 
     async fn copy_in(

@@ -10,11 +10,13 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use joey_protocol::ids::{IdError, VolumeId};
 use joey_protocol::mux::Mux;
 use joey_protocol::{api, handshake, limits};
+use protobuf::MessageField;
 use ttrpc::Code;
 
 use crate::container::{Kind, Spares};
@@ -24,10 +26,13 @@ use crate::identity::{IdentityError, Prepared};
 use crate::log::warning;
 use crate::pod_pid::PodPidNamespace;
 use crate::reap::Reaper;
-use crate::rootfs::ROOT_MAKER;
+use crate::rootfs::SOURCES;
 use crate::storage::{self, SharedSlots, StorageError};
 use crate::streams::StdioError;
 use crate::volumes::{VOLUMES, VolumeError, Volumes};
+
+/// When the rest of the identity is seen to.
+const LATER: Duration = Duration::from_millis(300);
 
 /// A call that could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -172,7 +177,7 @@ impl Sandbox {
             prepared: Mutex::new(prepared),
             pod_pid: Mutex::default(),
             volumes: Volumes::new(VOLUMES),
-            spares: Spares::new(ROOT_MAKER),
+            spares: Spares::new(SOURCES),
             containers: Containers::default(),
             slots: SharedSlots::default(),
             mux,
@@ -216,17 +221,18 @@ impl Sandbox {
 
     /// Makes this clone the sandbox; once.
     pub(crate) fn start(
-        &self,
-        request: &api::StartSandboxRequest,
+        self: &Arc<Self>,
+        request: api::StartSandboxRequest,
     ) -> Result<api::StartSandboxResponse, SandboxError> {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         if *phase != Phase::Fresh {
             return Err(SandboxError::StartedBefore);
         }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        match prepared.assume(request) {
+        match prepared.assume(&request) {
             Ok(response) => {
                 *phase = Phase::Started;
+                tokio::spawn(Arc::clone(self).complete(request.network));
                 Ok(response)
             }
             Err(error) => {
@@ -234,6 +240,15 @@ impl Sandbox {
                 warning!("sandbox {} does not start: {error}", request.sandbox_id);
                 Err(error.into())
             }
+        }
+    }
+
+    /// Does what can wait until the pod has started.
+    async fn complete(self: Arc<Self>, network: MessageField<api::Network>) {
+        tokio::time::sleep(LATER).await;
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = prepared.complete(&network) {
+            warning!("after the sandbox's start: {error}");
         }
     }
 
@@ -282,7 +297,7 @@ mod tests {
 
     #[test]
     fn nothing_is_served_before_the_identity() {
-        let sandbox = sandbox();
+        let sandbox = Arc::new(sandbox());
         let error = sandbox.copy_in(&api::CopyInRequest::new()).unwrap_err();
         assert_eq!(error.code(), Code::FAILED_PRECONDITION);
         // A request without entropy: refused before anything of this machine is touched.
@@ -290,8 +305,8 @@ mod tests {
             protocol_version: limits::PROTOCOL_VERSION,
             ..Default::default()
         };
-        assert_eq!(sandbox.start(&request).unwrap_err().code(), Code::INVALID_ARGUMENT);
-        let error = sandbox.start(&request).unwrap_err();
+        assert_eq!(sandbox.start(request.clone()).unwrap_err().code(), Code::INVALID_ARGUMENT);
+        let error = sandbox.start(request).unwrap_err();
         assert_eq!(error.code(), Code::FAILED_PRECONDITION, "a failed clone stays failed");
         assert!(sandbox.require_started().is_err());
     }

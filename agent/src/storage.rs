@@ -6,7 +6,7 @@
 //! namespace: the event loop never waits for a disk. Read-only disks may serve several containers at
 //! once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
@@ -94,7 +94,11 @@ pub(crate) enum StorageError {
 
 /// Slots in use, each with the number of containers on it.
 #[derive(Debug, Default)]
-pub(crate) struct Slots(HashMap<u32, u32>);
+pub(crate) struct Slots {
+    users: HashMap<u32, u32>,
+    /// Those that have carried a file system before.
+    used: HashSet<u32>,
+}
 
 /// Devices of slots: /dev/vda is slot 0.
 fn device(slot: u32) -> Result<PathBuf, StorageError> {
@@ -181,16 +185,17 @@ impl Slots {
     fn take(&mut self, rootfs: &api::Rootfs) -> Result<(), StorageError> {
         for disk in &rootfs.layers {
             let device = device(disk.slot)?;
-            match self.0.get(&disk.slot) {
+            match self.users.get(&disk.slot) {
                 Some(_) if disk.writable => {
                     return Err(StorageError::Busy { slot: disk.slot, device });
                 }
-                Some(_) => {}
-                None => refresh(disk.slot, &device)?,
+                None if self.used.contains(&disk.slot) => refresh(disk.slot, &device)?,
+                _ => {}
             }
         }
         for disk in &rootfs.layers {
-            *self.0.entry(disk.slot).or_default() += 1;
+            *self.users.entry(disk.slot).or_default() += 1;
+            self.used.insert(disk.slot);
         }
         Ok(())
     }
@@ -198,10 +203,10 @@ impl Slots {
     /// Gives them back, when the container's mounts are gone.
     fn give_back(&mut self, slots: &[u32]) {
         for slot in slots {
-            if let Some(users) = self.0.get_mut(slot) {
+            if let Some(users) = self.users.get_mut(slot) {
                 *users -= 1;
                 if *users == 0 {
-                    self.0.remove(slot);
+                    self.users.remove(slot);
                 }
             }
         }
@@ -267,10 +272,10 @@ mod tests {
     #[test]
     fn slots_are_counted() {
         let mut slots = Slots::default();
-        slots.0.insert(0, 2);
+        slots.users.insert(0, 2);
         slots.give_back(&[0]);
-        assert_eq!(slots.0.get(&0), Some(&1));
+        assert_eq!(slots.users.get(&0), Some(&1));
         slots.give_back(&[0, 5]);
-        assert!(slots.0.is_empty());
+        assert!(slots.users.is_empty());
     }
 }

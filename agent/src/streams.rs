@@ -11,16 +11,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use joey_protocol::api;
 use joey_protocol::limits::STREAM_FIRST_STDIO;
 use joey_protocol::mux::{Mux, MuxStream, OpenError};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinHandle;
 
-use crate::container::ProcessIo;
+use crate::container::{AgentEnds, ProcessIo};
 use crate::fd_io::FdIo;
 use crate::sys;
 
-/// Room in an output pipe: a process that prints much is scheduled away less often.
-const PIPE_BYTES: i32 = 1 << 20;
 /// Most bytes dropped at once, when nobody listens.
 const DROP_BYTES: usize = 64 << 10;
 
@@ -46,7 +43,6 @@ pub(crate) struct Ends {
     stdin: Option<MuxStream>,
     stdout: Option<MuxStream>,
     stderr: Option<MuxStream>,
-    pipes: [Option<FdIo>; 3],
 }
 
 /// A running process's stdio.
@@ -56,7 +52,7 @@ pub(crate) struct Pumps {
     terminal: Option<OwnedFd>,
 }
 
-/// Opens the streams and makes what the process gets as its standard three.
+/// Opens the streams and says what the process is to have as its standard three.
 pub(crate) fn prepare(mux: &Mux, stdio: &api::Stdio) -> Result<(Ends, ProcessIo), StdioError> {
     if stdio.terminal && stdio.stderr != 0 {
         return Err(StdioError::StderrOfTerminal);
@@ -64,22 +60,11 @@ pub(crate) fn prepare(mux: &Mux, stdio: &api::Stdio) -> Result<(Ends, ProcessIo)
     let stdin = open(mux, stdio.stdin)?;
     let stdout = open(mux, stdio.stdout)?;
     let stderr = open(mux, stdio.stderr)?;
-    let mut ends = Ends { stdin, stdout, stderr, pipes: [None, None, None] };
-    if stdio.terminal {
-        let io = ProcessIo::Terminal { width: clamp(stdio.width), height: clamp(stdio.height) };
-        return Ok((ends, io));
-    }
-    let stdin = match &ends.stdin {
-        None => null()?,
-        Some(_) => {
-            let (read, write) = pipe()?;
-            ends.pipes[0] = Some(FdIo::new(write)?);
-            read
-        }
+    let io = match stdio.terminal {
+        true => ProcessIo::Terminal { width: clamp(stdio.width), height: clamp(stdio.height) },
+        false => ProcessIo::Pipes([stdin.is_some(), stdout.is_some(), stderr.is_some()]),
     };
-    let stdout = output(ends.stdout.is_some(), &mut ends.pipes[1])?;
-    let stderr = output(ends.stderr.is_some(), &mut ends.pipes[2])?;
-    Ok((ends, ProcessIo::Stdio { stdin, stdout, stderr }))
+    Ok((Ends { stdin, stdout, stderr }, io))
 }
 
 fn open(mux: &Mux, number: u32) -> Result<Option<MuxStream>, StdioError> {
@@ -96,45 +81,25 @@ fn clamp(cells: u32) -> u16 {
     u16::try_from(cells).unwrap_or(u16::MAX)
 }
 
-fn null() -> io::Result<OwnedFd> {
-    std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from)
-}
-
-fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-    // Where the kernel allows less, less serves too.
-    let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
-    Ok((read, write))
-}
-
-fn output(wanted: bool, end: &mut Option<FdIo>) -> io::Result<OwnedFd> {
-    if !wanted {
-        return null();
-    }
-    let (read, write) = pipe()?;
-    *end = Some(FdIo::new(read)?);
-    Ok(write)
-}
-
 impl Ends {
-    /// Starts copying; `terminal` is the master when the process has one.
-    pub(crate) fn run(mut self, terminal: Option<OwnedFd>) -> Result<Pumps, StdioError> {
+    /// Starts copying from and to the agent's ends.
+    pub(crate) fn run(self, ends: AgentEnds) -> Result<Pumps, StdioError> {
         let mut pumps = Pumps::default();
-        if let Some(master) = terminal {
+        let [mut stdin, mut stdout, stderr] = ends.pipes;
+        if let Some(terminal) = ends.terminal {
             if self.stdin.is_some() {
-                self.pipes[0] = Some(FdIo::new(master.try_clone()?)?);
+                stdin = Some(terminal.try_clone()?);
             }
             // Read even when nobody listens, or the process would stop at a full terminal.
-            self.pipes[1] = Some(FdIo::new(master.try_clone()?)?);
-            pumps.terminal = Some(master);
+            stdout = Some(terminal.try_clone()?);
+            pumps.terminal = Some(terminal);
         }
-        let [stdin, stdout, stderr] = self.pipes;
         if let (Some(stream), Some(pipe)) = (self.stdin, stdin) {
-            pumps.input = Some(tokio::spawn(pump_in(stream, pipe)));
+            pumps.input = Some(tokio::spawn(pump_in(stream, FdIo::new(pipe)?)));
         }
         for (stream, pipe) in [(self.stdout, stdout), (self.stderr, stderr)] {
             if let Some(pipe) = pipe {
-                tokio::spawn(pump_out(pipe, stream));
+                tokio::spawn(pump_out(FdIo::new(pipe)?, stream));
             }
         }
         Ok(pumps)
@@ -211,6 +176,7 @@ async fn send_all(pipe: &FdIo, stream: &mut MuxStream) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::container::Pipes;
 
     /// Both ends of a channel, running.
     fn channel() -> (Mux, Mux) {
@@ -226,11 +192,10 @@ mod tests {
         api::Stdio { stdin, stdout, ..Default::default() }
     }
 
-    fn files(io: ProcessIo) -> [OwnedFd; 3] {
-        match io {
-            ProcessIo::Stdio { stdin, stdout, stderr } => [stdin, stdout, stderr],
-            ProcessIo::Terminal { .. } => panic!("a terminal nobody asked for"),
-        }
+    /// The process's ends, and the pumps at work on the agent's.
+    fn run(ends: Ends, io: ProcessIo) -> ([OwnedFd; 3], Pumps) {
+        let Pipes { theirs, ours } = Pipes::new(io.pipes()).unwrap();
+        (theirs, ends.run(AgentEnds { pipes: ours, terminal: None }).unwrap())
     }
 
     #[tokio::test]
@@ -238,8 +203,7 @@ mod tests {
         let (guest, host) = channel();
         let mut stream = host.open(17).unwrap();
         let (ends, io) = prepare(&guest, &stdio(0, 17)).unwrap();
-        let [_, stdout, _] = files(io);
-        let _pumps = ends.run(None).unwrap();
+        let ([_, stdout, _], _pumps) = run(ends, io);
         let expected: Vec<u8> = (0..8_000_000_u32).map(|n| (n / 7) as u8).collect();
         let sent = expected.clone();
         let writer = std::thread::spawn(move || {
@@ -256,8 +220,7 @@ mod tests {
         let (guest, host) = channel();
         drop(host.open(17).unwrap());
         let (ends, io) = prepare(&guest, &stdio(0, 17)).unwrap();
-        let [_, stdout, _] = files(io);
-        let _pumps = ends.run(None).unwrap();
+        let ([_, stdout, _], _pumps) = run(ends, io);
         let mut stdout = FdIo::new(stdout).unwrap();
         stdout.write_all(&vec![1; 8 << 20]).await.unwrap();
     }
@@ -267,8 +230,7 @@ mod tests {
         let (guest, host) = channel();
         let mut stream = host.open(16).unwrap();
         let (ends, io) = prepare(&guest, &stdio(16, 0)).unwrap();
-        let [stdin, ..] = files(io);
-        let _pumps = ends.run(None).unwrap();
+        let ([stdin, ..], _pumps) = run(ends, io);
         stream.write_all(b"hello").await.unwrap();
         stream.shutdown().await.unwrap();
         let mut received = Vec::new();

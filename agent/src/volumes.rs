@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use joey_protocol::ids::VolumeId;
@@ -19,6 +19,25 @@ use crate::paths;
 
 /// Where volumes lie.
 pub(crate) const VOLUMES: &str = "/run/joey/volumes";
+/// How a mount's source names a volume.
+const VOLUME_SOURCE: &str = "joey-volume:";
+/// How a mount's source names the pod's shared memory.
+const SHM_SOURCE: &str = "joey-shm:";
+
+/// The path that a bind mount's source means.
+pub(crate) fn bind_source(source: &Path) -> Result<PathBuf, String> {
+    let Some(text) = source.to_str() else { return Ok(source.to_owned()) };
+    if text == SHM_SOURCE {
+        return Ok("/dev/shm".into());
+    }
+    let Some(id) = text.strip_prefix(VOLUME_SOURCE) else { return Ok(source.to_owned()) };
+    let id = VolumeId::new(id).map_err(|error| error.to_string())?;
+    let path = Path::new(VOLUMES).join(id.as_str());
+    match path.exists() {
+        true => Ok(path),
+        false => Err(format!("volume {id} was not copied into the guest")),
+    }
+}
 /// Largest file that may be copied in: it lives in guest memory.
 const FILE_MAX: u64 = 64 << 20;
 
@@ -57,11 +76,6 @@ impl Volumes {
     /// Volumes below `root`, which exists.
     pub(crate) fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
-    }
-
-    /// Where a volume lies.
-    pub(crate) fn path(&self, id: &VolumeId) -> PathBuf {
-        self.root.join(id.as_str())
     }
 
     /// Puts one entry in place.
@@ -117,8 +131,13 @@ impl Volumes {
                 file
             }
         };
-        nix::unistd::fchown(&file, Some(entry.uid.into()), Some(entry.gid.into()))?;
-        fchmod(&file, Mode::from_bits_truncate(entry.mode & 0o7777))?;
+        let now = file.metadata()?;
+        if (now.uid(), now.gid()) != (entry.uid, entry.gid) {
+            nix::unistd::fchown(&file, Some(entry.uid.into()), Some(entry.gid.into()))?;
+        }
+        if now.mode() & 0o7777 != entry.mode & 0o7777 {
+            fchmod(&file, Mode::from_bits_truncate(entry.mode & 0o7777))?;
+        }
         Ok(())
     }
 

@@ -4,12 +4,13 @@
 //! specification; what every container gets is always allowed, anything else is denied.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
 
 use super::sys::{self, EbpfInstruction};
-use super::{Error, Kind};
+use super::{Cgroup, Error, Kind};
 
 const MKNOD: u32 = 1;
 const READ: u32 = 2;
@@ -186,14 +187,12 @@ pub(crate) fn attach(cgroup: BorrowedFd<'_>, resources: &LinuxResources) -> Resu
     })
 }
 
-/// Loads the program that most containers get.
-pub(crate) fn prepare() -> Result<(), Error> {
+/// Loads the program that most containers get and puts it on a cgroup of its own, below `root`: the
+/// first program on any cgroup makes the kernel patch its code.
+pub(crate) fn prepare(root: &Path) -> Result<(), Error> {
     let mut usual = LinuxResources::default();
     usual.set_devices(Some(Vec::new()));
-    match rules(&usual)? {
-        Some(rules) => load(program(&rules), |_| Ok(())),
-        None => Ok(()),
-    }
+    attach(Cgroup::create(root, "prepared")?.fd(), &usual)
 }
 
 /// The program that was loaded last, with its text: most containers have the same rules, and the

@@ -9,8 +9,9 @@ use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::Process;
 
 use super::seccomp::Filter;
-use super::spawn::{self, Child, TerminalSize};
-use super::{Container, Error, Exec, Kind, ProcessIo, init, plan, process, terminal};
+use super::spawn::{self, Child};
+use super::stdio::Pipes;
+use super::{AgentEnds, Container, Error, Exec, Kind, ProcessIo, init, plan, process, terminal};
 
 fn not_running(why: &str) -> Error {
     Error::new(Kind::NotRunning, format!("cannot exec in a container that {why}"))
@@ -35,16 +36,16 @@ pub(crate) async fn exec(
     let filter = container.seccomp.as_ref().map(Filter::new).transpose()?;
     let pidfd = container.pidfd.as_fd();
     let flags = CloneFlags::empty();
-    let (stdio, size) = spawn::split(io)?;
-    let forked = spawn::spawn(flags, &container.cgroup, Some(pidfd), stdio, Some(pidfd), |child| {
-        run(child, process, filter, size)
-    });
-    let (pid, link) = forked?;
+    let Pipes { theirs, ours } = Pipes::new(io.pipes())?;
+    let body = |child| run(child, process, filter, io.terminal());
+    let (pid, link) =
+        spawn::spawn(flags, &container.cgroup, Some(pidfd), theirs, Some(pidfd), body)?;
     let ready = link.ready().await.map_err(|error| match has_ended(pidfd) {
         true => not_running("has stopped"),
         false => error,
     })?;
-    Ok(Exec { pid, pty_master: ready.terminal, link: Mutex::new(Some(link)) })
+    let io = AgentEnds { pipes: ours, terminal: ready.terminal };
+    Ok(Exec { pid, io, link: Mutex::new(Some(link)) })
 }
 
 /// A pidfd is readable once its process has ended.
@@ -54,7 +55,7 @@ fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-fn run(child: Child, process: &Process, filter: Option<Filter>, size: Option<TerminalSize>) {
+fn run(child: Child, process: &Process, filter: Option<Filter>, size: Option<(u16, u16)>) {
     let Child { link, extra } = child;
     let prepare = || -> Result<(process::Prepared, Option<OwnedFd>), Error> {
         init::new_session()?;

@@ -12,10 +12,9 @@ use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 use nix::unistd::{fchdir, pivot_root, sethostname, setsid};
-use oci_spec::runtime::{LinuxPersonalityDomain, Process};
+use oci_spec::runtime::{LinuxPersonalityDomain, Process, Spec};
 
 use super::link::ChildLink;
-use super::mounts::Usual;
 use super::plan::Plan;
 use super::process::{self, Prepared};
 use super::seccomp::Filter;
@@ -29,9 +28,9 @@ fn failed(what: &str, error: impl std::fmt::Display) -> Error {
 }
 
 /// Never returns to the agent's code: the caller ends the process after it.
-pub(crate) fn run(link: &ChildLink, ordered: Result<(spare::Prepared, Order), Error>) {
+pub(crate) fn run(link: &ChildLink, ordered: Result<(spare::Prepared, Order, Spec), Error>) {
     let mut steps = Steps::begin();
-    let built = ordered.and_then(|(spare, order)| build(spare, order, &mut steps));
+    let built = ordered.and_then(|(spare, order, spec)| build(spare, order, spec, &mut steps));
     finish(link, built, &steps.taken);
 }
 
@@ -56,11 +55,12 @@ pub(crate) fn finish(
 fn build(
     mut spare: spare::Prepared,
     order: Order,
+    spec: Spec,
     steps: &mut Steps,
 ) -> Result<(Prepared, Option<OwnedFd>), Error> {
-    let plan = Plan::new(order.spec)?;
+    let plan = Plan::new(spec)?;
     let filter = plan.linux.seccomp().as_ref().map(Filter::new).transpose()?;
-    let size = order.terminal;
+    let size = order.io.terminal();
     let mut own = CloneFlags::empty();
     own.set(CloneFlags::CLONE_NEWIPC, plan.own_ipc);
     own.set(CloneFlags::CLONE_NEWUTS, plan.own_uts);
@@ -76,11 +76,11 @@ fn build(
             .map_err(|error| failed(&format!("setting sysctl {path}"), error))?;
     }
     set_names(&plan)?;
-    let path = (spare.maker.mount)(&order.root)
+    let path = (spare.sources.root)(&order.root)
         .map_err(|why| Error::failed(format!("mounting the root file system: {why}")))?;
     let root = open_directory(&path)?;
     steps.done();
-    let read_only_dev = fill(&plan, root.as_fd(), &mut spare.usual)?;
+    let read_only_dev = fill(&plan, root.as_fd(), &mut spare)?;
     enter(root.as_fd())?;
     let root = open_root()?;
     let master = size.map(|(width, height)| terminal::open(width, height)).transpose()?;
@@ -139,9 +139,9 @@ pub(crate) fn open_root() -> Result<OwnedFd, Error> {
 }
 
 /// Everything below the root that is made from outside. Gives whether /dev is to be read-only.
-fn fill(plan: &Plan, root: BorrowedFd<'_>, usual: &mut Usual) -> Result<bool, Error> {
+fn fill(plan: &Plan, root: BorrowedFd<'_>, spare: &mut spare::Prepared) -> Result<bool, Error> {
     let all = plan.spec.mounts().as_deref().unwrap_or(&[]);
-    let read_only_dev = mounts::mount_all(root, all, usual)?;
+    let read_only_dev = mounts::mount_all(root, all, &mut spare.usual, spare.sources.bind)?;
     if !mounts::brings_own_dev(all) {
         devices::fill(root, plan.linux.devices().as_deref().unwrap_or(&[]))?;
     }

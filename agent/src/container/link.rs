@@ -1,19 +1,16 @@
 //! What the agent and a forked child say to each other before `execve`.
 //!
-//! One `SOCK_SEQPACKET` pair per process. A spare first waits for its order: a memory file with the
-//! text, and three descriptors. The child sends one message: ready (with how long its
+//! One `SOCK_SEQPACKET` pair per process. A spare first waits for its order, which lies in a
+//! memory file that both have. The child sends one message: ready (with how long its
 //! steps took, and the terminal as `SCM_RIGHTS`) or failed (a kind and a text). The agent answers
 //! "go"; then either `execve` closes the child's end, or the child says why it failed. A child
 //! that dies says nothing and closes its end, too, which `wait` tells from success.
 
-use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
     recvmsg, send, sendmsg, socketpair,
@@ -26,8 +23,6 @@ use super::Error;
 const READY: u8 = 0;
 const FAILED: u8 = 1;
 const ORDER: u8 = 2;
-/// Descriptors that come with an order: its text, then standard input, output and error.
-const ORDER_FDS: usize = 4;
 /// Longest message; a longer error text is cut.
 const MESSAGE_MAX: usize = 4096;
 
@@ -91,7 +86,7 @@ pub(crate) fn pair() -> Result<(Link, OwnedFd), Error> {
 /// One received message; empty when the other end is closed.
 fn receive(socket: RawFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut buffer = vec![0u8; MESSAGE_MAX];
-    let mut control = nix::cmsg_space!([RawFd; ORDER_FDS]);
+    let mut control = nix::cmsg_space!(RawFd);
     let mut slices = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(socket, &mut slices, Some(&mut control), flags)?;
@@ -119,17 +114,13 @@ fn failure(body: &[u8]) -> Error {
 }
 
 impl Link {
-    /// Tells a spare what to become.
-    pub(crate) fn order(&self, text: &[u8], stdio: &[OwnedFd; 3]) -> Result<(), Error> {
-        let send = || -> io::Result<()> {
-            let file = memfd_create(c"order", MFdFlags::MFD_CLOEXEC)?;
-            let file = File::from(file);
-            file.write_all_at(text, 0)?;
-            let [stdin, stdout, stderr] = stdio.each_ref().map(AsRawFd::as_raw_fd);
-            let fds = [file.as_raw_fd(), stdin, stdout, stderr];
-            Ok(send_with(self.socket.get_ref().as_raw_fd(), &[ORDER], &fds)?)
-        };
-        send().map_err(|error| Error::failed(format!("giving a process its order: {error}")))
+    /// Tells a spare that its order is there, `bytes` long.
+    pub(crate) fn order(&self, bytes: usize) -> Result<(), Error> {
+        let mut message = vec![ORDER];
+        message.extend_from_slice(&(bytes as u64).to_le_bytes());
+        send(self.socket.get_ref().as_raw_fd(), &message, MsgFlags::MSG_NOSIGNAL)
+            .map(drop)
+            .map_err(|error| Error::failed(format!("giving a process its order: {error}")))
     }
 
     async fn receive(&self) -> Result<(Vec<u8>, Vec<OwnedFd>), Error> {
@@ -192,25 +183,24 @@ impl ChildLink {
         send_with(self.socket.as_raw_fd(), message, terminal.as_slice())
     }
 
-    /// Sleeps until the order comes: its text and three descriptors; nothing when the agent has given
-    /// up.
-    pub(crate) fn wait_for_order(&self) -> io::Result<Option<(Vec<u8>, [OwnedFd; 3])>> {
-        let (message, fds) = loop {
-            match receive(self.socket.as_raw_fd()) {
+    /// Sleeps until the order is there, and gives its length; nothing when the agent has given up.
+    pub(crate) fn wait_for_order(&self) -> Option<usize> {
+        let mut message = [0; 9];
+        let length = self.sleep(&mut message)?;
+        let (kind, bytes) = message[..length].split_first()?;
+        let bytes = u64::from_le_bytes(bytes.try_into().ok()?);
+        if *kind == ORDER { usize::try_from(bytes).ok() } else { None }
+    }
+
+    /// Waits for a message; nothing when the other end is closed.
+    fn sleep(&self, message: &mut [u8]) -> Option<usize> {
+        loop {
+            match recv(self.socket.as_raw_fd(), message, MsgFlags::empty()) {
                 Err(Errno::EINTR) => continue,
-                other => break other?,
+                Ok(length) if length > 0 => return Some(length),
+                _ => return None,
             }
-        };
-        let Ok([text, stdin, stdout, stderr]) = <[OwnedFd; ORDER_FDS]>::try_from(fds) else {
-            return Ok(None);
-        };
-        if message != [ORDER] {
-            return Ok(None);
         }
-        let text = File::from(text);
-        let mut order = vec![0; usize::try_from(text.metadata()?.len()).unwrap_or(0)];
-        text.read_exact_at(&mut order, 0)?;
-        Ok(Some((order, [stdin, stdout, stderr])))
     }
 
     /// Says "ready" and waits for "go"; gives false when the agent has given up.
@@ -223,15 +213,7 @@ impl ChildLink {
             return false;
         }
         drop(terminal);
-        let fd = self.socket.as_raw_fd();
-        let mut byte = [0u8];
-        loop {
-            match recv(fd, &mut byte, MsgFlags::empty()) {
-                Err(Errno::EINTR) => continue,
-                Ok(1) => return true,
-                _ => return false,
-            }
-        }
+        self.sleep(&mut [0]).is_some()
     }
 
     /// Says why the child gives up.

@@ -34,6 +34,7 @@ mod seccomp;
 mod seccomp_bpf;
 mod spare;
 mod spawn;
+mod stdio;
 mod sys;
 mod syscalls;
 mod terminal;
@@ -53,7 +54,10 @@ use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process, Spec};
 pub(crate) use cgroup::Cgroup;
 pub(crate) use device_policy::prepare as prepare_device_policy;
 pub(crate) use link::{Kind, Link};
-pub(crate) use spare::{RootMaker, Spares};
+pub(crate) use spare::{Sources, Spares};
+#[cfg(test)]
+pub(crate) use stdio::Pipes;
+pub(crate) use stdio::{AgentEnds, ProcessIo};
 
 /// Why the engine did not do what was asked; the text is for the node's operator.
 #[derive(Debug, thiserror::Error)]
@@ -74,36 +78,17 @@ impl Error {
     }
 }
 
-/// What a process reads and writes.
-#[derive(Debug)]
-pub(crate) enum ProcessIo {
-    /// Three descriptors.
-    Stdio {
-        /// Becomes descriptor 0.
-        stdin: OwnedFd,
-        /// Becomes descriptor 1.
-        stdout: OwnedFd,
-        /// Becomes descriptor 2.
-        stderr: OwnedFd,
-    },
-    /// A new pseudo terminal of the container's own devpts.
-    Terminal {
-        /// Columns; 0 leaves the size alone.
-        width: u16,
-        /// Rows.
-        height: u16,
-    },
-}
-
 /// What [`Container::create`] needs.
 pub(crate) struct CreateRequest<'a> {
     /// The container's id; names its cgroup.
     pub(crate) id: &'a str,
     /// Directory of cgroup v2 below which the container's own is made.
     pub(crate) cgroup_root: &'a Path,
-    /// What to run. Mount sources are paths of the guest.
+    /// What to run.
     pub(crate) spec: Spec,
-    /// Its root file system, as the spares' [`RootMaker`] reads it.
+    /// The text that `spec` was read from.
+    pub(crate) json: &'a [u8],
+    /// Its root file system, as the spares' [`Sources`] read it.
     pub(crate) rootfs: String,
     /// First processes.
     pub(crate) spares: &'a Spares,
@@ -118,8 +103,8 @@ pub(crate) struct CreateRequest<'a> {
 pub(crate) struct Container {
     /// Its first process, as the agent sees it. The caller watches it.
     pub(crate) pid: i32,
-    /// The terminal's end to read and write, if the process has one.
-    pub(crate) pty_master: Option<OwnedFd>,
+    /// What it reads and writes.
+    pub(crate) io: AgentEnds,
     /// How long each step of creating took.
     pub(crate) phases: Vec<(&'static str, Duration)>,
     link: Mutex<Option<Link>>,
@@ -135,8 +120,8 @@ pub(crate) struct Container {
 pub(crate) struct Exec {
     /// As the agent sees it. The caller watches it.
     pub(crate) pid: i32,
-    /// The terminal's end to read and write, if the process has one.
-    pub(crate) pty_master: Option<OwnedFd>,
+    /// What it reads and writes.
+    pub(crate) io: AgentEnds,
     link: Mutex<Option<Link>>,
 }
 

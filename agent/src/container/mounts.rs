@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Mount;
 
@@ -28,6 +28,7 @@ pub(crate) fn mount_all(
     root: BorrowedFd<'_>,
     mounts: &[Mount],
     usual: &mut Usual,
+    bind_source: fn(&Path) -> Result<PathBuf, String>,
 ) -> Result<bool, Error> {
     let mut read_only_dev = false;
     for mount in mounts {
@@ -49,7 +50,7 @@ pub(crate) fn mount_all(
             options = options.without_read_only();
         }
         match bind {
-            true => bind_mount(root, mount, &options)?,
+            true => bind_mount(root, mount, &options, bind_source)?,
             false => new_mount(root, mount, &options, usual)?,
         }
     }
@@ -80,12 +81,18 @@ fn target(root: BorrowedFd<'_>, mount: &Mount, missing: Missing) -> Result<Owned
         .map_err(|error| bad(mount, format!("making its mount point: {error}")))
 }
 
-fn bind_mount(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<(), Error> {
+fn bind_mount(
+    root: BorrowedFd<'_>,
+    mount: &Mount,
+    options: &Options,
+    bind_source: fn(&Path) -> Result<PathBuf, String>,
+) -> Result<(), Error> {
     let source = mount.source().as_deref().unwrap_or(Path::new(""));
+    let source = bind_source(source).map_err(|why| bad(mount, why))?;
     if !source.is_absolute() {
         return Err(bad(mount, format!("source {source:?} is not an absolute path")));
     }
-    let opened = open_path(source).map_err(|error| bad(mount, format!("{source:?}: {error}")))?;
+    let opened = open_path(&source).map_err(|error| bad(mount, format!("{source:?}: {error}")))?;
     let is_directory = File::from(opened.try_clone().map_err(|error| bad(mount, error))?)
         .metadata()
         .map_err(|error| bad(mount, format!("{source:?}: {error}")))?

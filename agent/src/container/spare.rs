@@ -2,50 +2,59 @@
 //! template, so that a clone finds them ready.
 //!
 //! A spare has its cgroup, its namespaces and, detached, the file systems that nearly every container
-//! mounts. It sleeps until its order comes: the specification, the root, the descriptors. A container
+//! mounts. It sleeps until its order comes: the specification and the root. A container
 //! for which no spare is left gets one forked at once; there is no other way to make a container.
 
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::fmt::Display;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 
 use super::link::Link;
 use super::mounts::Usual;
-use super::spawn::{self, Child, TerminalSize};
-use super::{Cgroup, Error, ProcessIo, init, sys};
+use super::spawn::{self, Child};
+use super::stdio::{self, Pipes, ProcessIo};
+use super::{Cgroup, Error, init};
 
-/// Where root file systems come from. Both run in a container's first process, in its own mount
-/// namespace, with which every mount goes away.
+/// Where what containers mount comes from. All of it runs in a container's first process, in its own
+/// mount namespace, with which every mount goes away.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct RootMaker {
+pub(crate) struct Sources {
     /// What can be done before the container is known.
     pub(crate) prepare: fn() -> Result<(), String>,
-    /// Mounts the root that the bytes describe and gives the mount point.
-    pub(crate) mount: fn(&str) -> Result<PathBuf, String>,
+    /// Mounts the root that the text describes and gives the mount point.
+    pub(crate) root: fn(&str) -> Result<PathBuf, String>,
+    /// The path in the guest that a bind mount's source means.
+    pub(crate) bind: fn(&Path) -> Result<PathBuf, String>,
 }
 
-/// What a spare is told to become.
+/// What a spare is told to become; the specification follows as it came from the host.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Order {
-    pub(crate) spec: Spec,
-    /// For [`RootMaker::mount`].
+    /// For [`Sources::root`].
     pub(crate) root: String,
-    /// Of the terminal, if there is to be one.
-    pub(crate) terminal: Option<TerminalSize>,
+    pub(crate) io: ProcessIo,
 }
 
 /// The agent's side of a spare.
 #[derive(Debug)]
 pub(crate) struct Spare {
     pub(crate) pid: i32,
+    pub(crate) pidfd: OwnedFd,
     pub(crate) link: Link,
     pub(crate) cgroup: Cgroup,
+    /// The agent's ends of standard input, output and error.
+    pub(crate) pipes: [Option<OwnedFd>; 3],
+    /// Where the order is written.
+    order: File,
 }
 
 impl Spare {
@@ -53,17 +62,14 @@ impl Spare {
     pub(crate) fn fork(
         root: &Path,
         name: &str,
-        maker: RootMaker,
+        sources: Sources,
         shared_pid: Option<BorrowedFd<'_>>,
     ) -> Result<Spare, Error> {
         let cgroup = Cgroup::create(root, name)?;
-        let mut flags = CloneFlags::CLONE_NEWNS;
-        flags.set(CloneFlags::CLONE_NEWPID, shared_pid.is_none());
-        let forked = spawn::null_stdio().and_then(|stdio| {
-            spawn::spawn(flags, &cgroup, shared_pid, stdio, None, |child| run(child, maker))
-        });
-        match forked {
-            Ok((pid, link)) => Ok(Spare { pid, link, cgroup }),
+        match Spare::fork_into(&cgroup, sources, shared_pid) {
+            Ok((pid, pidfd, link, pipes, order)) => {
+                Ok(Spare { pid, pidfd, link, cgroup, pipes, order })
+            }
             Err(error) => {
                 cgroup.remove_now();
                 Err(error)
@@ -71,32 +77,52 @@ impl Spare {
         }
     }
 
+    #[allow(clippy::type_complexity)]
+    fn fork_into(
+        cgroup: &Cgroup,
+        sources: Sources,
+        shared_pid: Option<BorrowedFd<'_>>,
+    ) -> Result<(i32, OwnedFd, Link, [Option<OwnedFd>; 3], File), Error> {
+        let order = memfd_create(c"order", MFdFlags::MFD_CLOEXEC)
+            .map_err(|error| Error::failed(format!("making a memory file: {error}")))?;
+        let Pipes { theirs, ours } = Pipes::new([true; 3])?;
+        let mut flags = CloneFlags::CLONE_NEWNS;
+        flags.set(CloneFlags::CLONE_NEWPID, shared_pid.is_none());
+        let extra = Some(order.as_fd());
+        let body = |child| run(child, sources);
+        let (pid, link) = spawn::spawn(flags, cgroup, shared_pid, theirs, extra, body)?;
+        Ok((pid, spawn::open_pidfd(pid)?, link, ours, order.into()))
+    }
+
     /// Gives the order; the spare becomes the container as far as "ready".
-    pub(crate) fn order(&self, spec: Spec, root: String, io: ProcessIo) -> Result<(), Error> {
-        let (stdio, terminal) = spawn::split(io)?;
-        let order = serde_json::to_vec(&Order { spec, root, terminal })
-            .map_err(|error| Error::failed(format!("writing the container's order: {error}")))?;
-        self.link.order(&order, &stdio)
+    pub(crate) fn order(&self, spec: &[u8], root: &str, io: ProcessIo) -> Result<(), Error> {
+        let bad = |error: &dyn Display| Error::failed(format!("writing the order: {error}"));
+        let order = Order { root: root.to_owned(), io };
+        let mut text = serde_json::to_vec(&order).map_err(|error| bad(&error))?;
+        text.push(b'\n');
+        text.extend_from_slice(spec);
+        self.order.write_all_at(&text, 0).map_err(|error| bad(&error))?;
+        self.link.order(text.len())
     }
 }
 
 /// The spares that are left.
 #[derive(Debug)]
 pub(crate) struct Spares {
-    maker: RootMaker,
+    sources: Sources,
     left: Mutex<Vec<Spare>>,
 }
 
 impl Spares {
     /// None yet.
-    pub(crate) fn new(maker: RootMaker) -> Spares {
-        Spares { maker, left: Mutex::default() }
+    pub(crate) fn new(sources: Sources) -> Spares {
+        Spares { sources, left: Mutex::default() }
     }
 
     /// Forks `count` of them, in cgroups below `root`.
     pub(crate) fn fork(&self, root: &Path, count: usize) -> Result<(), Error> {
         for number in 0..count {
-            let spare = Spare::fork(root, &format!("spare-{number}"), self.maker, None)?;
+            let spare = Spare::fork(root, &format!("spare-{number}"), self.sources, None)?;
             self.left().push(spare);
         }
         Ok(())
@@ -110,27 +136,32 @@ impl Spares {
         self.left().pop()
     }
 
-    pub(crate) fn maker(&self) -> RootMaker {
-        self.maker
+    pub(crate) fn sources(&self) -> Sources {
+        self.sources
     }
 }
 
 /// What a spare has made before its order.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    pub(crate) maker: RootMaker,
+    pub(crate) sources: Sources,
     pub(crate) usual: Usual,
 }
 
-fn run(child: Child, maker: RootMaker) {
-    let prepared = prepare(maker);
+fn run(child: Child, sources: Sources) {
+    let prepared = prepare(sources);
     // Without an order the agent has given up.
-    let Ok(Some((order, stdio))) = child.link.wait_for_order() else { return };
-    let ordered = prepared.and_then(|prepared| Ok((prepared, read(&order, stdio)?)));
+    let Some(length) = child.link.wait_for_order() else { return };
+    let ordered = prepared.and_then(|prepared| {
+        let (order, spec) = read(child.extra, length)?;
+        stdio::keep(order.io.pipes())
+            .map_err(|error| Error::failed(format!("arranging standard streams: {error}")))?;
+        Ok((prepared, order, spec))
+    });
     init::run(&child.link, ordered);
 }
 
-fn prepare(maker: RootMaker) -> Result<Prepared, Error> {
+fn prepare(sources: Sources) -> Result<Prepared, Error> {
     let failed = |what: &str, why: String| Error::failed(format!("{what}: {why}"));
     init::new_session()?;
     // Here, not in clone: its root is then the container's cgroup, not the agent's.
@@ -138,17 +169,17 @@ fn prepare(maker: RootMaker) -> Result<Prepared, Error> {
         .map_err(|error| failed("making a cgroup namespace", error.to_string()))?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
         .map_err(|error| failed("making the mounts private", error.to_string()))?;
-    (maker.prepare)().map_err(|why| failed("preparing a root file system", why))?;
-    Ok(Prepared { maker, usual: Usual::make() })
+    (sources.prepare)().map_err(|why| failed("preparing a root file system", why))?;
+    Ok(Prepared { sources, usual: Usual::make() })
 }
 
-/// Reads the order and puts the descriptors at 0 to 2.
-fn read(order: &[u8], stdio: [OwnedFd; 3]) -> Result<Order, Error> {
-    let bad = |error: &dyn std::fmt::Display| Error::failed(format!("the order: {error}"));
+fn read(file: Option<OwnedFd>, length: usize) -> Result<(Order, Spec), Error> {
+    let bad = |error: &dyn Display| Error::failed(format!("reading the order: {error}"));
+    let file = File::from(file.ok_or_else(|| bad(&"it has no file"))?);
+    let mut text = vec![0; length];
+    file.read_exact_at(&mut text, 0).map_err(|error| bad(&error))?;
+    let end = text.iter().position(|byte| *byte == b'\n').unwrap_or(text.len());
+    let (order, spec) = text.split_at(end);
     let order = serde_json::from_slice(order).map_err(|error| bad(&error))?;
-    for (target, fd) in stdio.iter().enumerate() {
-        let moved: io::Result<()> = sys::duplicate_to(fd.as_raw_fd(), target as i32);
-        moved.map_err(|error| bad(&error))?;
-    }
-    Ok(order)
+    Ok((order, serde_json::from_slice(spec).map_err(|error| bad(&error))?))
 }

@@ -10,11 +10,11 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::Mode;
 
-use super::link::{self, ChildLink, Link, Ready};
+use super::link::{self, ChildLink, Link};
 use super::plan::{PidNamespace, Plan};
 use super::seccomp::Filter;
 use super::spare::Spare;
-use super::{Cgroup, Container, CreateRequest, Error, Kind, ProcessIo, sys};
+use super::{AgentEnds, Cgroup, Container, CreateRequest, Error, Kind, sys};
 
 /// Where a child finds its end of the link.
 const LINK_FD: RawFd = 3;
@@ -23,9 +23,6 @@ const EXTRA_FD: RawFd = 4;
 
 /// Names of the child's steps, in the order of its code.
 const STEPS: [&str; 3] = ["container-rootfs", "container-mounts", "container-process"];
-
-/// Columns and rows; 0 leaves the size alone.
-pub(crate) type TerminalSize = (u16, u16);
 
 /// What a child starts with.
 pub(crate) struct Child {
@@ -37,7 +34,7 @@ pub(crate) struct Child {
 /// Builds a container up to "ready".
 pub(crate) async fn create(request: CreateRequest<'_>) -> Result<Container, Error> {
     let begun = Instant::now();
-    let plan = Plan::new(request.spec.clone())?;
+    let plan = Plan::new(request.spec)?;
     let seccomp = plan.linux.seccomp().clone();
     // Translated here only to refuse a bad profile before anything exists.
     seccomp.as_ref().map(Filter::new).transpose()?;
@@ -54,22 +51,25 @@ pub(crate) async fn create(request: CreateRequest<'_>) -> Result<Container, Erro
     let spare = spare.map_or_else(
         || {
             let shared_pid = shared_pid.map(AsFd::as_fd);
-            Spare::fork(request.cgroup_root, request.id, request.spares.maker(), shared_pid)
+            Spare::fork(request.cgroup_root, request.id, request.spares.sources(), shared_pid)
         },
         Ok,
     )?;
     let ordered = spare
         .cgroup
         .apply(&limits)
-        .and_then(|()| spare.order(request.spec, request.rootfs, request.io));
+        .and_then(|()| spare.order(request.json, &request.rootfs, request.io));
     let before = begun.elapsed();
-    let Spare { pid, link, cgroup } = spare;
+    let Spare { pid, pidfd, link, cgroup, mut pipes, .. } = spare;
+    for (pipe, wanted) in pipes.iter_mut().zip(request.io.pipes()) {
+        pipe.take_if(|_| !wanted);
+    }
     let waited = match ordered {
-        Ok(()) => wait(pid, link).await,
+        Ok(()) => link.ready().await,
         Err(error) => Err(error),
     };
     let waited = waited.and_then(|done| cgroup.restrict_devices(&limits).map(|()| done));
-    let (pidfd, link, ready) = match waited {
+    let ready = match waited {
         Ok(done) => done,
         Err(error) => {
             // The child that failed is on its way out; the error is what the host is to hear.
@@ -81,7 +81,7 @@ pub(crate) async fn create(request: CreateRequest<'_>) -> Result<Container, Erro
     phases.extend(STEPS.into_iter().zip(ready.steps));
     Ok(Container {
         pid,
-        pty_master: ready.terminal,
+        io: AgentEnds { pipes, terminal: ready.terminal },
         phases,
         link: Mutex::new(Some(link)),
         cgroup,
@@ -109,30 +109,9 @@ impl UnwrapOrEmpty<oci_spec::runtime::LinuxResources>
     }
 }
 
-/// Waits for a child's "ready"; a pidfd is taken while it cannot have been reaped unseen.
-async fn wait(pid: i32, link: Link) -> Result<(OwnedFd, Link, Ready), Error> {
-    let pidfd = open_pidfd(pid)?;
-    let ready = link.ready().await?;
-    Ok((pidfd, link, ready))
-}
-
-fn open_pidfd(pid: i32) -> Result<OwnedFd, Error> {
+/// A descriptor of a child that nobody can have reaped yet.
+pub(crate) fn open_pidfd(pid: i32) -> Result<OwnedFd, Error> {
     sys::pidfd_open(pid).map_err(|error| Error::failed(format!("pidfd of {pid}: {error}")))
-}
-
-/// The three descriptors that a process starts with, and the size of the terminal it is to make.
-pub(crate) fn split(io: ProcessIo) -> Result<([OwnedFd; 3], Option<TerminalSize>), Error> {
-    match io {
-        ProcessIo::Stdio { stdin, stdout, stderr } => Ok(([stdin, stdout, stderr], None)),
-        ProcessIo::Terminal { width, height } => Ok((null_stdio()?, Some((width, height)))),
-    }
-}
-
-/// `/dev/null`, three times.
-pub(crate) fn null_stdio() -> Result<[OwnedFd; 3], Error> {
-    let null = || open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
-    let three = || -> nix::Result<_> { Ok([null()?, null()?, null()?]) };
-    three().map_err(|error| Error::failed(format!("/dev/null: {error}")))
 }
 
 /// Forks a child into the cgroup and runs `body` in it; gives its pid and the agent's link.

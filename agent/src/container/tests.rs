@@ -27,7 +27,8 @@ struct Bundle {
     directory: tempfile::TempDir,
 }
 
-const ROOT_MAKER: RootMaker = RootMaker { prepare: || Ok(()), mount: bind_root };
+const SOURCES: Sources =
+    Sources { prepare: || Ok(()), root: bind_root, bind: |path| Ok(path.to_owned()) };
 
 fn bind_root(path: &str) -> Result<PathBuf, String> {
     mount(Some(path), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
@@ -66,7 +67,7 @@ fn spec(script: &str) -> Value {
     json!({
         "ociVersion": "1.1.0",
         "process": {
-            "user": {"uid": 0, "gid": 0}, "args": ["sh", "-c", script], "cwd": "/",
+            "user": {"uid": 0, "gid": 0}, "args": ["sh", "-c", format!("exec 2>&1; {script}")], "cwd": "/",
             "env": [PATH, "A=b c"], "noNewPrivileges": true,
             "capabilities": {"bounding": caps, "effective": caps, "permitted": caps}
         },
@@ -131,13 +132,8 @@ fn alone(name: &str, body: impl AsyncFnOnce(&Path)) {
     assert!(again.status.success(), "{text}");
 }
 
-fn pipe() -> (OwnedFd, OwnedFd) {
-    nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap()
-}
-
-fn null() -> OwnedFd {
-    File::open("/dev/null").unwrap().into()
-}
+const OUTPUT: ProcessIo = ProcessIo::Pipes([false, true, true]);
+const NOTHING: ProcessIo = ProcessIo::Pipes([false; 3]);
 
 struct Ran {
     output: String,
@@ -159,6 +155,12 @@ fn read_all(fd: OwnedFd) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// All of standard output, then all of standard error; a test writes to one or little to the other.
+fn read_both(io: &mut AgentEnds) -> String {
+    let [_, stdout, stderr] = std::mem::take(&mut io.pipes);
+    read_all(stdout.unwrap()) + &read_all(stderr.unwrap())
+}
+
 fn id() -> String {
     format!("joey-test-{}", std::process::id())
 }
@@ -170,14 +172,16 @@ async fn create(
     io: ProcessIo,
 ) -> Result<Container, Error> {
     let id = id();
+    let json = serde_json::to_vec(&spec).unwrap();
     let spec = parse(spec);
     let shared_pid = None;
     Container::create(CreateRequest {
         id: &id,
         cgroup_root: root,
         spec,
+        json: &json,
         rootfs: bundle.directory.path().display().to_string(),
-        spares: &Spares::new(ROOT_MAKER),
+        spares: &Spares::new(SOURCES),
         io,
         shared_pid,
     })
@@ -185,12 +189,9 @@ async fn create(
 }
 
 async fn try_run(root: &Path, bundle: &Bundle, spec: Value) -> Result<Ran, Error> {
-    let (reader, stdout) = pipe();
-    let stderr = stdout.try_clone().unwrap();
-    let io = ProcessIo::Stdio { stdin: null(), stdout, stderr };
-    let container = create(root, bundle, spec, io).await?;
+    let mut container = create(root, bundle, spec, OUTPUT).await?;
     let started = container.start().await;
-    let output = read_all(reader);
+    let output = read_both(&mut container.io);
     let status = status(container.pid);
     container.destroy().await?;
     assert!(!container.cgroup().exists());
@@ -342,7 +343,7 @@ fn a_terminal_is_the_containers_own() {
         let bundle = bundle();
         let io = ProcessIo::Terminal { width: 91, height: 17 };
         let mut container = create(root, &bundle, value, io).await.unwrap();
-        let master = container.pty_master.take().unwrap();
+        let master = container.io.terminal.take().unwrap();
         container.start().await.unwrap();
         let output = read_all(master);
         assert_eq!(status(container.pid), 0);
@@ -355,20 +356,16 @@ fn a_terminal_is_the_containers_own() {
 fn exec_joins_freeze_stops_destroy_kills() {
     alone("exec_joins_freeze_stops_destroy_kills", async |root| {
         let bundle = bundle();
-        let io = || ProcessIo::Stdio { stdin: null(), stdout: null(), stderr: null() };
-        let container = create(root, &bundle, spec("sleep 1000"), io()).await.unwrap();
+        let container = create(root, &bundle, spec("sleep 1000"), NOTHING).await.unwrap();
         let mut process = parse(spec("x")).process().clone().unwrap();
         let script = "cat /proc/1/comm /proc/self/cgroup; ls /; mkdir /from-exec; exit 3";
         process.set_args(Some(vec!["sh".into(), "-c".into(), script.into()]));
-        assert_eq!(container.exec(&process, io()).await.unwrap_err().kind, Kind::NotRunning);
+        assert_eq!(container.exec(&process, NOTHING).await.unwrap_err().kind, Kind::NotRunning);
         container.start().await.unwrap();
         assert!(container.start().await.is_err());
-        let (reader, stdout) = pipe();
-        let stderr = stdout.try_clone().unwrap();
-        let stdio = ProcessIo::Stdio { stdin: null(), stdout, stderr };
-        let exec = container.exec(&process, stdio).await.unwrap();
+        let mut exec = container.exec(&process, OUTPUT).await.unwrap();
         exec.start().await.unwrap();
-        let output = read_all(reader);
+        let output = read_both(&mut exec.io);
         assert_eq!(status(exec.pid), 3, "{output}");
         assert!(output.starts_with("sleep\n"), "{output}");
         assert!(output.contains("0::/\n") && output.contains("\nproc\n"), "{output}");
@@ -376,11 +373,11 @@ fn exec_joins_freeze_stops_destroy_kills() {
         assert_eq!(container.pids().unwrap(), [container.pid as u32]);
         container.stats().unwrap();
         container.freeze(true).await.unwrap();
-        assert_eq!(container.exec(&process, io()).await.unwrap_err().kind, Kind::NotRunning);
+        assert_eq!(container.exec(&process, NOTHING).await.unwrap_err().kind, Kind::NotRunning);
         container.freeze(false).await.unwrap();
         container.kill_all(Signal::SIGKILL).unwrap();
         assert_eq!(status(container.pid), 137);
-        let stopped = container.exec(&process, io()).await.unwrap_err();
+        let stopped = container.exec(&process, NOTHING).await.unwrap_err();
         assert_eq!(stopped.to_string(), "cannot exec in a container that has stopped");
         container.destroy().await.unwrap();
         container.destroy().await.unwrap();

@@ -83,7 +83,9 @@ fn the_guest_gets_all_of_the_pods_network() {
     alone(|| {
         ip_tool("link add before type veth peer name other");
         ip_tool("link set other up");
-        Links::prepare().and_then(|mut links| links.apply(&network())).expect("apply");
+        let mut links = Links::prepare().expect("prepare");
+        links.apply(&network()).expect("apply");
+        links.add_link_local(&network()).expect("link-local");
         let link = ip_tool("-d link show eth0");
         assert!(link.contains("mtu 1400") && link.contains("02:00:00:00:07:07"), "{link}");
         assert!(link.contains("UP"), "{link}");
