@@ -96,6 +96,9 @@ fn end_machine() {
 fn work() -> Result<(), AgentError> {
     boot::boot()?;
     let port = channel::open()?;
+    if let Err(error) = sys::be_patient() {
+        warning!("choosing the agent's scheduling: {error}");
+    }
     let prepared = identity::Prepared::new()?;
     info!("booted");
     tokio::runtime::Builder::new_current_thread()

@@ -44,6 +44,15 @@ pub(crate) fn monotonic() -> Duration {
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
 
+/// Lets a running process of a container go on when there is work for the agent, up to its time slice:
+/// a process that prints much then fills its pipe before the agent empties it. Children do not inherit.
+pub(crate) fn be_patient() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    let policy = libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: the parameters are valid for the length of the call.
+    check(unsafe { libc::sched_setscheduler(0, policy, &parameters) }).map(drop)
+}
+
 /// Credits `bytes` to the kernel's generator, eight bits of entropy a byte.
 pub(crate) fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
     for chunk in bytes.chunks(ENTROPY_MAX) {
