@@ -75,11 +75,13 @@ impl Handle {
         let mut acquired = Acquired::default();
         match self.build(&task, &spec, &mut acquired).await {
             Ok((pid, copies)) => {
-                if let Err(error) = self.created(&task, pid, copies, acquired) {
-                    self.table().containers.remove(&task.id);
-                    return Err(error);
+                if let Some(container) = self.table().containers.get_mut(&task.id) {
+                    container.copies = Some(copies);
+                    container.acquired = acquired;
                 }
-                self.emit(SandboxEvent::Created { task, pid });
+                let id = task.id.clone();
+                let created = SandboxEvent::Created { task, pid };
+                self.advance(&id, None, Some(created), |process| process.created(pid))?;
                 Ok(pid)
             }
             Err(error) => {
@@ -88,30 +90,6 @@ impl Handle {
                 Err(error)
             }
         }
-    }
-
-    /// Enters what was built into the table, unless the sandbox ended meanwhile.
-    fn created(
-        &self,
-        task: &CreateTask,
-        pid: u32,
-        copies: Copies,
-        acquired: Acquired,
-    ) -> Result<(), SandboxError> {
-        let mut table = self.table();
-        let container = table
-            .containers
-            .get_mut(&task.id)
-            .ok_or_else(|| self.not_found("container", &task.id))?;
-        if container.process.status() != Status::Creating {
-            // The guest was lost meanwhile.
-            let reason = "it ended while the container was created".into();
-            return Err(SandboxError::Ended { id: self.0.boot.id.clone(), reason });
-        }
-        container.process.created(pid);
-        container.copies = Some(copies);
-        container.acquired = acquired;
-        Ok(())
     }
 
     async fn build(
@@ -231,7 +209,6 @@ impl Handle {
         };
         let exec_id = exec.map(ToOwned::to_owned);
         self.emit(SandboxEvent::Deleted { id: id.to_owned(), exec_id, deleted });
-        self.0.changed.notify_waiters();
         let last = {
             let table = self.table();
             table.leaving && table.is_empty()
