@@ -1,6 +1,6 @@
 //! What containerd asks of processes: check the state, one call to the guest, note the outcome.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use joey_protocol::api;
 use joey_protocol::ids::ExecId;
@@ -10,6 +10,9 @@ use super::state::{self, Exit, Operation, Process, Status};
 use super::{ExecTask, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths};
 use crate::guest::GuestError;
 use crate::stdio::{Request, StdinEnd, Stdio};
+
+/// Exit status of a command that cannot be executed, as shells have it.
+const NOT_EXECUTED: u32 = 127;
 
 /// The name of a process in errors.
 fn name(id: &str, exec: Option<&str>) -> String {
@@ -48,8 +51,13 @@ impl Handle {
 
     /// Runs a created process.
     ///
+    /// If that fails no start is announced. What cannot be executed has then ended with status 127:
+    /// State, Wait and Delete tell, but there is no exit event, for nothing ever ran (containerd has
+    /// the error; runc's shim announces nothing of such an exec either). After any other failure it
+    /// is still a created process, as with runc, whose end is announced when it comes.
+    ///
     /// # Errors
-    /// It is not in the state for it, or its program cannot be executed.
+    /// It is not in the state for it, its program cannot be executed, or the guest does not answer.
     pub async fn start(&self, id: &str, exec: Option<&str>) -> Result<u32, SandboxError> {
         if exec.is_none() && self.is_pause(id) {
             return self.start_pause(id).await;
@@ -60,7 +68,14 @@ impl Handle {
         let reply = match guest.client.start(&request(id, exec)).await {
             Ok(reply) => reply,
             Err(error) => {
-                self.advance(id, exec, None, Process::not_started)?;
+                let exit = Exit { status: NOT_EXECUTED, at: SystemTime::now() };
+                self.advance(id, exec, None, |process| {
+                    if !error.is_not_executed() {
+                        return process.not_started();
+                    }
+                    process.not_executed(exit);
+                    None
+                })?;
                 return Err(Self::guest_error(id, exec)(error));
             }
         };

@@ -168,6 +168,13 @@ impl Process {
         self.settle(Status::Created)
     }
 
+    /// Its command cannot be executed: it ends as `exit` says, whatever the guest tells of the end of
+    /// the process that was to execute it.
+    pub fn not_executed(&mut self, exit: Exit) {
+        self.exit = Some(exit);
+        self.settle(Status::Stopped);
+    }
+
     /// It has ended, by itself or with its guest; only the first end counts.
     pub fn exited(&mut self, exit: Exit) -> Option<Exit> {
         if self.exit.is_some() {
@@ -249,6 +256,19 @@ mod tests {
         let mut process = starting();
         assert_eq!(process.exited(EXIT), None);
         assert_eq!(process.not_started(), Some(EXIT));
+    }
+
+    #[test]
+    fn what_cannot_be_executed_has_one_end_whatever_the_guest_tells_of_its_process() {
+        let mut process = starting();
+        process.not_executed(EXIT);
+        assert_eq!((process.status(), process.exit()), (Status::Stopped, Some(EXIT)));
+        assert_eq!(process.exited(Exit { status: 1, ..EXIT }), None);
+
+        let mut process = starting();
+        assert_eq!(process.exited(Exit { status: 1, ..EXIT }), None);
+        process.not_executed(EXIT);
+        assert_eq!(process.exit(), Some(EXIT));
     }
 
     #[test]
