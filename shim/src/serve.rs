@@ -9,6 +9,7 @@ use containerd_shim::protos::api::DeleteResponse;
 use containerd_shim::protos::protobuf::Message as _;
 use containerd_shim::protos::ttrpc::r#async::Server;
 use containerd_shim::protos::ttrpc::r#async::transport::Listener;
+use tokio::sync::oneshot;
 
 use crate::api::convert::timestamp;
 use crate::api::publisher::Publisher;
@@ -61,7 +62,8 @@ async fn serve(config: Config, invocation: Invocation, listener: UnixListener) -
         spec: invocation.spec,
     };
     let (handle, outgoing) = Handle::new(Arc::new(config), boot, process_age());
-    let forwarding = tokio::spawn(events::forward(outgoing, publisher));
+    let (close, closed) = oneshot::channel();
+    let forwarding = tokio::spawn(events::forward(outgoing, publisher, closed));
     listener.set_nonblocking(true).context("socket")?;
     let listener = tokio::net::UnixListener::from_std(listener).context("socket")?;
     let listener = Listener::from(listener);
@@ -73,11 +75,9 @@ async fn serve(config: Config, invocation: Invocation, listener: UnixListener) -
     handle.left().await;
     tokio::time::sleep(LAST_ANSWER).await;
     server.shutdown().await.context("end the server")?;
-    drop(handle);
-    forwarding.abort();
-    let _ = forwarding.await;
+    drop((handle, close));
     // What containerd does not take now it learns from `delete`.
-    let _ = tokio::time::timeout(LAST_EVENTS, delivered).await;
+    let _ = tokio::time::timeout(LAST_EVENTS, async { tokio::join!(forwarding, delivered) }).await;
     Ok(())
 }
 

@@ -240,6 +240,22 @@ pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Sends a signal to the process that a pidfd stands for, whoever has its number now
+/// (pidfd_send_signal(2)).
+pub(crate) fn pidfd_send_signal(
+    pidfd: &OwnedFd,
+    signal: nix::sys::signal::Signal,
+) -> io::Result<()> {
+    let (fd, signal) = (pidfd.as_raw_fd(), signal as libc::c_int);
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: without a siginfo the kernel makes the one of kill(2); no other pointer is passed.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, no_info, 0) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Waits until `fd` is readable; `false` if `limit` passed first.
 pub(crate) fn wait_readable(fd: &OwnedFd, limit: std::time::Duration) -> io::Result<bool> {
     use std::os::fd::AsFd as _;

@@ -7,15 +7,29 @@ use containerd_shim::protos::events::task::{
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::protobuf::{MessageField, MessageFull};
 use containerd_shim::protos::topics;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::convert::timestamp;
 use super::publisher::{Outgoing, Publisher};
 use crate::sandbox::{CreateTask, Deleted, SandboxEvent};
 
-/// Forwards events until the sandbox is gone.
-pub async fn forward(mut events: mpsc::UnboundedReceiver<SandboxEvent>, publisher: Publisher) {
-    while let Some(event) = events.recv().await {
+/// Forwards events until `closed` resolves, by a message or without its sender, and closes the queue:
+/// what is in it by then still goes.
+pub async fn forward(
+    mut events: mpsc::UnboundedReceiver<SandboxEvent>,
+    publisher: Publisher,
+    mut closed: oneshot::Receiver<()>,
+) {
+    loop {
+        let event = tokio::select! {
+            biased;
+            event = events.recv() => event,
+            _ = &mut closed, if !events.is_closed() => {
+                events.close();
+                continue;
+            }
+        };
+        let Some(event) = event else { return };
         if let Some(outgoing) = encode(event) {
             publisher.publish(outgoing);
         }
@@ -104,5 +118,28 @@ fn removed(id: String, exec_id: Option<String>, deleted: Deleted) -> TaskDelete 
         exit_status: deleted.status,
         exited_at: timestamp(deleted.exited_at),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_queued_before_the_close_is_forwarded() {
+        let (publisher, mut published) = Publisher::to_queue();
+        let (events, outgoing) = mpsc::unbounded_channel();
+        let (close, closed) = oneshot::channel();
+        for id in ["a", "b"] {
+            events.send(SandboxEvent::Oom { id: id.to_owned() }).unwrap();
+        }
+        drop(close);
+        forward(outgoing, publisher, closed).await;
+        assert!(events.is_closed());
+        for _ in 0..2 {
+            let (event, _) = published.recv().await.unwrap();
+            assert_eq!(event.topic, topics::TASK_OOM_EVENT_TOPIC);
+        }
+        assert!(published.recv().await.is_none());
     }
 }

@@ -44,6 +44,13 @@ impl Publisher {
         (Self { queue }, task)
     }
 
+    /// One whose events go nowhere but into the queue that is returned.
+    #[cfg(test)]
+    pub(super) fn to_queue() -> (Self, mpsc::Receiver<(Outgoing, std::time::SystemTime)>) {
+        let (queue, receiver) = mpsc::channel(QUEUE);
+        (Self { queue }, receiver)
+    }
+
     /// Queues an event; a full queue drops it and says so.
     pub fn publish(&self, event: Outgoing) {
         let topic = event.topic;

@@ -23,7 +23,7 @@ use containerd_shim::protos::ttrpc::{self, Result as TtrpcResult};
 use super::convert::{status, timestamp};
 use super::errors::{invalid, to_rpc, unimplemented};
 use super::metrics;
-use crate::sandbox::{CreateTask, ExecTask, Handle, StdioPaths};
+use crate::sandbox::{CreateTask, ExecTask, Handle, SandboxError, StdioPaths};
 
 const V3: &str = "containerd.task.v3.Task";
 const V2: &str = "containerd.task.v2.Task";
@@ -65,6 +65,15 @@ fn exec(id: &str) -> Option<&str> {
     (!id.is_empty()).then_some(id)
 }
 
+/// Does `work` to its end even if containerd's deadline ends the request: a process whose creation
+/// or start is left half-way would never have an end.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
+) -> TtrpcResult<T> {
+    let done = tokio::spawn(work).await;
+    done.map_err(|error| ttrpc::Error::Others(error.to_string()))?.map_err(to_rpc)
+}
+
 #[async_trait]
 impl Task for TaskService {
     async fn create(
@@ -89,12 +98,15 @@ impl Task for TaskService {
                 stderr: request.stderr,
             },
         };
-        let pid = self.sandbox.create(task).await.map_err(to_rpc)?;
+        let sandbox = self.sandbox.clone();
+        let pid = to_the_end(async move { sandbox.create(task).await }).await?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> TtrpcResult<StartResponse> {
-        let pid = self.sandbox.start(&request.id, exec(&request.exec_id)).await.map_err(to_rpc)?;
+        let sandbox = self.sandbox.clone();
+        let start = async move { sandbox.start(&request.id, exec(&request.exec_id)).await };
+        let pid = to_the_end(start).await?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
@@ -111,7 +123,8 @@ impl Task for TaskService {
                 stderr: request.stderr,
             },
         };
-        self.sandbox.exec(task).await.map_err(to_rpc)?;
+        let sandbox = self.sandbox.clone();
+        to_the_end(async move { sandbox.exec(task).await }).await?;
         Ok(Empty::default())
     }
 
@@ -227,8 +240,9 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> TtrpcResult<DeleteResponse> {
-        let deleted =
-            self.sandbox.delete(&request.id, exec(&request.exec_id)).await.map_err(to_rpc)?;
+        let sandbox = self.sandbox.clone();
+        let delete = async move { sandbox.delete(&request.id, exec(&request.exec_id)).await };
+        let deleted = to_the_end(delete).await?;
         Ok(DeleteResponse {
             pid: deleted.pid,
             exit_status: deleted.status,

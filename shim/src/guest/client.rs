@@ -76,6 +76,12 @@ impl GuestError {
         }
     }
 
+    /// Whether the guest says that it tried to execute a command and could not: nothing else is left
+    /// to fail inside it at a start (other codes are about the request or the process's state).
+    pub fn is_not_executed(&self) -> bool {
+        matches!(self, Self::Refused { call: "start", code: Code::INTERNAL, .. })
+    }
+
     /// Whether the guest says that the thing is not there.
     pub fn is_not_found(&self) -> bool {
         self.code() == Code::NOT_FOUND

@@ -6,17 +6,20 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use joey_protocol::api;
 use joey_protocol::ids::ContainerId;
 use oci_spec::runtime::Spec;
 
 use super::plan::{self, Plan};
-use super::state::{self, Operation, Process, Status};
-use super::{CreateTask, Deleted, Guest, Handle, SandboxError, SandboxEvent, StdioPaths};
-use crate::stdio::{Copies, Stdio};
+use super::state::{self, Exit, Operation, Process, Status};
+use super::{CreateTask, Deleted, Guest, Handle, KILLED, SandboxError, SandboxEvent, StdioPaths};
+use crate::stdio::{Copies, DRAIN, Stdio};
 use crate::{rootfs, volumes};
+
+/// How long the exits of a deleted container's execs may take: their output is read first.
+const LAST_EXITS: Duration = DRAIN.saturating_add(Duration::from_secs(1));
 
 /// A container of the pod.
 pub(crate) struct Container {
@@ -26,6 +29,8 @@ pub(crate) struct Container {
     pub(super) copies: Option<Copies>,
     pub(super) execs: HashMap<String, Exec>,
     pub(super) acquired: Acquired,
+    /// Whether its deletion is under way.
+    pub(super) deleting: bool,
 }
 
 /// A further process of a container.
@@ -69,17 +74,20 @@ impl Handle {
                 copies: None,
                 execs: HashMap::new(),
                 acquired: Acquired::default(),
+                deleting: false,
             };
             table.containers.insert(task.id.clone(), container);
         }
         let mut acquired = Acquired::default();
         match self.build(&task, &spec, &mut acquired).await {
             Ok((pid, copies)) => {
-                if let Err(error) = self.created(&task, pid, copies, acquired) {
-                    self.table().containers.remove(&task.id);
-                    return Err(error);
+                if let Some(container) = self.table().containers.get_mut(&task.id) {
+                    container.copies = Some(copies);
+                    container.acquired = acquired;
                 }
-                self.emit(SandboxEvent::Created { task, pid });
+                let id = task.id.clone();
+                let created = SandboxEvent::Created { task, pid };
+                self.advance(&id, None, Some(created), |process| process.created(pid))?;
                 Ok(pid)
             }
             Err(error) => {
@@ -88,30 +96,6 @@ impl Handle {
                 Err(error)
             }
         }
-    }
-
-    /// Enters what was built into the table, unless the sandbox ended meanwhile.
-    fn created(
-        &self,
-        task: &CreateTask,
-        pid: u32,
-        copies: Copies,
-        acquired: Acquired,
-    ) -> Result<(), SandboxError> {
-        let mut table = self.table();
-        let container = table
-            .containers
-            .get_mut(&task.id)
-            .ok_or_else(|| self.not_found("container", &task.id))?;
-        if container.process.status() != Status::Creating {
-            // The guest was lost meanwhile.
-            let reason = "it ended while the container was created".into();
-            return Err(SandboxError::Ended { id: self.0.boot.id.clone(), reason });
-        }
-        container.process.created(pid);
-        container.copies = Some(copies);
-        container.acquired = acquired;
-        Ok(())
     }
 
     async fn build(
@@ -212,7 +196,7 @@ impl Handle {
     pub(super) fn note_phases(&self, container: &str, phases: &[api::Phase]) {
         let steps = phases
             .iter()
-            .map(|phase| (phase.name.as_str(), std::time::Duration::from_nanos(phase.nanoseconds)));
+            .map(|phase| (phase.name.as_str(), Duration::from_nanos(phase.nanoseconds)));
         self.0.timeline.guest(container, steps);
     }
 
@@ -245,7 +229,6 @@ impl Handle {
         };
         let exec_id = exec.map(ToOwned::to_owned);
         self.emit(SandboxEvent::Deleted { id: id.to_owned(), exec_id, deleted });
-        self.0.changed.notify_waiters();
         let last = {
             let table = self.table();
             table.leaving && table.is_empty()
@@ -258,17 +241,38 @@ impl Handle {
     }
 
     async fn delete_container(&self, id: &str) -> Result<Deleted, SandboxError> {
-        let container = {
+        let not_found = || self.not_found("container", id);
+        let acquired = {
             let mut table = self.table();
-            let container =
-                table.containers.get(id).ok_or_else(|| self.not_found("container", id))?;
-            let status = container.process.status();
-            state::check(status, Operation::Delete)
+            let container = table.containers.get_mut(id).ok_or_else(not_found)?;
+            state::check(container.process.status(), Operation::Delete)
                 .map_err(|refusal| SandboxError::State { id: id.to_owned(), refusal })?;
-            table.containers.remove(id).ok_or_else(|| self.not_found("container", id))?
+            if std::mem::replace(&mut container.deleting, true) {
+                return Err(not_found());
+            }
+            container.acquired.clone()
         };
-        self.release(id, container.acquired.clone()).await;
+        self.release(id, acquired).await;
+        self.end_execs(id).await;
+        let container = self.table().containers.remove(id).ok_or_else(not_found)?;
         Ok(deleted(&container.process))
+    }
+
+    /// Sees to it that every exec of a container that the guest has deleted, and with it killed, has
+    /// an end: the guest's word for it, if that comes soon.
+    async fn end_execs(&self, id: &str) {
+        let execs: Vec<_> = {
+            let table = self.table();
+            let execs = table.containers.get(id).map(|container| &container.execs);
+            execs.into_iter().flatten().map(|(id, it)| (id.clone(), it.process.ended())).collect()
+        };
+        let deadline = Instant::now() + LAST_EXITS;
+        for (exec, mut ended) in execs {
+            let soon = tokio::time::timeout_at(deadline.into(), ended.wait_for(Option::is_some));
+            if soon.await.is_err() {
+                self.ended(id, Some(&exec), Exit { status: KILLED, at: SystemTime::now() });
+            }
+        }
     }
 
     async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<Deleted, SandboxError> {
@@ -315,7 +319,7 @@ pub(super) fn deleted(process: &Process) -> Deleted {
     let never_ran = process.status() == Status::Created;
     Deleted {
         pid: process.pid(),
-        status: exit.map_or(if never_ran { 0 } else { super::KILLED }, |exit| exit.status),
+        status: exit.map_or(if never_ran { 0 } else { KILLED }, |exit| exit.status),
         exited_at: exit.map_or_else(SystemTime::now, |exit| exit.at),
     }
 }

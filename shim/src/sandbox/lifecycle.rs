@@ -60,30 +60,21 @@ impl Handle {
             if table.pause.is_some() {
                 return Err(SandboxError::Exists { what: "sandbox", id: task.id });
             }
-            let pid = table.vmm_pid;
-            let mut process = Process::new();
-            process.created(pid);
-            table.pause = Some(Pause { process, task: task.clone() });
-            pid
+            table.pause = Some(Pause { process: Process::new(), task: task.clone() });
+            table.vmm_pid
         };
-        self.emit(SandboxEvent::Created { task, pid });
+        let id = task.id.clone();
+        let created = SandboxEvent::Created { task, pid };
+        self.advance(&id, None, Some(created), |process| process.created(pid))?;
         Ok(pid)
     }
 
     pub(super) async fn start_pause(&self, id: &str) -> Result<u32, SandboxError> {
         self.guest().await?;
-        let (pid, ended) = {
-            let mut table = self.table();
-            let pid = table.vmm_pid;
-            let pause = table.pause.as_mut().ok_or_else(|| self.not_found("sandbox", id))?;
-            let refused = |refusal| SandboxError::State { id: id.to_owned(), refusal };
-            pause.process.starting().map_err(refused)?;
-            (pid, pause.process.started(pid))
-        };
-        self.emit(SandboxEvent::Started { id: id.to_owned(), pid });
-        if let Some(exit) = ended {
-            self.emit_exit(id, None, pid, exit);
-        }
+        let pid = self.table().vmm_pid;
+        self.with_process(id, None, Process::starting)?;
+        let started = SandboxEvent::Started { id: id.to_owned(), pid };
+        self.advance(id, None, Some(started), |process| process.started(pid))?;
         Ok(pid)
     }
 
@@ -124,19 +115,10 @@ impl Handle {
             }
         };
         self.0.ended.send_replace(Some(exit));
-        if let Some(pause) = self.table().pause.as_mut() {
-            // Before the VM's end is noticed, so that the status is the signal's.
-            pause.process.lost(exit);
-        }
         guest.vm.kill();
         let how = guest.vm.exited().await;
         tracing::info!(sandbox = %self.0.boot.id, why, how, "VM ended");
         self.on_loss(why);
-        let pid = self.table().vmm_pid;
-        if self.is_pause(&self.0.boot.id) {
-            self.emit_exit(&self.0.boot.id, None, pid, exit);
-        }
-        self.0.changed.notify_waiters();
     }
 
     /// Ends a sandbox that is still starting: without its task nothing more is acquired, and what was

@@ -29,7 +29,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{Notify, mpsc, watch as channel};
+use tokio::sync::{mpsc, watch as channel};
 
 use self::containers::Container;
 use self::disks::Disks;
@@ -97,8 +97,6 @@ struct Sandbox {
     pod_files: Mutex<BTreeMap<String, Vec<u8>>>,
     progress: channel::Sender<Progress>,
     events: mpsc::UnboundedSender<SandboxEvent>,
-    /// Woken at each change of a process's state.
-    changed: Notify,
     timeline: Timeline,
     created_at: SystemTime,
     /// How the VM ended.
@@ -136,7 +134,6 @@ impl Handle {
             pod_files: Mutex::default(),
             progress: channel::Sender::new(Progress::Waiting),
             events,
-            changed: Notify::new(),
             timeline: Timeline::start(since),
             created_at: SystemTime::now(),
             ended: channel::Sender::new(None),

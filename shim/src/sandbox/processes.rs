@@ -1,6 +1,6 @@
 //! What containerd asks of processes: check the state, one call to the guest, note the outcome.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use joey_protocol::api;
 use joey_protocol::ids::ExecId;
@@ -10,6 +10,9 @@ use super::state::{self, Exit, Operation, Process, Status};
 use super::{ExecTask, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths};
 use crate::guest::GuestError;
 use crate::stdio::{Request, StdinEnd, Stdio};
+
+/// Exit status of a command that cannot be executed, as shells have it.
+const NOT_EXECUTED: u32 = 127;
 
 /// The name of a process in errors.
 fn name(id: &str, exec: Option<&str>) -> String {
@@ -25,7 +28,7 @@ fn request(id: &str, exec: Option<&str>) -> api::ProcessRequest {
 }
 
 impl Handle {
-    fn with_process<T>(
+    pub(super) fn with_process<T>(
         &self,
         id: &str,
         exec: Option<&str>,
@@ -48,8 +51,13 @@ impl Handle {
 
     /// Runs a created process.
     ///
+    /// If that fails no start is announced. What cannot be executed has then ended with status 127:
+    /// State, Wait and Delete tell, but there is no exit event, for nothing ever ran (containerd has
+    /// the error; runc's shim announces nothing of such an exec either). After any other failure it
+    /// is still a created process, as with runc, whose end is announced when it comes.
+    ///
     /// # Errors
-    /// It is not in the state for it, or its program cannot be executed.
+    /// It is not in the state for it, its program cannot be executed, or the guest does not answer.
     pub async fn start(&self, id: &str, exec: Option<&str>) -> Result<u32, SandboxError> {
         if exec.is_none() && self.is_pause(id) {
             return self.start_pause(id).await;
@@ -60,42 +68,53 @@ impl Handle {
         let reply = match guest.client.start(&request(id, exec)).await {
             Ok(reply) => reply,
             Err(error) => {
-                // What could not be executed has ended; containerd deletes it next.
-                let exit = Exit { status: 127, at: std::time::SystemTime::now() };
-                if let Some(process) = self.table().process(id, exec) {
-                    process.lost(exit);
-                }
-                self.0.changed.notify_waiters();
+                let exit = Exit { status: NOT_EXECUTED, at: SystemTime::now() };
+                self.advance(id, exec, None, |process| {
+                    if !error.is_not_executed() {
+                        return process.not_started();
+                    }
+                    process.not_executed(exit);
+                    None
+                })?;
                 return Err(Self::guest_error(id, exec)(error));
             }
         };
         self.0.timeline.host("start", &name(id, exec), start);
         self.note_phases(&name(id, exec), &reply.phases);
-        let ended = match self.table().process(id, exec) {
-            Some(process) => process.started(reply.pid),
-            None => None,
-        };
         let container = id.to_owned();
-        self.emit(match exec {
+        let started = match exec {
             None => SandboxEvent::Started { id: container, pid: reply.pid },
             Some(exec) => SandboxEvent::ExecStarted {
                 id: container,
                 exec_id: exec.to_owned(),
                 pid: reply.pid,
             },
-        });
-        if let Some(exit) = ended {
-            self.emit_exit(id, exec, reply.pid, exit);
-        }
-        self.0.changed.notify_waiters();
+        };
+        self.advance(id, exec, Some(started), |process| process.started(reply.pid))?;
         self.0.timeline.write(&self.directory());
         Ok(reply.pid)
     }
 
-    /// Tells containerd of an end that took effect.
-    pub(super) fn emit_exit(&self, id: &str, exec: Option<&str>, pid: u32, exit: Exit) {
-        let exec_id = exec.map(ToOwned::to_owned);
-        self.emit(SandboxEvent::Exited { id: id.to_owned(), exec_id, pid, exit });
+    /// Changes a process and tells containerd: of the change, then of an end that takes effect with
+    /// it. This is the one place that does; under the table's lock, so that events are in the order
+    /// of the changes.
+    pub(super) fn advance(
+        &self,
+        id: &str,
+        exec: Option<&str>,
+        event: Option<SandboxEvent>,
+        change: impl FnOnce(&mut Process) -> Option<Exit>,
+    ) -> Result<(), SandboxError> {
+        self.with_process(id, exec, |process| {
+            let ended = change(process);
+            let pid = process.pid();
+            event.into_iter().for_each(|event| self.emit(event));
+            if let Some(exit) = ended {
+                let exec_id = exec.map(ToOwned::to_owned);
+                self.emit(SandboxEvent::Exited { id: id.to_owned(), exec_id, pid, exit });
+            }
+            Ok(())
+        })
     }
 
     /// Opens the stdio of a process of container `id`; `what` names the process in an error.
@@ -155,11 +174,8 @@ impl Handle {
             }
             return Err(Self::guest_error(id, Some(exec_id))(source));
         }
-        if let Some(process) = self.table().process(id, Some(exec_id)) {
-            process.created(0);
-        }
-        self.emit(SandboxEvent::ExecAdded { id: task.id, exec_id: task.exec_id });
-        Ok(())
+        let added = SandboxEvent::ExecAdded { id: task.id.clone(), exec_id: task.exec_id.clone() };
+        self.advance(id, Some(exec_id), Some(added), |process| process.created(0))
     }
 
     /// State of a process.
@@ -198,15 +214,9 @@ impl Handle {
     /// # Errors
     /// There is no such process, or it was deleted meanwhile.
     pub async fn wait(&self, id: &str, exec: Option<&str>) -> Result<Exit, SandboxError> {
-        loop {
-            // Registered before the look, so that no change is missed.
-            let mut changed = std::pin::pin!(self.0.changed.notified());
-            changed.as_mut().enable();
-            if let Some(exit) = self.with_process(id, exec, |process| Ok(process.exit()))? {
-                return Ok(exit);
-            }
-            changed.await;
-        }
+        let mut ended = self.with_process(id, exec, |process| Ok(process.ended()))?;
+        let exit = ended.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+        exit.ok_or_else(|| self.not_found("process", &name(id, exec)))
     }
 
     /// Sends a signal to a process, or with `all` to every process of the container.

@@ -1,15 +1,18 @@
 //! States of processes, and which operation is allowed in which: pure, no input or output.
 //!
 //! ```text
-//!   Creating ──▶ Created ──▶ Starting ──▶ Running ⇄ Paused
-//!                   │            │           │
-//!                   └────────────┴───────────┴──▶ Stopped ──▶ (deleted)
+//!   Creating ──▶ Created ⇄ Starting ──▶ Running ⇄ Paused
+//!                   │                      │
+//!                   └──────────────────────┴──▶ Stopped ──▶ (deleted)
 //! ```
 //!
-//! An exit that the guest reports before `Start` has been answered is kept back until then, so that
-//! containerd sees `start` before `exit`.
+//! While the guest is asked to create or start a process no end of it takes effect, be it an exit or
+//! the guest's own: it is kept back until the answer, so that containerd sees `create`, `start` and
+//! `exit` in this order.
 
 use std::time::SystemTime;
+
+use tokio::sync::watch;
 
 /// Where a process is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,19 +99,22 @@ pub fn check(status: Status, operation: Operation) -> Result<(), Refusal> {
     }
 }
 
-/// One process: its state and its end.
-#[derive(Clone, Debug)]
+/// One process: its state and its end. A change returns the exit that takes effect with it.
+#[derive(Debug)]
 pub struct Process {
     status: Status,
     pid: u32,
+    /// The first end that was heard of, in effect or kept back.
     exit: Option<Exit>,
+    /// The end in effect.
+    ended: watch::Sender<Option<Exit>>,
 }
 
 impl Process {
     /// A process that is being built.
     #[must_use]
     pub fn new() -> Self {
-        Self { status: Status::Creating, pid: 0, exit: None }
+        Self { status: Status::Creating, pid: 0, exit: None, ended: watch::Sender::new(None) }
     }
 
     /// Where it is.
@@ -126,15 +132,19 @@ impl Process {
     /// How it ended, once [`Status::Stopped`].
     #[must_use]
     pub fn exit(&self) -> Option<Exit> {
-        self.exit.filter(|_| self.status == Status::Stopped)
+        *self.ended.borrow()
+    }
+
+    /// To wait for its end; fails when the process is forgotten without one.
+    #[must_use]
+    pub fn ended(&self) -> watch::Receiver<Option<Exit>> {
+        self.ended.subscribe()
     }
 
     /// The guest has built it.
-    pub fn created(&mut self, pid: u32) {
-        if self.status == Status::Creating {
-            self.status = Status::Created;
-            self.pid = pid;
-        }
+    pub fn created(&mut self, pid: u32) -> Option<Exit> {
+        self.pid = pid;
+        self.settle(Status::Created)
     }
 
     /// Start is being asked for.
@@ -147,36 +157,41 @@ impl Process {
         Ok(())
     }
 
-    /// Start was answered; an exit that came first takes effect now and is returned.
+    /// The guest has started it.
     pub fn started(&mut self, pid: u32) -> Option<Exit> {
-        if self.status != Status::Starting {
+        self.pid = pid;
+        self.settle(Status::Running)
+    }
+
+    /// The guest has not started it: it is what it was before.
+    pub fn not_started(&mut self) -> Option<Exit> {
+        self.settle(Status::Created)
+    }
+
+    /// Its command cannot be executed: it ends as `exit` says, whatever the guest tells of the end of
+    /// the process that was to execute it.
+    pub fn not_executed(&mut self, exit: Exit) {
+        self.exit = Some(exit);
+        self.settle(Status::Stopped);
+    }
+
+    /// It has ended, by itself or with its guest; only the first end counts.
+    pub fn exited(&mut self, exit: Exit) -> Option<Exit> {
+        if self.exit.is_some() {
             return None;
         }
-        self.pid = pid;
-        self.status = if self.exit.is_some() { Status::Stopped } else { Status::Running };
-        self.exit
-    }
-
-    /// It has ended. `true` if that takes effect at once, `false` if it is known already or waits
-    /// for [`Self::started`].
-    pub fn exited(&mut self, exit: Exit) -> bool {
-        if self.exit.is_some() {
-            return false;
-        }
         self.exit = Some(exit);
-        if self.status == Status::Starting {
-            return false;
+        match self.status {
+            Status::Creating | Status::Starting => None,
+            _ => self.settle(Status::Stopped),
         }
-        self.status = Status::Stopped;
-        true
     }
 
-    /// Ends the process whatever it was about: its guest is gone. `true` if it had not ended.
-    pub fn lost(&mut self, exit: Exit) -> bool {
-        let ended = self.status == Status::Stopped;
-        self.status = Status::Stopped;
-        self.exit.get_or_insert(exit);
-        !ended
+    /// Goes on to `next`, or ends if an end was kept back.
+    fn settle(&mut self, next: Status) -> Option<Exit> {
+        self.status = if self.exit.is_some() { Status::Stopped } else { next };
+        self.ended.send_replace(self.exit);
+        self.exit
     }
 
     /// Freezes or thaws.
@@ -201,36 +216,59 @@ mod tests {
 
     const EXIT: Exit = Exit { status: 3, at: SystemTime::UNIX_EPOCH };
 
-    #[test]
-    fn an_exit_before_the_answer_to_start_waits_for_it() {
+    fn starting() -> Process {
         let mut process = Process::new();
-        process.created(7);
+        assert_eq!(process.created(7), None);
         process.starting().unwrap();
-        assert!(!process.exited(EXIT));
-        assert_eq!(process.exit(), None);
+        process
+    }
+
+    #[test]
+    fn an_end_before_the_guests_answer_waits_for_it() {
+        let mut process = starting();
+        assert_eq!(process.exited(EXIT), None);
+        assert_eq!((process.status(), process.exit()), (Status::Starting, None));
         assert_eq!(process.started(7), Some(EXIT));
         assert_eq!((process.status(), process.exit()), (Status::Stopped, Some(EXIT)));
+
+        let mut process = Process::new();
+        assert_eq!(process.exited(EXIT), None);
+        assert_eq!(process.created(7), Some(EXIT));
+        assert_eq!(process.status(), Status::Stopped);
     }
 
     #[test]
     fn only_the_first_exit_counts() {
-        let mut process = Process::new();
-        process.created(7);
-        process.starting().unwrap();
+        let mut process = starting();
         assert_eq!(process.started(7), None);
-        assert!(process.exited(EXIT));
-        assert!(!process.exited(Exit { status: 9, ..EXIT }));
-        assert!(!process.lost(Exit { status: 9, ..EXIT }));
+        assert_eq!(process.exited(EXIT), Some(EXIT));
+        assert_eq!(process.exited(Exit { status: 9, ..EXIT }), None);
         assert_eq!(process.exit(), Some(EXIT));
     }
 
     #[test]
-    fn a_lost_guest_ends_every_state() {
-        let mut process = Process::new();
-        assert!(process.lost(EXIT));
+    fn a_process_that_was_not_started_ends_as_a_created_one() {
+        let mut process = starting();
+        assert_eq!(process.not_started(), None);
+        assert_eq!(process.status(), Status::Created);
+        assert_eq!(process.exited(EXIT), Some(EXIT));
+
+        let mut process = starting();
+        assert_eq!(process.exited(EXIT), None);
+        assert_eq!(process.not_started(), Some(EXIT));
+    }
+
+    #[test]
+    fn what_cannot_be_executed_has_one_end_whatever_the_guest_tells_of_its_process() {
+        let mut process = starting();
+        process.not_executed(EXIT);
+        assert_eq!((process.status(), process.exit()), (Status::Stopped, Some(EXIT)));
+        assert_eq!(process.exited(Exit { status: 1, ..EXIT }), None);
+
+        let mut process = starting();
+        assert_eq!(process.exited(Exit { status: 1, ..EXIT }), None);
+        process.not_executed(EXIT);
         assert_eq!(process.exit(), Some(EXIT));
-        process.created(9);
-        assert_eq!(process.status(), Status::Stopped);
     }
 
     #[test]

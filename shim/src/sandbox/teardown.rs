@@ -8,9 +8,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use super::record::{Record, directory};
 use crate::host::cgroup;
@@ -30,16 +28,25 @@ pub struct Incomplete {
     pub left: Vec<String>,
 }
 
-/// Kills one process and waits until it has ended.
-fn end(pid: u32) -> io::Result<()> {
+/// Whether a system call's answer is that there is no such process.
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ESRCH)
+}
+
+/// Kills one process and waits until it has ended. `is_meant` is asked once the process is held by a
+/// descriptor: from then on the number may go to another process, the signal may not.
+fn end(pid: u32, is_meant: impl FnOnce() -> bool) -> io::Result<()> {
     let Ok(raw) = i32::try_from(pid) else { return Ok(()) };
     let pidfd = match sys::pidfd_open(raw) {
-        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        Err(error) if is_gone(&error) => return Ok(()),
         other => other?,
     };
-    match kill(Pid::from_raw(raw), Signal::SIGKILL) {
-        Ok(()) | Err(Errno::ESRCH) => {}
-        Err(error) => return Err(error.into()),
+    if !is_meant() {
+        return Ok(());
+    }
+    match sys::pidfd_send_signal(&pidfd, Signal::SIGKILL) {
+        Err(error) if !is_gone(&error) => return Err(error),
+        _ => {}
     }
     if sys::wait_readable(&pidfd, PATIENCE)? {
         Ok(())
@@ -52,12 +59,17 @@ fn end(pid: u32) -> io::Result<()> {
 /// is called in its stead.
 fn end_processes(record: &Record, left: &mut Vec<String>) {
     let me = std::process::id();
-    let known = [record.vmm, record.shim].into_iter().flatten().filter(|process| process.alive());
-    let pids = known.map(|process| process.pid).chain(cgroup::processes(&record.cgroups));
-    for pid in pids.filter(|pid| *pid != me) {
-        if let Err(error) = end(pid) {
+    let mut note = |pid: u32, ended: io::Result<()>| {
+        if let Err(error) = ended {
             left.push(format!("process {pid}: {error}"));
         }
+    };
+    for process in [record.vmm, record.shim].into_iter().flatten().filter(|it| it.pid != me) {
+        note(process.pid, end(process.pid, || process.alive()));
+    }
+    let in_cgroups = || cgroup::processes(&record.cgroups);
+    for pid in in_cgroups().into_iter().filter(|pid| *pid != me) {
+        note(pid, end(pid, || in_cgroups().contains(&pid)));
     }
 }
 
@@ -92,5 +104,28 @@ fn remove(path: &Path, how: impl FnOnce(&Path) -> io::Result<()>, left: &mut Vec
             left.push(format!("{}: {error}", path.display()));
         }
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+    use std::process::Command;
+
+    use super::super::record::ProcessId;
+    use super::*;
+
+    #[test]
+    fn only_the_recorded_process_is_killed_not_a_later_one_of_its_number() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = ProcessId::of(child.id()).unwrap();
+        let earlier = ProcessId { start: process.start - 1, ..process };
+        let mut left = Vec::new();
+        end_processes(&Record { vmm: Some(earlier), ..Record::default() }, &mut left);
+        assert!(child.try_wait().unwrap().is_none());
+        end_processes(&Record { vmm: Some(process), ..Record::default() }, &mut left);
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+        end_processes(&Record { vmm: Some(process), ..Record::default() }, &mut left);
+        assert_eq!(left, [""; 0]);
     }
 }

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use joey_protocol::api;
 
 use super::plan::WriteBack;
-use super::state::{Exit, Process};
+use super::state::Exit;
 use super::{Guest, Handle, KILLED, Progress, SandboxEvent};
 use crate::guest::{self, Event, Events, Lost};
 use crate::stdio::DRAIN;
@@ -73,21 +73,13 @@ impl Handle {
                 handle.write_back(&guest, &id, &file).await;
             }
             let ended = Exit { status: exit.status.into(), at: exit.exited_at };
-            handle.finish(&id, exec.as_deref(), |process| process.exited(ended));
+            handle.ended(&id, exec.as_deref(), ended);
         });
     }
 
-    /// Notes an end; tells containerd if it takes effect now.
-    fn finish(&self, id: &str, exec: Option<&str>, end: impl FnOnce(&mut Process) -> bool) {
-        let ended = {
-            let mut table = self.table();
-            let Some(process) = table.process(id, exec) else { return };
-            end(process).then(|| (process.pid(), process.exit()))
-        };
-        if let Some((pid, Some(exit))) = ended {
-            self.emit_exit(id, exec, pid, exit);
-        }
-        self.0.changed.notify_waiters();
+    /// Notes an end, unless the process has been deleted meanwhile.
+    pub(super) fn ended(&self, id: &str, exec: Option<&str>, exit: Exit) {
+        let _ = self.advance(id, exec, None, |process| process.exited(exit));
     }
 
     /// Brings a file that the container wrote (its termination message) back to the host.
@@ -108,7 +100,7 @@ impl Handle {
         }
     }
 
-    /// The guest is gone: everything in it has ended, and the sandbox too.
+    /// The guest is gone: everything in it has ended, and the sandbox too, its own task last.
     pub(super) fn on_loss(&self, reason: &str) {
         let exit = Exit { status: KILLED, at: SystemTime::now() };
         let mut expected = false;
@@ -123,22 +115,22 @@ impl Handle {
             tracing::error!(sandbox = %self.0.boot.id, reason, "sandbox lost; its containers ended");
         }
         let mut left: Vec<(String, Option<String>)> = Vec::new();
-        {
-            let table = self.table();
-            for (id, container) in &table.containers {
-                left.extend(container.execs.keys().map(|exec| (id.clone(), Some(exec.clone()))));
-                left.push((id.clone(), None));
-            }
-            // The sandbox's own task ends last.
-            left.extend(table.pause.iter().map(|pause| (pause.task.id.clone(), None)));
+        for (id, container) in &self.table().containers {
+            left.extend(container.execs.keys().map(|exec| (id.clone(), Some(exec.clone()))));
+            left.push((id.clone(), None));
         }
         for (id, exec) in left {
-            self.finish(&id, exec.as_deref(), |process| process.lost(exit));
+            self.ended(&id, exec.as_deref(), exit);
         }
+        let mut sandbox = exit;
         self.0.ended.send_if_modified(|ended| {
             let first = ended.is_none();
-            ended.get_or_insert(exit);
+            // Whoever ended it on purpose has said how.
+            sandbox = *ended.get_or_insert(exit);
             first
         });
+        if self.is_pause(&self.0.boot.id) {
+            self.ended(&self.0.boot.id, None, sandbox);
+        }
     }
 }
