@@ -60,7 +60,7 @@ pub fn cpu_time(pid: u32) -> Option<Duration> {
 /// Memory of one process in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
-    /// Pages nobody else maps.
+    /// Pages of its own that no file backs up: written, and given back only with the process.
     pub private: u64,
     /// Private pages and its share of the others.
     pub proportional: u64,
@@ -78,7 +78,7 @@ fn parse_rollup(text: &str) -> Memory {
         text.lines().find_map(value).unwrap_or(0)
     };
     Memory {
-        private: field("Private_Clean:") + field("Private_Dirty:"),
+        private: field("Private_Dirty:"),
         proportional: field("Pss:"),
     }
 }
@@ -91,7 +91,7 @@ mod tests {
     fn rollup_is_read_by_field() {
         let text = "00-ff [rollup]\nRss: 100 kB\nPss:  40 kB\nPss_Dirty: 7 kB\n\
                     Private_Clean:  3 kB\nPrivate_Dirty:  20 kB\n";
-        assert_eq!(parse_rollup(text), Memory { private: 23, proportional: 40 });
+        assert_eq!(parse_rollup(text), Memory { private: 20, proportional: 40 });
     }
 
     #[test]
