@@ -20,6 +20,8 @@ mod processes;
 pub mod record;
 pub mod state;
 pub mod teardown;
+#[cfg(test)]
+mod tests;
 pub mod timeline;
 mod types;
 mod watch;
