@@ -96,7 +96,8 @@ impl Sandbox for SandboxService {
         request: StopSandboxRequest,
     ) -> TtrpcResult<StopSandboxResponse> {
         self.check(&request.sandbox_id)?;
-        self.0.stop_sandbox().await.map_err(to_rpc)?;
+        let sandbox = self.0.clone();
+        super::to_the_end(async move { sandbox.stop_sandbox().await }).await?;
         Ok(StopSandboxResponse::default())
     }
 
@@ -148,7 +149,8 @@ impl Sandbox for SandboxService {
         request: ShutdownSandboxRequest,
     ) -> TtrpcResult<ShutdownSandboxResponse> {
         self.check(&request.sandbox_id)?;
-        self.0.shutdown_sandbox().await.map_err(to_rpc)?;
+        let sandbox = self.0.clone();
+        super::to_the_end(async move { sandbox.shutdown_sandbox().await }).await?;
         Ok(ShutdownSandboxResponse::default())
     }
 

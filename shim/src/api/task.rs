@@ -22,8 +22,8 @@ use containerd_shim::protos::ttrpc::{self, Result as TtrpcResult};
 
 use super::convert::{status, timestamp};
 use super::errors::{invalid, to_rpc, unimplemented};
-use super::metrics;
-use crate::sandbox::{CreateTask, ExecTask, Handle, SandboxError, StdioPaths};
+use super::{metrics, to_the_end};
+use crate::sandbox::{CreateTask, ExecTask, Handle, StdioPaths};
 
 const V3: &str = "containerd.task.v3.Task";
 const V2: &str = "containerd.task.v2.Task";
@@ -63,15 +63,6 @@ fn json<'a>(field: &'static str, any: &'a MessageField<Any>, name: &str) -> Ttrp
 /// `None` for the empty string: the container's first process.
 fn exec(id: &str) -> Option<&str> {
     (!id.is_empty()).then_some(id)
-}
-
-/// Does `work` to its end even if containerd's deadline ends the request: a process whose creation
-/// or start is left half-way would never have an end.
-async fn to_the_end<T: Send + 'static>(
-    work: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
-) -> TtrpcResult<T> {
-    let done = tokio::spawn(work).await;
-    done.map_err(|error| ttrpc::Error::Others(error.to_string()))?.map_err(to_rpc)
 }
 
 #[async_trait]
@@ -252,7 +243,8 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> TtrpcResult<Empty> {
-        self.sandbox.shutdown(request.now).await.map_err(to_rpc)?;
+        let sandbox = self.sandbox.clone();
+        to_the_end(async move { sandbox.shutdown(request.now).await }).await?;
         Ok(Empty::default())
     }
 }

@@ -106,16 +106,17 @@ impl Handle {
             let id = &handle.0.boot.id;
             match outcome {
                 Ok(Ok(guest)) => handle.settle(Progress::Ready(guest)),
-                Ok(Err(error)) => handle.give_up(&error.to_string()),
-                Err(_) => handle.give_up(&format!(
-                    "sandbox {id}: it did not start within start_timeout_seconds = {}",
-                    limit.as_secs()
-                )),
+                Ok(Err(error)) => handle.give_up(&error.to_string()).await,
+                Err(_) => {
+                    let limit = limit.as_secs();
+                    let late = "it did not start within start_timeout_seconds";
+                    handle.give_up(&format!("sandbox {id}: {late} = {limit}")).await;
+                }
             }
         });
         let mut starting =
             self.0.starting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        *starting = Some(task.abort_handle());
+        *starting = Some(task);
     }
 
     fn settle(&self, progress: Progress) {
@@ -124,22 +125,28 @@ impl Handle {
     }
 
     /// A start failed: undo it and tell everybody who asks why.
-    fn give_up(&self, reason: &str) {
+    async fn give_up(&self, reason: &str) {
         tracing::error!(sandbox = %self.0.boot.id, reason, "sandbox not started");
         self.settle(Progress::Failed(reason.into()));
-        self.undo();
+        self.undo().await;
     }
 
-    /// Undoes everything but the socket, on which this shim still answers.
-    pub(super) fn undo(&self) {
+    /// Undoes everything but the socket, on which this shim still answers. It waits for processes to
+    /// end, so in a thread of its own; one at a time.
+    pub(super) async fn undo(&self) {
+        let _alone = self.0.undoing.lock().await;
         let mut record = {
             let record = self.0.record.lock();
             record.unwrap_or_else(std::sync::PoisonError::into_inner).clone()
         };
         record.socket = PathBuf::new();
         record.id.clone_from(&self.0.boot.id);
-        if let Err(error) = teardown::undo(&self.0.config.run_dir, &record) {
-            tracing::error!(%error, "clean-up");
+        let config = self.0.config.clone();
+        let undo = move || teardown::undo(&config.run_dir, &record);
+        match tokio::task::spawn_blocking(undo).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "clean-up"),
+            Err(error) => tracing::error!(%error, "clean-up"),
         }
     }
 

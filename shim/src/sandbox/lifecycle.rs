@@ -95,7 +95,7 @@ impl Handle {
             table.pause.take().ok_or_else(|| self.not_found("sandbox", id))?
         };
         self.end("it was deleted", KILLED).await;
-        self.undo();
+        self.undo().await;
         Ok(deleted(&pause.process))
     }
 
@@ -106,7 +106,7 @@ impl Handle {
         let before = self.0.progress.send_replace(Progress::Ended(why.into()));
         let guest = match before {
             Progress::Ready(guest) => guest,
-            Progress::Starting => return self.end_start(exit),
+            Progress::Starting => return self.end_start(exit).await,
             Progress::Waiting => return,
             // Why it ended first is what counts.
             before => {
@@ -123,14 +123,15 @@ impl Handle {
 
     /// Ends a sandbox that is still starting: without its task nothing more is acquired, and what was
     /// goes by the record.
-    fn end_start(&self, exit: Exit) {
+    async fn end_start(&self, exit: Exit) {
         let starting =
             self.0.starting.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         if let Some(starting) = starting {
             starting.abort();
+            let _ = starting.await;
         }
         self.0.ended.send_replace(Some(exit));
-        self.undo();
+        self.undo().await;
     }
 
     /// Shutdown of the Task service: ends the shim if nothing is left in it.
@@ -149,7 +150,7 @@ impl Handle {
 
     pub(super) async fn leave(&self) {
         self.end("the shim was shut down", KILLED).await;
-        self.undo();
+        self.undo().await;
         self.0.leave.send_replace(true);
     }
 

@@ -20,6 +20,8 @@ mod processes;
 pub mod record;
 pub mod state;
 pub mod teardown;
+#[cfg(test)]
+mod tests;
 pub mod timeline;
 mod types;
 mod watch;
@@ -29,7 +31,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{mpsc, watch as channel};
+use tokio::sync::{Mutex as AsyncMutex, mpsc, watch as channel};
+use tokio::task::JoinHandle;
 
 use self::containers::Container;
 use self::disks::Disks;
@@ -102,7 +105,9 @@ struct Sandbox {
     /// How the VM ended.
     ended: channel::Sender<Option<Exit>>,
     /// The bring-up, to be ended with the sandbox.
-    starting: Mutex<Option<tokio::task::AbortHandle>>,
+    starting: Mutex<Option<JoinHandle<()>>>,
+    /// Held while the sandbox's traces are removed.
+    undoing: AsyncMutex<()>,
     /// Set when the shim is to leave.
     leave: channel::Sender<bool>,
 }
@@ -138,6 +143,7 @@ impl Handle {
             created_at: SystemTime::now(),
             ended: channel::Sender::new(None),
             starting: Mutex::default(),
+            undoing: AsyncMutex::default(),
             leave: channel::Sender::new(false),
             boot,
         });

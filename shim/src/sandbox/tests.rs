@@ -1,0 +1,202 @@
+//! A sandbox on a fake machine: what containerd is told, and in which order.
+
+use async_trait::async_trait;
+use joey_protocol::api;
+use joey_protocol::limits::{STREAM_EVENTS, STREAM_RPC};
+use joey_protocol::mux::{Mux, MuxStream};
+use protobuf::Message as _;
+use tokio::io::AsyncWriteExt as _;
+use tokio::sync::mpsc::UnboundedReceiver;
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::asynchronous::transport::Listener;
+
+use super::containers::{Acquired, Exec};
+use super::state::Status;
+use super::*;
+use crate::guest::GuestChannel;
+use crate::vmm::fake::FakeVm;
+
+/// An agent whose starts end as `0` says; `None`: never.
+struct FakeAgent(Option<ttrpc::Code>);
+
+#[async_trait]
+impl api::Agent for FakeAgent {
+    async fn start(
+        &self,
+        _: &TtrpcContext,
+        _: api::ProcessRequest,
+    ) -> ttrpc::Result<api::StartResponse> {
+        match self.0 {
+            None => std::future::pending().await,
+            Some(ttrpc::Code::OK) => Ok(api::StartResponse { pid: 7, ..Default::default() }),
+            Some(code) => Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "no"))),
+        }
+    }
+
+    async fn delete(&self, _: &TtrpcContext, _: api::ProcessRequest) -> ttrpc::Result<api::Empty> {
+        Ok(api::Empty::new())
+    }
+}
+
+struct Fake {
+    handle: Handle,
+    events: UnboundedReceiver<SandboxEvent>,
+    guest: MuxStream,
+    machine: JoinHandle<()>,
+    _server: ttrpc::r#async::Server,
+    _run_dir: tempfile::TempDir,
+}
+
+/// A sandbox with the created container `c`.
+async fn sandbox(starts: Option<ttrpc::Code>) -> Fake {
+    let run_dir = tempfile::tempdir().unwrap();
+    let config = Config { run_dir: run_dir.path().into(), ..Config::default() };
+    let boot = Boot {
+        id: "pod".to_owned(),
+        namespace: "k8s.io".to_owned(),
+        bundle: PathBuf::new(),
+        socket: PathBuf::new(),
+        spec: None,
+    };
+    let (handle, events) = Handle::new(Arc::new(config), boot, Duration::ZERO);
+    let (vm, io) = FakeVm::new().unwrap();
+    let (mux, driver) = Mux::new(io);
+    let machine = tokio::spawn(async move { drop(driver.await) });
+    let calls = mux.open(STREAM_RPC).unwrap();
+    let guest = mux.open(STREAM_EVENTS).unwrap();
+    let once = futures::stream::iter([Ok(calls)]);
+    let listener = Listener::new(futures::StreamExt::chain(once, futures::stream::pending()));
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(listener)
+        .register_service(api::create_agent(Arc::new(FakeAgent(starts))));
+    server.start().await.unwrap();
+    let channel = GuestChannel::connect(vm.take_channel().unwrap()).unwrap();
+    let ready = Guest {
+        client: channel.client,
+        streams: channel.streams,
+        vm: Arc::new(vm),
+        disks: Arc::default(),
+    };
+    handle.watch(ready.clone(), channel.events, channel.lost);
+    handle.0.progress.send_replace(Progress::Ready(ready));
+    let mut process = Process::new();
+    process.created(7);
+    let container = Container {
+        process,
+        bundle: PathBuf::new(),
+        stdio: StdioPaths::default(),
+        copies: None,
+        execs: HashMap::new(),
+        acquired: Acquired::default(),
+        deleting: false,
+    };
+    handle.table().containers.insert("c".to_owned(), container);
+    Fake { handle, events, guest, machine, _server: server, _run_dir: run_dir }
+}
+
+impl Fake {
+    /// A running exec of the container.
+    fn add_exec(&self, exec: &str) {
+        let mut process = Process::new();
+        process.created(0);
+        process.starting().unwrap();
+        process.started(8);
+        let exec_entry = Exec { process, stdio: StdioPaths::default(), copies: None };
+        let mut table = self.handle.table();
+        let container = table.containers.get_mut("c").unwrap();
+        container.execs.insert(exec.to_owned(), exec_entry);
+    }
+
+    /// The guest tells of an exit.
+    async fn exit(&mut self, exec: &str, status: u32) {
+        let mut event = api::Event::new();
+        event.set_exit(api::ExitEvent {
+            container_id: "c".to_owned(),
+            exec_id: exec.to_owned(),
+            status,
+            ..Default::default()
+        });
+        let bytes = event.write_to_bytes().unwrap();
+        self.guest.write_u32_le(u32::try_from(bytes.len()).unwrap()).await.unwrap();
+        self.guest.write_all(&bytes).await.unwrap();
+        self.guest.flush().await.unwrap();
+    }
+
+    /// What containerd was told since the last look.
+    fn told(&mut self) -> Vec<String> {
+        let mut told = Vec::new();
+        while let Ok(event) = self.events.try_recv() {
+            told.push(match event {
+                SandboxEvent::Started { id, .. } => format!("start {id}"),
+                SandboxEvent::Exited { id, exec_id, exit, .. } => {
+                    format!("exit {} {}", exec_id.unwrap_or(id), exit.status)
+                }
+                SandboxEvent::Deleted { id, deleted, .. } => {
+                    format!("delete {id} {}", deleted.status)
+                }
+                other => format!("{other:?}"),
+            });
+        }
+        told
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_executed_has_ended_with_127_and_was_never_announced() {
+    let mut fake = sandbox(Some(ttrpc::Code::INTERNAL)).await;
+    fake.handle.start("c", None).await.unwrap_err();
+    // The process that was to execute it ends, too.
+    fake.exit("", 1).await;
+    assert_eq!(fake.handle.state("c", None).await.unwrap().status, Status::Stopped);
+    assert_eq!(fake.handle.wait("c", None).await.unwrap().status, 127);
+    assert_eq!(fake.handle.delete("c", None).await.unwrap().status, 127);
+    assert_eq!(fake.told(), ["delete c 127"]);
+}
+
+#[tokio::test]
+async fn a_start_that_fails_otherwise_leaves_a_created_process() {
+    let mut fake = sandbox(Some(ttrpc::Code::FAILED_PRECONDITION)).await;
+    fake.handle.start("c", None).await.unwrap_err();
+    assert_eq!(fake.handle.state("c", None).await.unwrap().status, Status::Created);
+    fake.exit("", 9).await;
+    assert_eq!(fake.handle.wait("c", None).await.unwrap().status, 9);
+    assert_eq!(fake.told(), ["exit c 9"]);
+}
+
+#[tokio::test]
+async fn a_guest_that_is_lost_during_a_start_has_killed_the_process_not_refused_it() {
+    let mut fake = sandbox(None).await;
+    let handle = fake.handle.clone();
+    let starting = tokio::spawn(async move { handle.start("c", None).await });
+    tokio::task::yield_now().await;
+    fake.machine.abort();
+    assert_eq!(fake.handle.wait("c", None).await.unwrap().status, KILLED);
+    starting.await.unwrap().unwrap_err();
+    assert_eq!(fake.told(), ["exit c 137"]);
+}
+
+#[tokio::test]
+async fn a_start_and_its_exit_are_told_in_this_order() {
+    let mut fake = sandbox(Some(ttrpc::Code::OK)).await;
+    fake.handle.start("c", None).await.unwrap();
+    fake.exit("", 3).await;
+    assert_eq!(fake.handle.wait("c", None).await.unwrap().status, 3);
+    assert_eq!(fake.told(), ["start c", "exit c 3"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_execs_of_a_deleted_container_end_before_it_is_forgotten() {
+    let mut fake = sandbox(Some(ttrpc::Code::OK)).await;
+    fake.add_exec("told");
+    fake.add_exec("silent");
+    let waits = ["told", "silent"].map(|exec| {
+        let handle = fake.handle.clone();
+        tokio::spawn(async move { handle.wait("c", Some(exec)).await.unwrap().status })
+    });
+    tokio::task::yield_now().await;
+    fake.exit("told", 5).await;
+    fake.handle.delete("c", None).await.unwrap();
+    let [told, silent] = waits;
+    assert_eq!((told.await.unwrap(), silent.await.unwrap()), (5, KILLED));
+    assert_eq!(fake.told(), ["exit told 5", "exit silent 137", "delete c 0"]);
+}
