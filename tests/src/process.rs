@@ -77,10 +77,7 @@ fn parse_rollup(text: &str) -> Memory {
         let value = |line: &str| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok();
         text.lines().find_map(value).unwrap_or(0)
     };
-    Memory {
-        private: field("Private_Dirty:"),
-        proportional: field("Pss:"),
-    }
+    Memory { private: field("Private_Dirty:"), proportional: field("Pss:") }
 }
 
 #[cfg(test)]
