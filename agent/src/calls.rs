@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use joey_protocol::ids::{ContainerId, ExecId};
+use joey_protocol::ids::{ContainerId, ExecId, REHEARSAL};
 use joey_protocol::{api, limits};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -42,8 +42,8 @@ impl Sandbox {
         self: Arc<Self>,
         request: api::CreateContainerRequest,
     ) -> Result<api::CreateContainerResponse, SandboxError> {
-        self.require_started()?;
         let id = ContainerId::new(&request.container_id)?;
+        self.require_stage_of(id.as_str())?;
         let spec: Spec = parse_spec(&request.spec)?;
         let rootfs = request.rootfs.get_or_default();
         let plan = storage::plan(rootfs, memory_bytes())?;
@@ -176,6 +176,10 @@ impl Sandbox {
         entry.init.child.wait().await;
         entry.release();
         drop(reservation);
+        if request.container_id == REHEARSAL {
+            // In place of the one it took.
+            self.spares.fork(Path::new(CGROUP_ROOT), 1).map_err(engine)?;
+        }
         Ok(())
     }
 

@@ -114,6 +114,11 @@ impl Containers {
         Ok(Reservation { table: &self.0, id: Some(id.to_owned()) })
     }
 
+    /// Whether there is none, not even in the making.
+    pub(crate) fn is_empty(&self) -> bool {
+        lock(&self.0).is_empty()
+    }
+
     /// Finds a container.
     pub(crate) fn get(&self, id: &str) -> Result<Arc<ContainerEntry>, SandboxError> {
         lock(&self.0)

@@ -19,6 +19,7 @@ mod oom;
 mod paths;
 mod pod_pid;
 mod reap;
+mod rehearsal;
 mod rootfs;
 mod rpc;
 mod sandbox;
@@ -66,6 +67,9 @@ enum AgentError {
 }
 
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == rehearsal::ARGUMENT) {
+        return rehearsal::main();
+    }
     if std::process::id() != 1 {
         warning!("this program is the init process of a Joey guest; it does nothing elsewhere");
         return ExitCode::from(2);

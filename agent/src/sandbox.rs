@@ -5,7 +5,8 @@
 //!   \--any error--------> Failed         (nothing is served; the host ends the machine)
 //! ```
 //!
-//! Invariant: nothing of a container exists before `Started`. The lock guards only this state and is
+//! Invariant: nothing of a tenant's container exists before `Started`, and nothing of the rehearsal
+//! after it. The lock guards only this state and is
 //! never held across an await.
 
 use std::io;
@@ -13,7 +14,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use joey_protocol::ids::{IdError, VolumeId};
+use joey_protocol::ids::{IdError, REHEARSAL, VolumeId};
 use joey_protocol::mux::Mux;
 use joey_protocol::{api, handshake, limits};
 use protobuf::MessageField;
@@ -46,6 +47,9 @@ pub(crate) enum SandboxError {
     /// StartSandbox came again.
     #[error("the sandbox was started before; a clone becomes one sandbox, once")]
     StartedBefore,
+    /// A rehearsal would be part of a pod.
+    #[error("container {REHEARSAL:?} belongs before the sandbox's start, and must be gone by then")]
+    Rehearsing,
     /// The clone could not become the sandbox.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -111,7 +115,9 @@ impl SandboxError {
     /// The code that says to the host what kind of fault it is.
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::Version(_) | Self::NotStarted | Self::StartedBefore => Code::FAILED_PRECONDITION,
+            Self::Version(_) | Self::NotStarted | Self::StartedBefore | Self::Rehearsing => {
+                Code::FAILED_PRECONDITION
+            }
             Self::Identity(error) if error.is_callers() => Code::INVALID_ARGUMENT,
             Self::Name(_) | Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
             Self::Invalid(_) | Self::Storage(StorageError::Invalid(_)) => Code::INVALID_ARGUMENT,
@@ -228,6 +234,10 @@ impl Sandbox {
         if *phase != Phase::Fresh {
             return Err(SandboxError::StartedBefore);
         }
+        if !self.containers.is_empty() {
+            *phase = Phase::Failed;
+            return Err(SandboxError::Rehearsing);
+        }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         match prepared.assume(&request) {
             Ok(response) => {
@@ -257,6 +267,16 @@ impl Sandbox {
         match *self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
             Phase::Started => Ok(()),
             Phase::Fresh | Phase::Failed => Err(SandboxError::NotStarted),
+        }
+    }
+
+    /// Refuses containers before the identity, but for the rehearsal, and the rehearsal after it.
+    pub(crate) fn require_stage_of(&self, container: &str) -> Result<(), SandboxError> {
+        match (*self.phase.lock().unwrap_or_else(PoisonError::into_inner), container) {
+            (Phase::Fresh, REHEARSAL) => Ok(()),
+            (Phase::Started, REHEARSAL) => Err(SandboxError::Rehearsing),
+            (Phase::Started, _) => Ok(()),
+            (Phase::Fresh | Phase::Failed, _) => Err(SandboxError::NotStarted),
         }
     }
 
@@ -309,6 +329,21 @@ mod tests {
         let error = sandbox.start(request).unwrap_err();
         assert_eq!(error.code(), Code::FAILED_PRECONDITION, "a failed clone stays failed");
         assert!(sandbox.require_started().is_err());
+    }
+
+    #[test]
+    fn only_the_rehearsal_comes_before_the_identity_and_only_there() {
+        let sandbox = Arc::new(sandbox());
+        sandbox.require_stage_of(REHEARSAL).unwrap();
+        assert!(sandbox.require_stage_of("tenant").is_err());
+        let reservation = sandbox.containers.reserve(REHEARSAL).unwrap();
+        let error = sandbox.start(api::StartSandboxRequest::new()).unwrap_err();
+        assert!(matches!(error, SandboxError::Rehearsing), "{error}");
+        drop(reservation);
+        assert!(sandbox.start(api::StartSandboxRequest::new()).is_err(), "it has failed for good");
+        *sandbox.phase.lock().unwrap() = Phase::Started;
+        assert!(sandbox.require_stage_of(REHEARSAL).is_err());
+        sandbox.require_stage_of("tenant").unwrap();
     }
 
     #[test]

@@ -22,6 +22,8 @@ use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::Spec;
 use sha2::{Digest as _, Sha256};
 
+use crate::sandbox::record::{self, Record};
+
 /// Name of this runtime as RuntimeClass handlers give it.
 pub const RUNTIME_NAME: &str = "io.containerd.joey.v2";
 /// Annotation with the id of the sandbox that a CRI container belongs to.
@@ -319,6 +321,9 @@ pub fn start(invocation: &Invocation, run_dir: &Path) -> Result<Start, Bootstrap
         }
         _ => {}
     }
+    let record = Record::begun(&invocation.flags.id, &invocation.flags.namespace, &socket);
+    let directory = record::directory(run_dir, &record.id);
+    record.write(&directory).map_err(io_error("write the sandbox's record in", &directory))?;
     let listener = UnixListener::bind(&socket).map_err(io_error("bind socket", &socket))?;
     Ok(Start::Serve { listener, answer })
 }

@@ -1,6 +1,7 @@
 //! The server: one runtime with one thread, the sandbox, its services, until Shutdown.
 
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -17,13 +18,15 @@ use crate::api::{events, sandbox, task};
 use crate::bootstrap::Invocation;
 use crate::config::{CONFIG, Config};
 use crate::sandbox::record::{Record, directory};
-use crate::sandbox::{Boot, Handle, teardown};
+use crate::sandbox::{Boot, Handle, orphans, teardown};
 use crate::{log, sys};
 
 /// How long the last events may take on their way to containerd once the sandbox is gone.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
 /// Time for the answer to Shutdown to leave before its connection does.
 const LAST_ANSWER: Duration = Duration::from_millis(100);
+/// How often orphaned sandboxes are looked for, and how long after the start of this one first.
+const HOUSEKEEPING: Duration = Duration::from_secs(60);
 /// Exit status that containerd is told for a shim that was killed: 128 + SIGKILL.
 const KILLED: u32 = 137;
 
@@ -61,6 +64,7 @@ async fn serve(config: Config, invocation: Invocation, listener: UnixListener) -
         bundle: invocation.bundle,
         spec: invocation.spec,
     };
+    tokio::spawn(keep_house(config.run_dir.clone()));
     let (handle, outgoing) = Handle::new(Arc::new(config), boot, process_age());
     let (close, closed) = oneshot::channel();
     let forwarding = tokio::spawn(events::forward(outgoing, publisher, closed));
@@ -79,6 +83,16 @@ async fn serve(config: Config, invocation: Invocation, listener: UnixListener) -
     // What containerd does not take now it learns from `delete`.
     let _ = tokio::time::timeout(LAST_EVENTS, async { tokio::join!(forwarding, delivered) }).await;
     Ok(())
+}
+
+/// Removes what the shims of other sandboxes have left, now and then.
+async fn keep_house(run_dir: PathBuf) {
+    loop {
+        tokio::time::sleep(HOUSEKEEPING).await;
+        let run_dir = run_dir.clone();
+        // Orphans are logged there; a panic in there must not end this sandbox.
+        let _ = tokio::task::spawn_blocking(move || orphans::collect_in_turn(&run_dir)).await;
+    }
 }
 
 /// How long ago this process was started by containerd: `start` forked this server from it.

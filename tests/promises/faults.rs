@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use joey_tests::pod::{self, Pod, SOON};
 use joey_tests::process;
 
@@ -11,6 +11,7 @@ use crate::context::{Context, Test, same};
 pub const TESTS: &[Test] = &[
     Test { name: "faults::shim_killed", run: shim_killed },
     Test { name: "faults::vmm_killed", run: vmm_killed },
+    Test { name: "faults::vmm_hangs", run: vmm_hangs },
     Test { name: "faults::container_killed_inside", run: container_killed_inside },
     Test { name: "faults::shim_killed_at_every_phase", run: shim_killed_at_every_phase },
 ];
@@ -41,6 +42,19 @@ fn vmm_killed(ctx: &Context<'_>) -> Result<()> {
     process::kill(vmm(ctx, &pod)?)?;
     let status = container.wait(SOON)?;
     same("ended as killed", [137, 255].contains(&status.exit_code), true)?;
+    pod.remove()
+}
+
+fn vmm_hangs(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = ctx.pod("vmmhang")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    process::stop(vmm(ctx, &pod)?)?;
+    let begun = Instant::now();
+    ctx.node.cri.stop(&container.id, Duration::ZERO).or_else(|_| container.wait(SOON).map(drop))?;
+    let status = container.wait(SOON)?;
+    same("ended as killed", [137, 255].contains(&status.exit_code), true)?;
+    same("in time", begun.elapsed() < SOON, true)?;
     pod.remove()
 }
 
@@ -90,6 +104,16 @@ fn shim_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
             ctx.node.cri.stop_pod(&pod)?;
             ctx.node.cri.remove_pod(&pod)?;
         }
+        let end = Instant::now() + SOON;
+        while find(ctx, "qemu", "").is_ok() {
+            ensure!(Instant::now() < end, "a VMM outlived its shim: {:?}", ctx.node.processes());
+        }
+    }
+    // Where containerd does not call `delete`, the sandbox is an orphan after a while.
+    let end = Instant::now() + SOON;
+    while ctx.node.joey(&["--json", "ps"])?.trim() != "[]" {
+        ensure!(Instant::now() < end, "not removed: {}", ctx.node.joey(&["ps"])?);
+        ctx.node.joey(&["clean"])?;
     }
     ctx.pod("after")?.remove()
 }

@@ -15,6 +15,7 @@ mod limits;
 mod network;
 mod restart;
 mod security;
+mod templates;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -74,6 +75,7 @@ fn tests() -> Vec<Test> {
         input::TESTS,
         faults::TESTS,
         restart::TESTS,
+        templates::TESTS,
     ]
     .concat()
 }

@@ -13,6 +13,11 @@ pub fn kill(pid: u32) -> Result<()> {
     signal(pid, Signal::SIGKILL)
 }
 
+/// Sends SIGSTOP: the process exists and does nothing.
+pub fn stop(pid: u32) -> Result<()> {
+    signal(pid, Signal::SIGSTOP)
+}
+
 /// SIGTERM, then SIGKILL after `grace`; returns when the process is gone or a zombie.
 pub fn terminate(pid: u32, grace: Duration) -> Result<()> {
     let start = Instant::now();

@@ -6,6 +6,10 @@
 use std::fmt;
 use std::str::FromStr;
 
+/// The one container that a guest runs before `StartSandbox`, and that must be deleted by then: the
+/// host's own program, by which a waiting machine comes to know the way of a container's start.
+pub const REHEARSAL: &str = "rehearsal";
+
 /// containerd's bound.
 pub const MAX_ID: usize = 76;
 /// How much of a refused name an error shows.

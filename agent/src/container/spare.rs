@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::mount::{MsFlags, mount};
@@ -111,17 +112,20 @@ impl Spare {
 pub(crate) struct Spares {
     sources: Sources,
     left: Mutex<Vec<Spare>>,
+    /// How many were ever made: their cgroups' names.
+    made: AtomicUsize,
 }
 
 impl Spares {
     /// None yet.
     pub(crate) fn new(sources: Sources) -> Spares {
-        Spares { sources, left: Mutex::default() }
+        Spares { sources, left: Mutex::default(), made: AtomicUsize::new(0) }
     }
 
     /// Forks `count` of them, in cgroups below `root`.
     pub(crate) fn fork(&self, root: &Path, count: usize) -> Result<(), Error> {
-        for number in 0..count {
+        for _ in 0..count {
+            let number = self.made.fetch_add(1, Ordering::Relaxed);
             let spare = Spare::fork(root, &format!("spare-{number}"), self.sources, None)?;
             self.left().push(spare);
         }

@@ -1,4 +1,5 @@
-//! The guest image: a Debian cloud kernel and an initramfs with the agent and the modules it loads.
+//! The guest image: a Debian cloud kernel, an initramfs with the agent and the modules it loads, and the
+//! small image that a waiting machine rehearses a container's start with.
 //!
 //! Reproducible: the same agent and kernel package give the same bytes, since the archive is written
 //! here with sorted names and no times. `manifest.json` says what is in it; its digest is part of
@@ -38,11 +39,13 @@ pub fn build() -> Result<()> {
     let kernel = unpack_kernel()?;
     let modules = Modules::find(&kernel.tree)?;
     let archive = archive(&agent, &modules)?;
+    let rehearsal = rehearsal(&agent)?;
     let vmlinuz = fs::read(&kernel.vmlinuz)?;
     let manifest = serde_json::to_string_pretty(&json!({
         "version": VERSION,
         "kernel": {"package": kernel.package, "version": kernel.version, "sha256": hex(&vmlinuz)},
         "initrd": {"sha256": hex(&archive), "bytes": archive.len()},
+        "rehearsal": {"sha256": hex(&rehearsal)},
         "agent": {"sha256": hex(&fs::read(&agent)?)},
         "modules": modules.files.iter().map(|(name, data)| json!({
             "name": name, "sha256": hex(data),
@@ -57,6 +60,7 @@ pub fn build() -> Result<()> {
     let _ = fs::remove_file(out.join("manifest.json"));
     write(&out.join("vmlinuz"), &vmlinuz)?;
     write(&out.join("initrd"), &archive)?;
+    write(&out.join("rehearsal"), &rehearsal)?;
     write(&out.join("manifest.json"), manifest.as_bytes())?;
     eprintln!(
         "guest: kernel {}, initramfs {} KiB, in {}",
@@ -253,6 +257,23 @@ fn archive(agent: &Path, modules: &Modules) -> Result<Vec<u8>> {
     }
     archive.entry("TRAILER!!!", 0, &[])?;
     Ok(archive.out)
+}
+
+/// The image of the container that a waiting machine runs before it is anybody's: the agent alone.
+fn rehearsal(agent: &Path) -> Result<Vec<u8>> {
+    // One fixed id: the same content gives the same image.
+    const UUID: &str = "6a6f6579-0000-4000-8000-726568656172";
+    let work = target().join("rehearsal");
+    let _ = fs::remove_dir_all(&work);
+    let root = work.join("root");
+    for folder in ["dev", "etc", "proc", "sys", "tmp"] {
+        fs::create_dir_all(root.join(folder))?;
+    }
+    fs::copy(agent, root.join("agent"))?;
+    let image = work.join("image");
+    let options = ["--quiet", "-T0", "-U", UUID, "--all-root"];
+    run(command("mkfs.erofs", &options).args([&image, &root]))?;
+    Ok(fs::read(&image)?)
 }
 
 /// Writer of the kernel's `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).

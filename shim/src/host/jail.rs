@@ -8,13 +8,15 @@
 
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Gid, Pid, Uid, chdir, setgroups, setresgid, setresuid};
 
@@ -152,7 +154,10 @@ impl Jail {
     }
 
     /// Turns a freshly forked child, in [`NAMESPACES`], into the jailed process up to exec.
-    pub(crate) fn enter(&self) -> Result<(), (Step, nix::Error)> {
+    ///
+    /// The process dies with the thread that forked it, which is the shim's only one. `report` is its
+    /// pipe to that thread: if nobody reads it any more, the thread has died already.
+    pub(crate) fn enter(&self, report: BorrowedFd<'_>) -> Result<(), (Step, nix::Error)> {
         let step = |step: Step| move |error: nix::Error| (step, error);
         for cgroup in &self.cgroups {
             nix::unistd::write(cgroup, b"0").map_err(step(Step::Cgroup))?;
@@ -162,7 +167,14 @@ impl Jail {
         setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).map_err(step(Step::Limits))?;
         setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step(Step::Limits))?;
         setrlimit(Resource::RLIMIT_MEMLOCK, 0, 0).map_err(step(Step::Limits))?;
-        self.drop_privileges().map_err(step(Step::Privileges))
+        self.drop_privileges().map_err(step(Step::Privileges))?;
+        // Changing the uid would have cleared it (prctl(2)).
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(step(Step::Limits))?;
+        let mut reader = [PollFd::new(report, PollFlags::empty())];
+        match nix::poll::poll(&mut reader, PollTimeout::ZERO).map_err(step(Step::Limits))? {
+            0 => Ok(()),
+            _ => Err((Step::Limits, nix::Error::EPIPE)),
+        }
     }
 
     fn make_root(&self) -> nix::Result<()> {

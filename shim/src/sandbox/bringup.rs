@@ -140,7 +140,6 @@ impl Handle {
             record.unwrap_or_else(std::sync::PoisonError::into_inner).clone()
         };
         record.socket = PathBuf::new();
-        record.id.clone_from(&self.0.boot.id);
         let config = self.0.config.clone();
         let undo = move || teardown::undo(&config.run_dir, &record);
         match tokio::task::spawn_blocking(undo).await {
@@ -176,17 +175,11 @@ impl Handle {
         let path = wanted.cgroups_path.clone().unwrap_or_else(|| format!("/joey/{id}"));
         let cgroups = cgroup::directories(&path).map_err(|error| refuse(&error))?;
         self.record(|record| {
-            record.id.clone_from(id);
-            record.namespace.clone_from(&self.0.boot.namespace);
             record.pod = pod_name(wanted);
-            record.shim = ProcessId::of(std::process::id()).ok();
-            record.socket.clone_from(&self.0.boot.socket);
             record.vcpus = sizing.vcpus;
             record.memory_mib = sizing.memory_mib;
             record.netns.clone_from(&netns);
             record.cgroups.clone_from(&cgroups);
-            record.started_at =
-                SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         })?;
         cgroup::create(&cgroups)
             .and_then(|()| cgroup::join(&cgroups))

@@ -15,6 +15,7 @@ mod bringup;
 mod containers;
 mod disks;
 pub mod lifecycle;
+pub mod orphans;
 pub mod plan;
 mod processes;
 pub mod record;
@@ -36,7 +37,7 @@ use tokio::task::JoinHandle;
 
 use self::containers::Container;
 use self::disks::Disks;
-use self::record::Record;
+use self::record::{ProcessId, Record};
 use self::state::{Exit, Process};
 use self::timeline::Timeline;
 pub use self::types::{
@@ -132,10 +133,14 @@ impl Handle {
         since: Duration,
     ) -> (Self, mpsc::UnboundedReceiver<SandboxEvent>) {
         let (events, receiver) = mpsc::unbounded_channel();
+        let record = Record {
+            shim: ProcessId::of(std::process::id()).ok(),
+            ..Record::begun(&boot.id, &boot.namespace, &boot.socket)
+        };
         let sandbox = Arc::new(Sandbox {
             config,
             table: Mutex::default(),
-            record: Mutex::default(),
+            record: Mutex::new(record),
             pod_files: Mutex::default(),
             progress: channel::Sender::new(Progress::Waiting),
             events,
@@ -148,6 +153,9 @@ impl Handle {
             boot,
         });
         let handle = Self(sandbox);
+        if let Err(error) = handle.record(|_| ()) {
+            tracing::error!(%error, "clean-up after a crash would not find this sandbox");
+        }
         if let Some(spec) = &handle.0.boot.spec {
             handle.bring_up(bringup::Wanted::of_spec(spec));
         }

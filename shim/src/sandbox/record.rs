@@ -5,6 +5,7 @@
 
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -84,6 +85,20 @@ pub fn directory(run_dir: &Path, id: &str) -> PathBuf {
 }
 
 impl Record {
+    /// Of a sandbox whose shim is about to bind `socket`.
+    #[must_use]
+    pub fn begun(id: &str, namespace: &str, socket: &Path) -> Self {
+        Self {
+            id: id.to_owned(),
+            namespace: namespace.to_owned(),
+            socket: socket.to_owned(),
+            started_at: SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+            ..Self::default()
+        }
+    }
+
     /// Writes the record into `directory`, which is made if it is missing.
     ///
     /// # Errors
@@ -95,6 +110,13 @@ impl Record {
         serde_json::to_writer(&mut file, self)?;
         file.flush()?;
         std::fs::rename(beside, directory.join(FILE))
+    }
+
+    /// How long ago the record in `directory` was written; `None` if there is none.
+    #[must_use]
+    pub fn age(directory: &Path) -> Option<Duration> {
+        let written = std::fs::metadata(directory.join(FILE)).and_then(|meta| meta.modified()).ok()?;
+        Some(SystemTime::now().duration_since(written).unwrap_or_default())
     }
 
     /// Reads the record of a sandbox; `None` if there is none.

@@ -47,6 +47,8 @@ enum Task {
         /// Its id, or the beginning of it
         id: String,
     },
+    /// Remove what is left of sandboxes whose shim is gone (the shims do so too, now and then)
+    Clean,
     /// The guest's console and the agent's log
     Console {
         /// Its id, or the beginning of it
@@ -123,6 +125,7 @@ fn run(cli: &Cli) -> Result<bool> {
         }
         Task::Ps => sandboxes::list(&config, cli.json)?,
         Task::Inspect { id } => sandboxes::inspect(&config, id, cli.json)?,
+        Task::Clean => return sandboxes::clean(&config, cli.json),
         Task::Console { id, follow } => sandboxes::console(&config, id, *follow, cli.json)?,
     }
     Ok(true)

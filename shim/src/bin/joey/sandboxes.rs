@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use joey_shim::config::Config;
+use joey_shim::sandbox::orphans;
 use joey_shim::sandbox::record::{ProcessId, Record, directory};
 use joey_shim::sandbox::timeline::Steps;
 use serde_json::json;
@@ -61,6 +62,34 @@ pub(crate) fn list(config: &Config, json: bool) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// `false` if something is left.
+pub(crate) fn clean(config: &Config, json: bool) -> Result<bool> {
+    let orphans = orphans::collect(&config.run_dir).context("list the sandboxes")?;
+    let clean = orphans.iter().all(|(_, undone)| undone.is_ok());
+    if json {
+        let all: Vec<_> = orphans
+            .iter()
+            .map(|(record, undone)| {
+                let left = undone.as_ref().err().map(|incomplete| &incomplete.left);
+                json!({"sandbox": record.id, "pod": record.pod, "left": left})
+            })
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&all)?);
+        return Ok(clean);
+    }
+    for (record, undone) in &orphans {
+        let pod = record.pod.as_deref().unwrap_or("-");
+        match undone {
+            Ok(()) => println!("removed sandbox {} of pod {pod}", record.id),
+            Err(error) => println!("{error}"),
+        }
+    }
+    if orphans.is_empty() {
+        println!("nothing to remove: every sandbox has its shim");
+    }
+    Ok(clean)
 }
 
 /// The one sandbox whose id begins with `prefix`.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
@@ -99,7 +99,7 @@ pub(crate) async fn spawn(launch: Launch<'_>) -> Result<Process, VmmError> {
         .collect::<io::Result<Vec<_>>>()
         .map_err(failed("writing the command line"))?;
     let jail = Arc::new(launch.jail);
-    let (pid, pidfd) = fork(&jail, &descriptors, report_theirs.as_raw_fd(), &program, &arguments)
+    let (pid, pidfd) = fork(&jail, &descriptors, report_theirs.as_fd(), &program, &arguments)
         .map_err(failed("forking"))?;
     drop((descriptors, report_theirs));
     let tokio_stream = |stream: StdStream| {
@@ -133,7 +133,7 @@ fn text(bytes: &[u8]) -> io::Result<CString> {
 fn fork(
     jail: &Jail,
     descriptors: &[(OwnedFd, RawFd)],
-    report: RawFd,
+    report: BorrowedFd<'_>,
     program: &CString,
     arguments: &[CString],
 ) -> io::Result<(i32, OwnedFd)> {
@@ -146,7 +146,9 @@ fn fork(
     match forked {
         Forked::Parent { pid, pidfd } => Ok((pid, pidfd)),
         Forked::Child => {
-            if let Err((step, error)) = jail.enter() {
+            let entered = jail.enter(report);
+            let report = report.as_raw_fd();
+            if let Err((step, error)) = entered {
                 jail::report_and_exit(report, step, error as i32);
             }
             if let Err(error) = sys::place_descriptors(&wanted, report) {

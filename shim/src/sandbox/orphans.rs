@@ -1,0 +1,107 @@
+//! Sandboxes whose shim is gone and for which nobody called `delete`.
+//!
+//! containerd calls `delete` when a shim's connection breaks, but not always: it gives up when the
+//! shim dies between `start` and the first request, and 1.7 removes the bundle, in which `delete` is
+//! to run, beside the call. The VM itself dies with its shim ([`crate::host::jail`]); what the record
+//! names besides is removed here, by the shims of other sandboxes and by `joey clean`.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::record::{Record, directory};
+use super::teardown::{self, Incomplete};
+
+/// How long a record must have been left alone: containerd's own `delete` comes first, and a shim
+/// that is just being started is not an orphan.
+pub const GRACE: Duration = Duration::from_secs(10);
+/// How often the shims of a node look, all together.
+const EVERY: Duration = Duration::from_secs(30);
+/// Held by the one that looks; its time stamp tells when somebody last did.
+const LOCK: &str = "orphans.lock";
+
+/// Whether nobody will end this sandbox any more.
+#[must_use]
+pub fn is_orphan(run_dir: &Path, record: &Record) -> bool {
+    let alone = record.shim.is_none_or(|shim| !shim.alive());
+    alone && Record::age(&directory(run_dir, &record.id)).is_some_and(|age| age >= GRACE)
+}
+
+/// Removes what orphans have left; tells of each whether nothing is left now.
+///
+/// # Errors
+/// The records cannot be listed.
+pub fn collect(run_dir: &Path) -> io::Result<Vec<(Record, Result<(), Incomplete>)>> {
+    let all = Record::all(run_dir)?.into_iter();
+    let orphans = all.filter(|record| is_orphan(run_dir, record));
+    Ok(orphans
+        .map(|record| {
+            let undone = teardown::undo(run_dir, &record);
+            (record, undone)
+        })
+        .collect())
+}
+
+/// [`collect`], unless another shim of the node does, or did a short while ago.
+pub(crate) fn collect_in_turn(run_dir: &Path) {
+    let path = run_dir.join(LOCK);
+    let recent = |file: &File| {
+        let at = file.metadata().and_then(|meta| meta.modified());
+        at.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age < EVERY))
+    };
+    if File::open(&path).is_ok_and(|file| recent(&file)) {
+        return;
+    }
+    let Ok(file) = File::options().create(true).append(true).open(&path) else { return };
+    let Ok(turn) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return };
+    // A time stamp that cannot be set costs the next shim a look.
+    let _ = turn.set_modified(SystemTime::now());
+    match collect(run_dir) {
+        Err(error) => tracing::warn!(%error, "looking for orphaned sandboxes"),
+        Ok(orphans) => {
+            for (record, undone) in orphans {
+                let pod = record.pod.as_deref().unwrap_or("-");
+                match undone {
+                    Ok(()) => tracing::warn!(sandbox = record.id, pod, "orphan removed"),
+                    Err(error) => tracing::error!(sandbox = record.id, pod, %error, "orphan"),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::ProcessId;
+    use super::*;
+
+    #[test]
+    fn only_an_old_record_of_a_dead_shim_is_collected() {
+        let run = tempfile::tempdir().unwrap();
+        let me = ProcessId::of(std::process::id()).unwrap();
+        let dead = ProcessId { start: me.start + 1, ..me };
+        let write = |id: &str, shim, age: Duration| {
+            let dir = directory(run.path(), id);
+            Record { id: id.to_owned(), shim: Some(shim), ..Record::default() }
+                .write(&dir)
+                .unwrap();
+            let file = File::options().append(true).open(dir.join("record.json")).unwrap();
+            file.set_modified(SystemTime::now() - age).unwrap();
+        };
+        write("alive", me, GRACE * 2);
+        write("young", dead, GRACE / 2);
+        write("orphan", dead, GRACE * 2);
+        collect_in_turn(run.path());
+        let left = |run: &Path| -> Vec<String> {
+            Record::all(run).unwrap().into_iter().map(|record| record.id).collect()
+        };
+        assert_eq!(left(run.path()), ["alive", "young"]);
+        write("orphan", dead, GRACE * 2);
+        collect_in_turn(run.path());
+        assert_eq!(left(run.path()), ["alive", "orphan", "young"], "looked a moment ago");
+        assert_eq!(collect(run.path()).unwrap().len(), 1);
+    }
+}

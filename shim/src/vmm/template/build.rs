@@ -1,0 +1,183 @@
+//! Building a template: boot, come to rest, save, publish. One builder per template on a node.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::time::Duration;
+
+use joey_protocol::mux::Mux;
+use joey_protocol::{api, limits};
+use nix::fcntl::{Flock, FlockArg};
+use tokio::time::timeout;
+
+use super::{
+    KERNEL, MANIFEST, MEMORY, Manifest, STATE, Template, TemplateError, TemplateStore, file_error,
+    record,
+};
+use crate::vmm::qemu::args::Mode;
+use crate::vmm::qemu::{QemuVm, kernel_stub};
+use crate::vmm::{Paths, Phases, Vm as _, VmSpec, VmmError, prepare};
+
+/// After the agent answered, how long the guest gets to come to rest before it is stopped. Kernels put
+/// work off for seconds after their boot; what is pending then, every clone has to do in its first
+/// second: with 2 s a clone's first container took a third longer than with 8 s.
+const REST: Duration = Duration::from_secs(8);
+
+impl TemplateStore<'_> {
+    /// Builds the template for a machine of this size unless a good one is there. Of several
+    /// builders one builds, the others wait and use what it built. Blocks while it waits: for a
+    /// process of its own.
+    pub async fn build(&self, vcpus: u32, memory_mib: u32) -> Result<Template, VmmError> {
+        let key = self.key(vcpus, memory_mib)?;
+        let directory = &self.config.templates_dir;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(file_error(&key, directory))?;
+        let _lock = self.lock(&key).await?;
+        match self.open(&key) {
+            Ok(template) => return Ok(template),
+            Err(TemplateError::Missing(_)) => {}
+            Err(error) => {
+                tracing::warn!("{error}");
+                self.condemn(&key);
+            }
+        }
+        let work = directory.join(format!("{key}.{}.new", std::process::id()));
+        let _ = fs::remove_dir_all(&work);
+        let built = self.build_in(&work, &key, vcpus, memory_mib).await;
+        if built.is_err() {
+            let _ = fs::remove_dir_all(&work);
+        }
+        built?;
+        Ok(self.open(&key)?)
+    }
+
+    async fn lock(&self, key: &str) -> Result<Flock<File>, TemplateError> {
+        let path = self.config.templates_dir.join(format!("{key}.lock"));
+        let file = File::create(&path).map_err(file_error(key, &path))?;
+        // A thread waits, not the loop: the builder that holds the lock may be in this process.
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            let _ = sender.send(Flock::lock(file, FlockArg::LockExclusive));
+        });
+        match receiver.await {
+            Ok(Ok(lock)) => Ok(lock),
+            Ok(Err((_, errno))) => Err(file_error(key, &path)(errno.into())),
+            Err(_) => Err(file_error(key, &path)(io::Error::other("waiting for the lock"))),
+        }
+    }
+
+    async fn build_in(
+        &self,
+        work: &Path,
+        key: &str,
+        vcpus: u32,
+        memory_mib: u32,
+    ) -> Result<(), VmmError> {
+        let id = format!("template-{key}");
+        let error = |path: &Path| file_error(key, path);
+        fs::create_dir(work).map_err(error(work))?;
+        let (memory, state, kernel) = (work.join(MEMORY), work.join(STATE), work.join(KERNEL));
+        let bytes = u64::from(memory_mib) << 20;
+        let file = File::create(&memory).map_err(error(&memory))?;
+        file.set_len(bytes).map_err(error(&memory))?;
+        // The memory is a shared mapping: without room the VMM would die of a bus error half-way.
+        nix::fcntl::posix_fallocate(&file, 0, bytes.cast_signed())
+            .map_err(|errno| error(&memory)(errno.into()))?;
+        let owner = self.config.ids.of(&id);
+        std::os::unix::fs::chown(&memory, Some(owner.uid), Some(owner.gid))
+            .map_err(error(&memory))?;
+        let stub = kernel_stub(&self.config.guest_dir.join("vmlinuz"))?;
+        fs::write(&kernel, stub).map_err(error(&kernel))?;
+        let target = File::create(&state).map_err(error(&state))?;
+        let spec = VmSpec {
+            id,
+            vcpus,
+            memory_mib,
+            tap: None,
+            mac: [0; 6],
+            run_dir: self.config.run_dir.join(format!("build-{key}")),
+            cgroup_procs: Vec::new(),
+        };
+        let console = spec.run_dir.join("console.log");
+        let paths = Paths {
+            kernel: self.config.guest_dir.join("vmlinuz"),
+            initrd: Some(self.config.guest_dir.join("initrd")),
+            memory: Some(memory.clone()),
+        };
+        let launch = prepare(self.config, self, Mode::Build, spec, &paths, None)?;
+        let vm = QemuVm::start(launch, &mut Phases::new()).await?;
+        let channel = vm.take_channel()?;
+        // Open until the state is saved: a guest that saw its host go would end in every clone.
+        let _connected =
+            channel.as_fd().try_clone_to_owned().map_err(VmmError::io("keeping the channel"))?;
+        let greeting = greet(channel);
+        let answered = tokio::select! {
+            answered = greeting => answered,
+            how = vm.exited() => Err(format!("the VMM ended: {how}")),
+        };
+        answered.map_err(|what| TemplateError::Agent { key: key.to_owned(), what, console })?;
+        vm.save(target.into()).await?;
+        vm.kill();
+        vm.exited().await;
+        self.publish(work, key, vcpus, memory_mib)
+    }
+
+    fn publish(&self, work: &Path, key: &str, vcpus: u32, memory_mib: u32) -> Result<(), VmmError> {
+        let mut files = BTreeMap::new();
+        for name in [MEMORY, STATE, KERNEL] {
+            let path = work.join(name);
+            // Every VMM has an id of its own and may read; the directory keeps everyone else out.
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
+                .and_then(|()| std::os::unix::fs::chown(&path, Some(0), Some(0)))
+                .and_then(|()| File::open(&path)?.sync_all())
+                .map_err(file_error(key, &path))?;
+            files.insert(name.to_owned(), record(&path).map_err(file_error(key, &path))?);
+        }
+        let manifest = Manifest {
+            key: key.to_owned(),
+            qemu: self.qemu.text.clone(),
+            accelerator: self.acceleration.name().to_owned(),
+            vcpus,
+            memory_mib,
+            guest: self.guest.clone(),
+            files,
+        };
+        let path = work.join(MANIFEST);
+        let text = serde_json::to_vec_pretty(&manifest).map_err(io::Error::from);
+        text.and_then(|text| fs::write(&path, text)).map_err(file_error(key, &path))?;
+        let target = self.config.templates_dir.join(key);
+        fs::rename(work, &target).map_err(file_error(key, &target))?;
+        Ok(())
+    }
+}
+
+/// Waits until the agent answers and the guest is at rest.
+async fn greet(channel: tokio::net::UnixStream) -> Result<(), String> {
+    let (mux, driver) = Mux::connect(channel);
+    let calls = mux.open(limits::STREAM_RPC).map_err(|error| error.to_string())?;
+    let socket = ttrpc::r#async::transport::Socket::new(calls);
+    let agent = api::AgentClient::new(ttrpc::r#async::Client::new(socket));
+    let request =
+        api::HelloRequest { protocol_version: limits::PROTOCOL_VERSION, ..Default::default() };
+    let hello = agent.hello(ttrpc::context::Context::default(), &request);
+    let asking = async {
+        match timeout(limits::deadline::HELLO_COLD, hello).await {
+            Ok(Ok(_)) => {
+                tokio::time::sleep(REST).await;
+                Ok(())
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer within {:?}", limits::deadline::HELLO_COLD)),
+        }
+    };
+    tokio::select! {
+        asked = asking => asked,
+        ended = driver => Err(format!("the channel was lost: {ended:?}")),
+    }
+}

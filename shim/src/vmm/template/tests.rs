@@ -1,0 +1,105 @@
+//! A store tells a good template from every kind of bad one. No VMM runs here.
+
+use std::fs;
+use std::path::Path;
+
+use super::*;
+use crate::host::jail::IdRange;
+
+fn config(root: &Path) -> VmmConfig {
+    VmmConfig {
+        qemu: "/nonexistent/qemu".into(),
+        guest_dir: root.join("guest"),
+        templates_dir: root.join("templates"),
+        run_dir: root.join("run"),
+        use_templates: true,
+        ids: IdRange { first: 1 << 20, count: 16 },
+        builder: None,
+    }
+}
+
+fn store(config: &VmmConfig) -> TemplateStore<'_> {
+    TemplateStore {
+        config,
+        acceleration: Acceleration { kvm: false, reason: String::new(), tsc_khz: None },
+        qemu: Version { text: "10.0.0".to_owned(), identity: String::new() },
+        guest: "0".repeat(64),
+    }
+}
+
+/// Publishes a template of three small files.
+fn publish(store: &TemplateStore<'_>) -> String {
+    let key = store.key(1, 256).unwrap();
+    let directory = store.config.templates_dir.join(&key);
+    fs::create_dir_all(&directory).unwrap();
+    let mut files = BTreeMap::new();
+    for (name, content) in [(MEMORY, "memory"), (STATE, "state"), (KERNEL, "kernel")] {
+        fs::write(directory.join(name), content).unwrap();
+        files.insert(name.to_owned(), record(&directory.join(name)).unwrap());
+    }
+    let manifest = Manifest {
+        key: key.clone(),
+        qemu: store.qemu.text.clone(),
+        accelerator: store.acceleration.name().to_owned(),
+        vcpus: 1,
+        memory_mib: 256,
+        guest: store.guest.clone(),
+        files,
+    };
+    fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    key
+}
+
+#[test]
+fn damage_of_every_kind_is_told_and_named() {
+    type Harm = (&'static str, fn(&Path));
+    let harms: [Harm; 7] = [
+        ("memory has 3 of 6 bytes", |t| fs::write(t.join(MEMORY), "mem").unwrap()),
+        ("state has 0 of 5 bytes", |t| fs::write(t.join(STATE), "").unwrap()),
+        ("the content of state has changed", |t| fs::write(t.join(STATE), "statf").unwrap()),
+        ("kernel: ", |t| fs::remove_file(t.join(KERNEL)).unwrap()),
+        ("its manifest", |t| fs::write(t.join(MANIFEST), "{]").unwrap()),
+        ("manifest.json", |t| fs::remove_file(t.join(MANIFEST)).unwrap()),
+        ("its manifest is that of", |t| {
+            let text = fs::read_to_string(t.join(MANIFEST)).unwrap();
+            let key = t.file_name().unwrap().to_string_lossy().into_owned();
+            fs::write(t.join(MANIFEST), text.replace(&key, "another")).unwrap();
+        }),
+    ];
+    for (what, harm) in harms {
+        let root = tempfile::tempdir().unwrap();
+        let config = config(root.path());
+        let store = store(&config);
+        let key = publish(&store);
+        // Good, and remembered as such.
+        store.open(&key).unwrap();
+        harm(&config.templates_dir.join(&key));
+        let error = store.open(&key).unwrap_err();
+        assert!(error.is_damage(), "{error}");
+        assert!(error.to_string().contains(what), "{error}");
+        store.condemn(&key);
+        assert!(matches!(store.open(&key), Err(TemplateError::Missing(_))), "{what}");
+    }
+}
+
+#[test]
+fn what_other_images_and_dead_builders_left_is_collected() {
+    let root = tempfile::tempdir().unwrap();
+    let config = config(root.path());
+    let old = TemplateStore { guest: "1".repeat(64), ..store(&config) };
+    let (stale, store) = (publish(&old), store(&config));
+    let good = publish(&store);
+    // No process has the number 0.
+    let half = format!("{good}.0.new");
+    let ours = format!("{good}.{}.new", std::process::id());
+    for name in [&half, &ours] {
+        fs::create_dir(config.templates_dir.join(name)).unwrap();
+    }
+    let mut removed = store.collect_stale().unwrap();
+    removed.sort();
+    let mut expected = [stale, half];
+    expected.sort();
+    assert_eq!(removed, expected);
+    store.open(&good).unwrap();
+    assert!(config.templates_dir.join(ours).exists());
+}

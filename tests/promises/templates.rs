@@ -1,0 +1,150 @@
+//! Templates may be damaged, missing or impossible to build: pods start all the same, or say why not.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use joey_tests::pod::SOON;
+
+use crate::context::{Context, Test, holds, refused, same};
+
+pub const TESTS: &[Test] = &[
+    Test { name: "templates::damaged_is_replaced", run: damaged_is_replaced },
+    Test { name: "templates::builders_take_turns", run: builders_take_turns },
+    Test { name: "templates::full_disk_is_told", run: full_disk_is_told },
+    Test { name: "templates::unusable_vmm_is_told", run: unusable_vmm_is_told },
+];
+
+/// The node's templates as `joey template ls` shows them.
+fn list(ctx: &Context<'_>) -> Result<Vec<String>> {
+    let text = ctx.node.joey(&["--json", "template", "ls"])?;
+    let all: Vec<serde_json::Value> = serde_json::from_str(&text)?;
+    Ok(all.iter().filter_map(|one| one["key"].as_str().map(str::to_owned)).collect())
+}
+
+/// Runs a pod; whether it was cloned.
+fn cloned(ctx: &Context<'_>) -> Result<bool> {
+    let pod = ctx.pod("template")?;
+    let seen = ctx.node.joey(&["--json", "inspect", &pod.id])?;
+    let seen: serde_json::Value = serde_json::from_str(&seen)?;
+    same("the pod's output", pod.script("echo ok")?.text(), "ok")?;
+    pod.remove()?;
+    seen["record"]["cloned"].as_bool().context("the record does not say whether it was cloned")
+}
+
+fn folder(ctx: &Context<'_>) -> PathBuf {
+    ctx.node.dir().join("joey/templates")
+}
+
+fn damaged_is_replaced(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    ctx.node.joey(&["template", "build"])?;
+    let keys = list(ctx)?;
+    let [key] = keys.as_slice() else { bail!("one template was expected: {keys:?}") };
+    same("cloned before", cloned(ctx)?, true)?;
+    let state = folder(ctx).join(key).join("state");
+    let mut bytes = fs::read(&state)?;
+    let middle = bytes.len() / 2;
+    *bytes.get_mut(middle).context("the state is empty")? ^= 1;
+    fs::write(&state, bytes)?;
+    let table = ctx.node.joey(&["template", "ls"])?;
+    holds("joey template ls", &table, "the content of state has changed")?;
+    same("cloned from a damaged template", cloned(ctx)?, false)?;
+    // The shim had another one built.
+    let end = Instant::now() + SOON;
+    while list(ctx)?.is_empty() {
+        ensure!(Instant::now() < end, "no template was built beside the pod");
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    same("cloned after", cloned(ctx)?, true)
+}
+
+fn builders_take_turns(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let keys = list(ctx)?;
+    for key in &keys {
+        // Cut short, as by a full disk: found by its size.
+        let memory = folder(ctx).join(key).join("memory");
+        fs::File::options().write(true).open(memory)?.set_len(1 << 20)?;
+    }
+    let built: Vec<Result<String>> = std::thread::scope(|scope| {
+        let builders: Vec<_> = (0..2)
+            .map(|_| scope.spawn(|| ctx.node.joey(&["--json", "template", "build"])))
+            .collect();
+        let joined = builders.into_iter().map(std::thread::ScopedJoinHandle::join);
+        joined.map(|one| one.unwrap_or_else(|_| bail!("a builder's thread panicked"))).collect()
+    });
+    for one in built {
+        one?;
+    }
+    same("templates", list(ctx)?, keys)?;
+    same("cloned after", cloned(ctx)?, true)
+}
+
+/// Runs `joey` with a configuration of its own; its output, and whether it succeeded.
+fn joey_with(ctx: &Context<'_>, config: &str, arguments: &[&str]) -> Result<(bool, String)> {
+    let path = ctx.node.dir().join("other.toml");
+    fs::write(&path, config)?;
+    let mut command = Command::new(joey_tests::paths::joey());
+    command.arg("--config").arg(&path).args(arguments);
+    let output = ctx.node.run_inside(command);
+    fs::remove_file(&path)?;
+    let output = output?;
+    let text = [output.stdout, output.stderr].concat();
+    Ok((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
+}
+
+fn full_disk_is_told(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let full = ctx.node.dir().join("full");
+    fs::create_dir(&full)?;
+    let run = |program: &str, arguments: &[&str]| -> Result<()> {
+        let mut command = Command::new(program);
+        command.args(arguments).arg(&full);
+        ensure!(ctx.node.run_inside(command)?.status.success(), "{program} {arguments:?}");
+        Ok(())
+    };
+    run("mount", &["-t", "tmpfs", "-o", "size=64m", "joey-full"])?;
+    let normal = fs::read_to_string(ctx.node.dir().join("joey.toml"))?;
+    let config: String = normal
+        .lines()
+        .map(|line| match line.strip_prefix("state_dir") {
+            Some(_) => format!("state_dir = \"{}\"\n", full.display()),
+            None => format!("{line}\n"),
+        })
+        .collect();
+    let outcome = joey_with(ctx, &config, &["template", "build"]).and_then(|(built, text)| {
+        same("built", built, false)?;
+        holds("the error", &text, "No space left on device")?;
+        holds("the error", &text, &full.display().to_string())?;
+        let mut find = Command::new("find");
+        find.arg(&full).args(["-name", "*.new", "-o", "-name", "memory"]);
+        let left = ctx.node.run_inside(find)?.stdout;
+        same("left behind", String::from_utf8_lossy(&left), "")
+    });
+    run("umount", &[])?;
+    fs::remove_dir(&full)?;
+    outcome
+}
+
+fn unusable_vmm_is_told(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let (path, old) = (ctx.node.dir().join("joey.toml"), ctx.node.dir().join("old-qemu"));
+    let normal = fs::read_to_string(&path)?;
+    fs::write(&old, "#!/bin/sh\necho QEMU emulator version 7.2.0\n")?;
+    fs::set_permissions(&old, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let cases = [("/nonexistent/qemu", "/nonexistent/qemu"), (&*old.to_string_lossy(), "7.2.0")];
+    let outcome = cases.into_iter().try_for_each(|(qemu, told)| {
+        let config = format!("qemu = \"{qemu}\"\n{normal}");
+        let (able, text) = joey_with(ctx, &config, &["check"])?;
+        same("able", able, false)?;
+        holds("joey check", &text, told)?;
+        fs::write(&path, config)?;
+        refused("a pod", ctx.pod("no-vmm"), told)
+    });
+    fs::write(&path, normal)?;
+    fs::remove_file(&old)?;
+    outcome
+}
