@@ -17,6 +17,10 @@ pub const LINK_MAC: u16 = 1;
 pub const LINK_NAME: u16 = 3;
 /// `IFLA_MTU`.
 pub const LINK_MTU: u16 = 4;
+/// `IFLA_NET_NS_FD`: moves the link into the namespace that the descriptor stands for.
+pub const LINK_NETNS_FD: u16 = 28;
+/// `IFLA_NEW_IFINDEX`: the index that a moved link gets (Linux 5.13).
+pub const LINK_NEW_INDEX: u16 = 49;
 /// `IFA_ADDRESS`: the address, or its peer when there is a local one.
 pub const ADDRESS_ADDRESS: u16 = 1;
 /// `IFA_LOCAL`.

@@ -21,6 +21,7 @@ fn config(directory: &Path, guest: &str) -> VmmConfig {
         use_templates: true,
         ids: IdRange { first: 700_000, count: 1000 },
         builder: None,
+        home: Vec::new(),
     }
 }
 

@@ -14,6 +14,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use containerd_shim::Flags;
 use containerd_shim::protos::bootstrap_api::{BootstrapParams, BootstrapResult};
@@ -22,7 +23,9 @@ use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::Spec;
 use sha2::{Digest as _, Sha256};
 
+use crate::config::Config;
 use crate::sandbox::record::{self, Record};
+use crate::standby::{Claim, Terms};
 
 /// Name of this runtime as RuntimeClass handlers give it.
 pub const RUNTIME_NAME: &str = "io.containerd.joey.v2";
@@ -133,6 +136,35 @@ impl Invocation {
             invocation.read_input()?;
         }
         Ok(invocation)
+    }
+
+    /// What a keeper must know to serve in this process's stead.
+    pub(crate) fn terms(&self) -> Terms {
+        Terms {
+            id: self.flags.id.clone(),
+            namespace: self.flags.namespace.clone(),
+            address: self.flags.address.clone(),
+            publish_binary: self.flags.publish_binary.clone(),
+            bundle: self.bundle.clone(),
+            ttrpc_address: self.ttrpc_address.clone(),
+            debug: self.flags.debug,
+            since_boot: started_since_boot(),
+        }
+    }
+
+    /// The same, in the keeper.
+    pub(crate) fn of_terms(terms: Terms) -> Result<Self, BootstrapError> {
+        let spec = read_spec(&terms.bundle)?;
+        let flags = Flags {
+            id: terms.id,
+            namespace: terms.namespace,
+            address: terms.address,
+            publish_binary: terms.publish_binary,
+            debug: terms.debug,
+            ..Flags::default()
+        };
+        let (bundle, ttrpc_address) = (terms.bundle, terms.ttrpc_address);
+        Ok(Self { flags, bundle, ttrpc_address, options: None, spec, reply: Reply::Address })
     }
 
     /// The id that decides which shim serves: the sandbox's, for a container of a pod.
@@ -300,9 +332,9 @@ pub enum Start {
 ///
 /// # Errors
 /// The socket cannot be made, or a container's sandbox has no shim.
-pub fn start(invocation: &Invocation, run_dir: &Path) -> Result<Start, BootstrapError> {
+pub fn start(invocation: &Invocation, config: &Config) -> Result<Start, BootstrapError> {
     let socket = invocation.socket_path();
-    let answer = invocation.answer(&socket, run_dir)?;
+    let answer = invocation.answer(&socket, &config.run_dir)?;
     keep_address(&invocation.bundle, &socket)?;
     if UnixStream::connect(&socket).is_ok() {
         return Ok(Start::Running(answer));
@@ -321,11 +353,16 @@ pub fn start(invocation: &Invocation, run_dir: &Path) -> Result<Start, Bootstrap
         }
         _ => {}
     }
+    let claim = Claim::find(config, invocation);
     let record = Record::begun(&invocation.flags.id, &invocation.flags.namespace, &socket);
-    let directory = record::directory(run_dir, &record.id);
+    let directory = record::directory(&config.run_dir, &record.id);
     record.write(&directory).map_err(io_error("write the sandbox's record in", &directory))?;
     let listener = UnixListener::bind(&socket).map_err(io_error("bind socket", &socket))?;
-    Ok(Start::Serve { listener, answer })
+    match claim.map(|claim| claim.hand_over(&listener)) {
+        Some(Ok(())) => Ok(Start::Running(answer)),
+        // The keeper went at the last moment: it takes one more start, as without it.
+        Some(Err(_)) | None => Ok(Start::Serve { listener, answer }),
+    }
 }
 
 /// Writes the shim's address into the bundle, where containerd 1.7 looks for it when it is restarted.
@@ -336,6 +373,13 @@ fn keep_address(bundle: &Path, socket: &Path) -> Result<(), BootstrapError> {
     std::fs::write(&draft, format!("unix://{}", socket.display()))
         .and_then(|()| std::fs::rename(&draft, &path))
         .map_err(io_error("write", &path))
+}
+
+/// When containerd started this process, as time since the host's boot.
+pub(crate) fn started_since_boot() -> Duration {
+    let me = record::ProcessId::of(std::process::id());
+    // Clock ticks are 1/100 s on every Linux that there is (sysconf(3), USER_HZ).
+    me.map_or(Duration::ZERO, |me| Duration::from_millis(me.start.saturating_mul(10)))
 }
 
 /// Prints an answer to containerd.

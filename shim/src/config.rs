@@ -90,6 +90,8 @@ pub struct Config {
     pub template_vcpus: Vec<u32>,
     /// Memory sizes a sandbox can have, ascending.
     pub template_memory_mib: Vec<u32>,
+    /// Machines that wait for the next sandbox of a size that was used; 0: none.
+    pub standby: u32,
     /// How long a sandbox may take to start.
     pub start_timeout_seconds: u64,
     /// The file that was read, for the programs that the shim runs.
@@ -115,6 +117,7 @@ impl Default for Config {
             guest_overhead_mib: 64,
             template_vcpus: vec![1, 2, 4, 8],
             template_memory_mib: vec![128, 256, 512, 1024, 2048, 4096, 8192, 16384],
+            standby: 1,
             start_timeout_seconds: 60,
             file: None,
         }
@@ -181,6 +184,7 @@ impl Config {
             use_templates: true,
             ids: crate::host::jail::IdRange { first: self.jail_first_id, count: self.jail_ids },
             builder: Some(vec![joey, "template".to_owned(), "build".to_owned()]),
+            home: Vec::new(),
         })
     }
 

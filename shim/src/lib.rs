@@ -12,6 +12,7 @@ pub mod rootfs;
 pub mod sandbox;
 pub mod serve;
 pub mod sizing;
+pub mod standby;
 pub mod stdio;
 pub mod sys;
 pub mod vmm;

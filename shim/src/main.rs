@@ -1,12 +1,14 @@
 //! `containerd-shim-joey-v2`: one process per pod.
 //!
-//! Dispatches containerd's three calls: `-info`, `start` (which forks the server), `delete`.
+//! Dispatches containerd's three calls: `-info`, `start` (which forks the server, or finds a keeper),
+//! `delete`; and its own, which makes it a keeper.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use joey_shim::bootstrap::{self, Invocation, Start};
+use joey_shim::standby::keeper;
 use joey_shim::{config, serve, sys};
 
 fn main() -> ExitCode {
@@ -23,6 +25,11 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &[OsString]) -> Result<()> {
+    if let [action, role] = args
+        && action == keeper::ACTION
+    {
+        return keeper::run(config::Config::load(None)?, &role.to_string_lossy());
+    }
     let invocation = Invocation::read(args)?;
     if invocation.flags.version {
         return Ok(bootstrap::print(concat!("joey ", env!("CARGO_PKG_VERSION"), "\n").as_bytes())?);
@@ -45,7 +52,7 @@ fn run(args: &[OsString]) -> Result<()> {
 fn start(invocation: Invocation) -> Result<()> {
     // Read before the fork, so that containerd gets to see what is wrong with it.
     let config = config::Config::load(invocation.options.as_ref())?;
-    match bootstrap::start(&invocation, &config.run_dir)? {
+    match bootstrap::start(&invocation, &config)? {
         Start::Running(answer) => Ok(bootstrap::print(&answer)?),
         Start::Serve { listener, answer } => {
             if sys::fork_server().context("fork the shim's server")? {

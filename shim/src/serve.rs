@@ -15,10 +15,12 @@ use tokio::sync::oneshot;
 use crate::api::convert::timestamp;
 use crate::api::publisher::Publisher;
 use crate::api::{events, sandbox, task};
-use crate::bootstrap::Invocation;
+use crate::bootstrap::{self, Invocation};
 use crate::config::{CONFIG, Config};
+use crate::host::cgroup;
 use crate::sandbox::record::{Record, directory};
 use crate::sandbox::{Boot, Handle, orphans, teardown};
+use crate::standby::Standby;
 use crate::{log, sys};
 
 /// How long the last events may take on their way to containerd once the sandbox is gone.
@@ -30,22 +32,44 @@ const HOUSEKEEPING: Duration = Duration::from_secs(60);
 /// Exit status that containerd is told for a shim that was killed: 128 + SIGKILL.
 const KILLED: u32 = 137;
 
+/// A sandbox's shim that is about to serve.
+pub struct Start {
+    /// Control groups in which containerd started it.
+    pub(crate) home: Vec<PathBuf>,
+    /// What containerd said.
+    pub(crate) invocation: Invocation,
+    /// Where containerd will call.
+    pub(crate) listener: UnixListener,
+    /// When containerd started it, as time since the host's boot.
+    pub(crate) since_boot: Duration,
+    /// The machine, if it has one already.
+    pub(crate) standby: Option<Standby>,
+}
+
 /// Serves one sandbox on `listener` until it is shut down. Call in the forked child.
 ///
 /// # Errors
 /// The runtime or the server could not be started.
 pub fn run(config: Config, invocation: Invocation, listener: UnixListener) -> Result<()> {
-    log::init(&invocation.bundle, invocation.flags.debug);
-    if let Some(file) = &config.file {
-        // So that `joey`, run by this shim, reads the same configuration.
-        sys::set_environment(CONFIG, file);
-    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let socket = invocation.socket_path();
-    let served = runtime.block_on(serve(config, invocation, listener));
+    let home = cgroup::own();
+    let since_boot = bootstrap::started_since_boot();
+    let start = Start { home, invocation, listener, since_boot, standby: None };
+    runtime.block_on(serve(config, start))
+}
+
+/// The same, inside a runtime.
+pub(crate) async fn serve(config: Config, start: Start) -> Result<()> {
+    log::init(&start.invocation.bundle, start.invocation.flags.debug);
+    if let Some(file) = &config.file {
+        // So that `joey`, run by this shim, reads the same configuration.
+        sys::set_environment(CONFIG, file);
+    }
+    let socket = start.invocation.socket_path();
+    let served = until_shutdown(config, start).await;
     // containerd may have been shut down with the socket still there.
     let _ = std::fs::remove_file(&socket);
     if let Err(error) = &served {
@@ -54,7 +78,8 @@ pub fn run(config: Config, invocation: Invocation, listener: UnixListener) -> Re
     served
 }
 
-async fn serve(config: Config, invocation: Invocation, listener: UnixListener) -> Result<()> {
+async fn until_shutdown(config: Config, start: Start) -> Result<()> {
+    let Start { home, invocation, listener, since_boot, standby } = start;
     let (publisher, delivered) =
         Publisher::spawn(invocation.ttrpc_address.clone(), invocation.flags.namespace.clone());
     let boot = Boot {
@@ -62,10 +87,13 @@ async fn serve(config: Config, invocation: Invocation, listener: UnixListener) -
         namespace: invocation.flags.namespace.clone(),
         socket: invocation.socket_path(),
         bundle: invocation.bundle,
+        home,
         spec: invocation.spec,
+        since: nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+            .map_or(Duration::ZERO, |now| Duration::from(now).saturating_sub(since_boot)),
     };
     tokio::spawn(keep_house(config.run_dir.clone()));
-    let (handle, outgoing) = Handle::new(Arc::new(config), boot, process_age());
+    let (handle, outgoing) = Handle::new(Arc::new(config), boot, standby);
     let (close, closed) = oneshot::channel();
     let forwarding = tokio::spawn(events::forward(outgoing, publisher, closed));
     listener.set_nonblocking(true).context("socket")?;
@@ -93,15 +121,6 @@ async fn keep_house(run_dir: PathBuf) {
         // Orphans are logged there; a panic in there must not end this sandbox.
         let _ = tokio::task::spawn_blocking(move || orphans::collect_in_turn(&run_dir)).await;
     }
-}
-
-/// How long ago this process was started by containerd: `start` forked this server from it.
-fn process_age() -> Duration {
-    let uptime = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
-    let started = crate::sandbox::record::ProcessId::of(std::process::id());
-    let (Ok(uptime), Ok(started)) = (uptime, started) else { return Duration::ZERO };
-    // Clock ticks are 1/100 s on every Linux that there is (sysconf(3), USER_HZ).
-    Duration::from(uptime).saturating_sub(Duration::from_millis(started.start.saturating_mul(10)))
 }
 
 /// `delete`: cleans up what a sandbox or container has left, and says how it ended.

@@ -6,6 +6,8 @@
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::Config;
 
 /// Annotation: vCPUs, a whole number.
@@ -19,7 +21,7 @@ const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 const CRI_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
 /// A sandbox's size: one of the node's template sizes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sizing {
     /// Virtual processors.
     pub vcpus: u32,

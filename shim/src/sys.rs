@@ -286,6 +286,25 @@ pub fn fork_server() -> io::Result<bool> {
     }
 }
 
+/// Shows another command line for this process, in the memory of its own (proc(5), `cmdline`). What
+/// does not fit is cut off. Call while no other thread reads the program's arguments.
+pub(crate) fn set_command_line(text: &str) {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Fields 48 and 49, arg_start and arg_end; the name, in parentheses, may hold anything.
+    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let mut bounds = fields.split_whitespace().skip(45).filter_map(|it| it.parse::<usize>().ok());
+    let (Some(start), Some(end)) = (bounds.next(), bounds.next()) else { return };
+    let Some(room) = end.checked_sub(start).filter(|room| start != 0 && *room > 1) else { return };
+    let text = text.as_bytes().get(..text.len().min(room - 1)).unwrap_or_default();
+    // SAFETY: the kernel put this program's arguments there, on its stack, writable and never freed;
+    // `room` is their length. The standard library copies arguments before it gives them out.
+    unsafe {
+        let arguments = start as *mut u8;
+        std::ptr::write_bytes(arguments, 0, room);
+        std::ptr::copy_nonoverlapping(text.as_ptr(), arguments, text.len());
+    }
+}
+
 /// Fills `buffer` from the kernel's generator (getrandom(2)); waits only right after the host's boot.
 pub(crate) fn random(buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use joey_protocol::agent_ttrpc::AgentClient;
 use joey_protocol::api;
 use joey_protocol::limits::deadline;
+use tokio::sync::Notify;
 use tokio::time::timeout;
 use ttrpc::Code;
 use ttrpc::context::Context;
@@ -93,6 +94,7 @@ impl GuestError {
 pub struct Client {
     agent: AgentClient,
     lost: Lost,
+    silent: Arc<Notify>,
     _alive: Arc<Alive>,
 }
 
@@ -125,8 +127,24 @@ macro_rules! call {
 }
 
 impl Client {
-    pub(super) fn new(agent: AgentClient, lost: Lost, alive: Arc<Alive>) -> Self {
-        Self { agent, lost, _alive: alive }
+    pub(super) fn new(
+        agent: AgentClient,
+        lost: Lost,
+        silent: Arc<Notify>,
+        alive: Arc<Alive>,
+    ) -> Self {
+        Self { agent, lost, silent, _alive: alive }
+    }
+
+    /// After a call without an answer: a guest that does not even say who it is will never answer
+    /// again, and without this its processes would never end for containerd.
+    async fn doubt(&self) {
+        let mut request = api::HelloRequest::new();
+        request.protocol_version = joey_protocol::limits::PROTOCOL_VERSION;
+        let hello = self.agent.hello(Context::default(), &request);
+        if timeout(deadline::QUICK, hello).await.is_err() {
+            self.silent.notify_one();
+        }
     }
 
     /// Asks who is there and checks that it speaks this version. `wait`: a clone answers within
@@ -225,7 +243,11 @@ impl Client {
                 return Err(GuestError::Refused { call, code, message });
             }
             Ok(Err(error)) => error,
-            Err(_) => return Err(GuestError::Timeout { call, deadline }),
+            Err(_) => {
+                let client = self.clone();
+                tokio::spawn(async move { client.doubt().await });
+                return Err(GuestError::Timeout { call, deadline });
+            }
         };
         if let Some(reason) = lost.reason() {
             return Err(GuestError::Lost { call, reason });

@@ -23,7 +23,7 @@ use joey_protocol::agent_ttrpc::AgentClient;
 use joey_protocol::limits::{STREAM_EVENTS, STREAM_FIRST_STDIO, STREAM_RPC};
 use joey_protocol::mux::{Driver, Mux, MuxStream, OpenError};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use ttrpc::asynchronous::transport::Socket;
 
 pub use self::client::{Client, GuestError};
@@ -59,7 +59,9 @@ impl GuestChannel {
         let (event_sender, event_receiver) = mpsc::channel(EVENT_QUEUE);
         let (keep, unused) = oneshot::channel();
         let alive = Arc::new(Alive(keep));
-        tokio::spawn(run(driver, events, event_sender, unused, lost_sender));
+        let silent = Arc::new(Notify::new());
+        let guest = Guest { driver, events, silent: silent.clone() };
+        tokio::spawn(run(guest, event_sender, unused, lost_sender));
         let lost = Lost(lost);
         let agent = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(calls)));
         let streams = Streams {
@@ -67,7 +69,7 @@ impl GuestChannel {
             next: Arc::new(AtomicU32::new(STREAM_FIRST_STDIO)),
             _alive: alive.clone(),
         };
-        let client = Client::new(agent, lost.clone(), alive);
+        let client = Client::new(agent, lost.clone(), silent, alive);
         Ok(Self { client, events: event_receiver, streams, lost })
     }
 }
@@ -76,22 +78,33 @@ impl GuestChannel {
 #[derive(Debug)]
 struct Alive(#[allow(dead_code, reason = "its drop is what counts")] oneshot::Sender<()>);
 
-async fn run(
+/// What the channel's task looks after.
+struct Guest {
     driver: Driver<UnixStream>,
     events: MuxStream,
+    /// Told by a [`Client`] that the guest answers no more.
+    silent: Arc<Notify>,
+}
+
+async fn run(
+    guest: Guest,
     sender: mpsc::Sender<Event>,
     unused: oneshot::Receiver<()>,
     lost: watch::Sender<Option<Arc<str>>>,
 ) {
-    let mut reading = std::pin::pin!(events::read(events, sender));
+    let mut reading = std::pin::pin!(events::read(guest.events, sender));
     let reason = tokio::select! {
         biased;
-        end = driver => match end {
+        end = guest.driver => match end {
             Ok(()) => "the channel ended".to_owned(),
             Err(error) => error.to_string(),
         },
         error = &mut reading => {
             lost.send_replace(Some(error.to_string().into()));
+            return;
+        }
+        () = guest.silent.notified() => {
+            lost.send_replace(Some("the guest does not answer any more".into()));
             return;
         }
         _ = unused => {

@@ -63,6 +63,28 @@ fn directories_below(root: &Path, cgroups_path: &str) -> Result<Vec<PathBuf>, Cg
     Ok(found)
 }
 
+/// The groups that this process is in, as directories (cgroups(7), `/proc/[pid]/cgroup`).
+#[must_use]
+pub fn own() -> Vec<PathBuf> {
+    let text = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    own_below(Path::new(ROOT), &text)
+}
+
+fn own_below(root: &Path, text: &str) -> Vec<PathBuf> {
+    let unified = root.join("cgroup.controllers").exists();
+    let group = |line: &str| {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        let hierarchy = match controllers {
+            "" if unified => root.to_owned(),
+            "" => root.join("unified"),
+            name => root.join(name.trim_start_matches("name=")),
+        };
+        Some(hierarchy.join(path.trim_start_matches('/')))
+    };
+    text.lines().filter_map(group).filter(|path| path.join("cgroup.procs").exists()).collect()
+}
+
 /// Turns `/kubepods/pod1/abc` or `kubepods-pod1.slice:cri-containerd:abc` into a relative path.
 fn relative(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
     let refuse = || CgroupError::Path(cgroups_path.to_owned());
@@ -136,8 +158,16 @@ pub fn open(directories: &[PathBuf]) -> Result<Vec<OwnedFd>, CgroupError> {
 /// # Errors
 /// The kernel refuses.
 pub fn join(directories: &[PathBuf]) -> Result<(), CgroupError> {
+    put(std::process::id(), directories)
+}
+
+/// Puts a process, with all its threads, into the groups.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn put(pid: u32, directories: &[PathBuf]) -> Result<(), CgroupError> {
     for path in directories {
-        move_to(path, std::process::id()).map_err(fail(path, "enter"))?;
+        move_to(path, pid).map_err(fail(path, "enter"))?;
     }
     Ok(())
 }
@@ -206,6 +236,21 @@ mod tests {
                  cri-containerd-abc.scope"
             )
         );
+    }
+
+    #[test]
+    fn own_groups_are_found_in_either_version() {
+        let root = tempfile::tempdir().unwrap();
+        let make = |path: &str| {
+            std::fs::create_dir_all(root.path().join(path)).unwrap();
+            std::fs::write(root.path().join(path).join("cgroup.procs"), "").unwrap();
+        };
+        ["memory/system", "systemd/a", "unified/b", "c"].into_iter().for_each(make);
+        let text = "4:memory:/system\n1:name=systemd:/a\n2:cpu:/none\n0::/b\n";
+        let expected = ["memory/system", "systemd/a", "unified/b"].map(|p| root.path().join(p));
+        assert_eq!(own_below(root.path(), text), expected);
+        std::fs::write(root.path().join("cgroup.controllers"), "cpu").unwrap();
+        assert_eq!(own_below(root.path(), "0::/c\n"), [root.path().join("c")]);
     }
 
     #[test]

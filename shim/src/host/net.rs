@@ -12,7 +12,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,7 +20,7 @@ use std::process::Command;
 use joey_ebpf::netlink::{NetlinkError, Socket};
 use joey_ebpf::{attach, route};
 use joey_protocol::api::Network;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::config::Config;
 use crate::sys;
@@ -94,10 +94,74 @@ pub struct Wire {
     network: Network,
 }
 
+/// A tap that a VM has before its pod is known, in a namespace of its own that goes with it.
+#[derive(Debug)]
+pub struct ParkedTap {
+    tap: OwnedFd,
+    /// Speaks to the kernel inside that namespace, and keeps it.
+    place: Socket,
+    index: u32,
+}
+
+impl ParkedTap {
+    /// Makes the namespace and the tap.
+    pub fn make() -> Result<Self, NetError> {
+        let nowhere = Path::new("of a waiting VM");
+        let fail = move |step| {
+            move |source| NetError::Namespace { netns: nowhere.to_owned(), step, source }
+        };
+        let make = move || {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(|error| fail("make")(error.into()))?;
+            let place = Socket::open()
+                .map_err(|source| NetError::Netlink { netns: nowhere.to_owned(), source })?;
+            let tap = make_tap(nowhere, None)?;
+            let index = nix::net::if_::if_nametoindex(TAP)
+                .map_err(|error| fail("look up its tap")(error.into()))?;
+            Ok(Self { tap, place, index })
+        };
+        // Only the thread changes its namespace, and it ends here.
+        std::thread::spawn(make)
+            .join()
+            .unwrap_or_else(|_| Err(fail("make")(io::Error::other("the thread panicked"))))
+    }
+
+    /// A descriptor of the tap, for the VMM.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.tap.try_clone()
+    }
+
+    /// Moves the tap into the pod's namespace `file`, in which the calling thread is.
+    fn enter(
+        mut self,
+        netns: &Path,
+        file: &File,
+        index: Option<u32>,
+    ) -> Result<OwnedFd, NetError> {
+        let descriptor = u32::try_from(file.as_raw_fd()).unwrap_or(u32::MAX);
+        let link = route::link("move the tap here", libc::RTM_NEWLINK, self.index, false)
+            .number(route::LINK_NETNS_FD, descriptor);
+        let link = index.into_iter().fold(link, |it, new| it.number(route::LINK_NEW_INDEX, new));
+        self.place
+            .request(link)
+            .map_err(|source| NetError::Netlink { netns: netns.to_owned(), source })?;
+        silence_tap().map_err(|source| NetError::Tap {
+            netns: netns.to_owned(),
+            step: "disable IPv6 on the host's side",
+            source,
+        })?;
+        Ok(self.tap)
+    }
+}
+
 impl Wire {
-    /// Makes the tap and joins it to the pod's interface. A pod that has none gets a tap that leads
-    /// nowhere, and an empty [`Network`]. Whatever an earlier attempt left is replaced.
-    pub fn plug(netns: &Path, config: &Config) -> Result<Self, NetError> {
+    /// Makes the tap, or takes the one that a waiting VM has, and joins it to the pod's interface. A
+    /// pod that has none gets a tap that leads nowhere, and an empty [`Network`]. Whatever an earlier
+    /// attempt left is replaced.
+    pub fn plug(
+        netns: &Path,
+        config: &Config,
+        parked: Option<ParkedTap>,
+    ) -> Result<Self, NetError> {
         if is_host_netns(netns) {
             let reason = "this is the host's own network, which a pod with a VM cannot share";
             return Err(NetError::Unsupported {
@@ -106,7 +170,7 @@ impl Wire {
             });
         }
         let program = program(config)?;
-        inside(netns, |place| {
+        inside(netns, |place, file| {
             let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
             let pod = read::pod(place, netns)?;
             if let Some(old) = pod.tap {
@@ -114,7 +178,10 @@ impl Wire {
                 place.request(delete).map_err(netlink)?;
             }
             let index = pod.interface.as_ref().map(|i| attach::partner(i.index));
-            let tap = make_tap(netns, index)?;
+            let tap = match parked {
+                None => make_tap(netns, index)?,
+                Some(parked) => parked.enter(netns, file, index)?,
+            };
             let netns = netns.to_owned();
             let Some(interface) = pod.interface else {
                 return Ok(Self { netns, tap, index, mac: NO_MAC, network: Network::new() });
@@ -131,7 +198,7 @@ impl Wire {
     /// Lets frames pass, from now on: to be called once the guest is the pod's.
     pub fn open(&self) -> Result<(), NetError> {
         let Some(index) = self.index else { return Ok(()) };
-        inside(&self.netns, |place| {
+        inside(&self.netns, |place, _| {
             place
                 .request(route::link("set the tap up", libc::RTM_NEWLINK, index, true))
                 .map_err(|source| NetError::Netlink { netns: self.netns.clone(), source })
@@ -160,7 +227,7 @@ impl Wire {
         if is_host_netns(netns) {
             return Ok(());
         }
-        let result = inside(netns, |place| {
+        let result = inside(netns, |place, _| {
             let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
             for link in read::links(place, netns)? {
                 let result = if link.name == TAP {
@@ -203,7 +270,7 @@ fn is_gone(error: &io::Error) -> bool {
 /// Runs `work` in a thread of its own inside the namespace, so that no other thread is ever there.
 fn inside<T: Send>(
     netns: &Path,
-    work: impl FnOnce(&mut Socket) -> Result<T, NetError> + Send,
+    work: impl FnOnce(&mut Socket, &File) -> Result<T, NetError> + Send,
 ) -> Result<T, NetError> {
     let fail = |step| move |source| NetError::Namespace { netns: netns.to_owned(), step, source };
     let file = File::open(netns).map_err(fail("open"))?;
@@ -214,7 +281,7 @@ fn inside<T: Send>(
                     .map_err(|error| fail("enter")(error.into()))?;
                 let mut socket = Socket::open()
                     .map_err(|source| NetError::Netlink { netns: netns.to_owned(), source })?;
-                work(&mut socket)
+                work(&mut socket, &file)
             });
         entered
             .map_err(fail("start a thread"))?
@@ -235,13 +302,17 @@ fn make_tap(netns: &Path, index: Option<u32>) -> Result<OwnedFd, NetError> {
         sys::set_tap_index(tun.as_fd(), index).map_err(fail("choose its index"))?;
     }
     sys::make_tap(tun.as_fd(), TAP).map_err(fail("create"))?;
-    let ipv6 = format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6");
-    match fs::write(ipv6, "1") {
-        // A host without IPv6.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        other => other.map_err(fail("disable IPv6 on the host's side"))?,
-    }
+    silence_tap().map_err(fail("disable IPv6 on the host's side"))?;
     Ok(tun.into())
+}
+
+/// Keeps the host's own IPv6 off the tap of the thread's namespace.
+fn silence_tap() -> io::Result<()> {
+    match fs::write(format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6"), "1") {
+        // A host without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Filters on both.

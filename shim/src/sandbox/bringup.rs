@@ -25,11 +25,12 @@ use crate::guest::GuestChannel;
 use crate::host::cgroup;
 use crate::host::net::{self, Wire};
 use crate::sizing::{self, Sizing};
+use crate::standby::{self, Standby};
 use crate::vmm::{self, Vm, VmSpec};
 
 /// What the sandbox is to become, from whichever of containerd's APIs tells it.
 #[derive(Debug, Default)]
-pub(super) struct Wanted {
+pub(crate) struct Wanted {
     /// The pod's network namespace.
     pub(super) netns: Option<PathBuf>,
     /// Whether the pod asks for the host's network: CRI then names no network namespace at all.
@@ -41,12 +42,12 @@ pub(super) struct Wanted {
     /// Pod-wide sysctls.
     pub(super) sysctls: Vec<(String, String)>,
     /// The sandbox's annotations: sizes and names.
-    pub(super) annotations: HashMap<String, String>,
+    pub(crate) annotations: HashMap<String, String>,
 }
 
 impl Wanted {
     /// Reads the sandbox container's (or a lone container's) specification.
-    pub(super) fn of_spec(spec: &Spec) -> Self {
+    pub(crate) fn of_spec(spec: &Spec) -> Self {
         let linux = spec.linux().as_ref();
         let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
         let netns = namespaces.and_then(|all| {
@@ -75,15 +76,23 @@ impl Wanted {
 /// The pod's interface is joined to a tap (or the pod has none), and the size is known.
 struct Wired {
     wire: Option<Wire>,
+    /// The machine, if one has waited.
+    machine: Option<Machine>,
     sizing: Sizing,
     cgroups: Vec<PathBuf>,
 }
 
-/// The VM runs.
-struct Launched {
-    wire: Option<Wire>,
+/// A VM that runs.
+struct Machine {
     vm: Arc<dyn Vm>,
     channel: GuestChannel,
+    disks: Arc<Disks>,
+}
+
+/// The pod's VM runs.
+struct Launched {
+    wire: Option<Wire>,
+    machine: Machine,
 }
 
 impl Handle {
@@ -105,7 +114,11 @@ impl Handle {
             let outcome = tokio::time::timeout(limit, handle.phases(&wanted)).await;
             let id = &handle.0.boot.id;
             match outcome {
-                Ok(Ok(guest)) => handle.settle(Progress::Ready(guest)),
+                Ok(Ok((guest, sizing))) => {
+                    handle.settle(Progress::Ready(guest));
+                    let (config, home) = (handle.0.config.clone(), handle.0.boot.home.clone());
+                    tokio::spawn(standby::replenish(config, sizing, home));
+                }
                 Ok(Err(error)) => handle.give_up(&error.to_string()).await,
                 Err(_) => {
                     let limit = limit.as_secs();
@@ -149,10 +162,17 @@ impl Handle {
         }
     }
 
-    async fn phases(&self, wanted: &Wanted) -> Result<Guest, SandboxError> {
+    async fn phases(&self, wanted: &Wanted) -> Result<(Guest, Sizing), SandboxError> {
         let wired = self.plug(wanted)?;
+        let sizing = wired.sizing;
         let launched = self.launch(wired).await?;
-        self.identify(wanted, launched).await
+        Ok((self.identify(wanted, launched).await?, sizing))
+    }
+
+    /// The machine that has waited, if it is as large as the sandbox asks; another one ends.
+    fn standby(&self, sizing: Sizing) -> Option<Standby> {
+        let mut standby = self.0.standby.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        standby.take().filter(|standby| standby.sizing == sizing)
     }
 
     /// Size, cgroup and wire.
@@ -184,19 +204,37 @@ impl Handle {
         cgroup::create(&cgroups)
             .and_then(|()| cgroup::join(&cgroups))
             .map_err(|error| SandboxError::host(id, "enter the pod's cgroup", error))?;
+        let standby = self.standby(sizing);
+        let (machine, tap) = match standby {
+            None => (None, None),
+            Some(Standby { vm, channel, disks, tap, .. }) => {
+                let pid = u32::try_from(vm.pid()).unwrap_or(0);
+                cgroup::put(pid, &cgroups).map_err(|error| {
+                    SandboxError::host(id, "put the VMM into the pod's cgroup", error)
+                })?;
+                (Some(Machine { vm, channel, disks }), Some(tap))
+            }
+        };
         self.0.timeline.shim();
         let start = Instant::now();
         let wire =
-            netns.as_deref().map(|netns| Wire::plug(netns, config)).transpose().map_err(
+            netns.as_deref().map(|netns| Wire::plug(netns, config, tap)).transpose().map_err(
                 |error| SandboxError::host(id, "join the pod's network to its VM", error),
             )?;
         self.0.timeline.host("wire", "", start);
-        Ok(Wired { wire, sizing, cgroups })
+        Ok(Wired { wire, machine, sizing, cgroups })
     }
 
-    /// The VMM, cloned or booted, and the channel to its agent.
+    /// The VMM, cloned or booted or in reserve, and the channel to its agent.
     async fn launch(&self, wired: Wired) -> Result<Launched, SandboxError> {
         let id = &self.0.boot.id;
+        if let Some(machine) = wired.machine {
+            let pid = u32::try_from(machine.vm.pid()).unwrap_or(0);
+            self.table().vmm_pid = pid;
+            self.record(|record| record.cloned = Some(true))?;
+            self.0.timeline.mark("standby", "");
+            return Ok(Launched { wire: wired.wire, machine });
+        }
         let fail = |what| move |error: &dyn std::fmt::Display| SandboxError::host(id, what, error);
         let procs =
             cgroup::open(&wired.cgroups).map_err(|error| fail("open the pod's cgroup")(&error))?;
@@ -216,7 +254,8 @@ impl Handle {
             cgroup_procs: procs,
         };
         let start = Instant::now();
-        let settings = self.0.config.vmm().map_err(|error| fail("configure the VMM")(&error))?;
+        let mut settings = self.0.config.vmm().map_err(|error| fail("configure the VMM")(&error))?;
+        settings.home.clone_from(&self.0.boot.home);
         let started =
             vmm::start(&settings, spec).await.map_err(|error| fail("start the VM")(&error))?;
         let name = if started.cloned { "clone" } else { "boot" };
@@ -240,13 +279,14 @@ impl Handle {
                 .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
             self.0.timeline.host("kernel", "", start);
         }
-        Ok(Launched { wire: wired.wire, vm, channel })
+        let machine = Machine { vm, channel, disks: Arc::default() };
+        Ok(Launched { wire: wired.wire, machine })
     }
 
     /// Makes the clone itself. Nothing of it is optional.
     async fn identify(&self, wanted: &Wanted, launched: Launched) -> Result<Guest, SandboxError> {
         let id = &self.0.boot.id;
-        let Launched { wire, vm, channel } = launched;
+        let Launched { wire, machine: Machine { vm, channel, disks } } = launched;
         let mut secret = [0_u8; ENTROPY_BYTES + MACHINE_ID_BYTES];
         crate::sys::random(&mut secret)
             .map_err(|error| SandboxError::host(id, "read the host's entropy", error))?;
@@ -280,7 +320,7 @@ impl Handle {
             client: channel.client,
             streams: channel.streams,
             vm,
-            disks: Arc::new(Disks::default()),
+            disks,
         };
         self.watch(guest.clone(), channel.events, channel.lost);
         Ok(guest)

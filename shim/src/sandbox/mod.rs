@@ -30,21 +30,23 @@ mod watch;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use tokio::sync::{Mutex as AsyncMutex, mpsc, watch as channel};
 use tokio::task::JoinHandle;
 
 use self::containers::Container;
-use self::disks::Disks;
 use self::record::{ProcessId, Record};
 use self::state::{Exit, Process};
 use self::timeline::Timeline;
+pub(crate) use self::bringup::Wanted;
+pub(crate) use self::disks::Disks;
 pub use self::types::{
     Boot, CreateTask, Deleted, ExecTask, ProcessState, SandboxError, SandboxEvent, StdioPaths,
 };
 use crate::config::Config;
 use crate::guest::{Client, Streams};
+use crate::standby::Standby;
 use crate::vmm::Vm;
 
 /// Exit status of what was killed: 128 + SIGKILL.
@@ -99,6 +101,8 @@ struct Sandbox {
     record: Mutex<Record>,
     /// /etc/hosts and the like, where containerd leaves them to the shim (Sandbox API).
     pod_files: Mutex<BTreeMap<String, Vec<u8>>>,
+    /// A machine that was ready before the sandbox.
+    standby: Mutex<Option<Standby>>,
     progress: channel::Sender<Progress>,
     events: mpsc::UnboundedSender<SandboxEvent>,
     timeline: Timeline,
@@ -127,13 +131,15 @@ impl Handle {
     /// Makes the sandbox and, where its specification is known, starts its clone at once: beside
     /// everything that containerd still does before its first call. Must run inside a runtime.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         config: Arc<Config>,
         boot: Boot,
-        since: Duration,
+        standby: Option<Standby>,
     ) -> (Self, mpsc::UnboundedReceiver<SandboxEvent>) {
         let (events, receiver) = mpsc::unbounded_channel();
+        let vmm = standby.as_ref().and_then(|standby| u32::try_from(standby.vm.pid()).ok());
         let record = Record {
+            vmm: vmm.and_then(|pid| ProcessId::of(pid).ok()),
             shim: ProcessId::of(std::process::id()).ok(),
             ..Record::begun(&boot.id, &boot.namespace, &boot.socket)
         };
@@ -142,9 +148,10 @@ impl Handle {
             table: Mutex::default(),
             record: Mutex::new(record),
             pod_files: Mutex::default(),
+            standby: Mutex::new(standby),
             progress: channel::Sender::new(Progress::Waiting),
             events,
-            timeline: Timeline::start(since),
+            timeline: Timeline::start(boot.since),
             created_at: SystemTime::now(),
             ended: channel::Sender::new(None),
             starting: Mutex::default(),
@@ -157,7 +164,7 @@ impl Handle {
             tracing::error!(%error, "clean-up after a crash would not find this sandbox");
         }
         if let Some(spec) = &handle.0.boot.spec {
-            handle.bring_up(bringup::Wanted::of_spec(spec));
+            handle.bring_up(Wanted::of_spec(spec));
         }
         (handle, receiver)
     }

@@ -1,5 +1,7 @@
 //! A sandbox on a fake machine: what containerd is told, and in which order.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use joey_protocol::api;
 use joey_protocol::limits::{STREAM_EVENTS, STREAM_RPC};
@@ -55,10 +57,12 @@ async fn sandbox(starts: Option<ttrpc::Code>) -> Fake {
         id: "pod".to_owned(),
         namespace: "k8s.io".to_owned(),
         bundle: PathBuf::new(),
+        home: Vec::new(),
+        since: Duration::ZERO,
         socket: PathBuf::new(),
         spec: None,
     };
-    let (handle, events) = Handle::new(Arc::new(config), boot, Duration::ZERO);
+    let (handle, events) = Handle::new(Arc::new(config), boot, None);
     let (vm, io) = FakeVm::new().unwrap();
     let (mux, driver) = Mux::new(io);
     let machine = tokio::spawn(async move { drop(driver.await) });

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use containerd_shim::protos::api::Mount;
 use oci_spec::runtime::Spec;
@@ -19,6 +19,10 @@ pub struct Boot {
     pub namespace: String,
     /// The sandbox's bundle.
     pub bundle: PathBuf,
+    /// Control groups in which containerd started the shim: what outlives the sandbox belongs there.
+    pub home: Vec<PathBuf>,
+    /// How long ago containerd started the shim.
+    pub since: Duration,
     /// The socket that the shim serves, removed with the sandbox.
     pub socket: PathBuf,
     /// The sandbox's (or the lone container's) specification; `None` with containerd's Sandbox API.

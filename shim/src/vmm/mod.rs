@@ -22,6 +22,7 @@ pub use self::error::VmmError;
 use self::qemu::args::{Machine, Mode, arguments};
 use self::qemu::{Launch, QemuVm};
 use self::template::{Template, TemplateStore};
+use crate::host::cgroup;
 use crate::host::jail::{IdRange, Jail};
 use crate::sys;
 
@@ -46,6 +47,8 @@ pub struct VmmConfig {
     /// The operator's tool, with the arguments that make it build a template; `--vcpus N --memory M` are
     /// added. None: nothing is built in the background.
     pub builder: Option<Vec<String>>,
+    /// Control groups of what outlives the sandbox that has it built.
+    pub home: Vec<PathBuf>,
 }
 
 /// One sandbox's machine.
@@ -272,7 +275,13 @@ fn build_beside(config: &VmmConfig, vcpus: u32, memory_mib: u32) {
         .stderr(std::process::Stdio::null())
         .process_group(0)
         .spawn();
-    if let Err(error) = spawned {
-        tracing::warn!("starting {program} to build a template: {error}");
+    match spawned {
+        // In the pod's group it would end with the pod.
+        Ok(builder) => {
+            if let Some(Err(error)) = builder.id().map(|pid| cgroup::put(pid, &config.home)) {
+                tracing::warn!("a template's builder stays in the pod's group: {error}");
+            }
+        }
+        Err(error) => tracing::warn!("starting {program} to build a template: {error}"),
     }
 }

@@ -89,7 +89,7 @@ impl Lab {
     }
 
     fn plug(&self) -> Result<Wire, NetError> {
-        let wire = Wire::plug(&self.path("p"), &self.config)?;
+        let wire = Wire::plug(&self.path("p"), &self.config, None)?;
         assert!(!self.ip("p", "-o link show").contains("joey0: <BROADCAST,MULTICAST,UP"));
         wire.open().map(|()| wire)
     }
@@ -110,7 +110,7 @@ impl Lab {
     }
 
     fn inside<T: Send>(&self, role: &str, work: impl FnOnce() -> T + Send) -> T {
-        inside(&self.path(role), |_| Ok(work())).unwrap()
+        inside(&self.path(role), |_, _| Ok(work())).unwrap()
     }
 }
 
@@ -258,7 +258,7 @@ fn interfaces_that_a_guest_cannot_have_are_refused() {
     let error = lab.plug().unwrap_err().to_string();
     assert!(error.contains("eth0, net1"), "{error}");
     assert!(matches!(
-        Wire::plug(Path::new("/proc/self/ns/net"), &lab.config),
+        Wire::plug(Path::new("/proc/self/ns/net"), &lab.config, None),
         Err(NetError::Unsupported { .. })
     ));
     assert!(is_host_netns(Path::new("/proc/self/ns/net")) && !is_host_netns(&lab.path("p")));

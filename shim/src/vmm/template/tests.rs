@@ -15,6 +15,7 @@ fn config(root: &Path) -> VmmConfig {
         use_templates: true,
         ids: IdRange { first: 1 << 20, count: 16 },
         builder: None,
+        home: Vec::new(),
     }
 }
 

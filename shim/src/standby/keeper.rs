@@ -1,0 +1,227 @@
+//! The keeper's life: prepare a machine, wait, become a sandbox's shim.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+use tokio::net::UnixListener;
+
+use super::claim::{self, Terms};
+use super::rehearsal::rehearse;
+use super::{PREFIX, Role, Standby, class, folder};
+use crate::bootstrap::Invocation;
+use crate::config::{CONFIG, Config};
+use crate::guest::GuestChannel;
+use crate::host::cgroup;
+use crate::host::net::ParkedTap;
+use crate::sandbox::record::{self, ProcessId, Record};
+use crate::sandbox::{Disks, Guest, teardown};
+use crate::sizing::Sizing;
+use crate::vmm::{self, VmSpec};
+use crate::{serve, sys};
+
+/// The shim's action that makes it a keeper.
+pub const ACTION: &str = "standby";
+/// How long after a sandbox's start the next machine is prepared: the pod's containers go first. The
+/// keeper waits, not the shim, whose pod may be gone by then.
+const DELAY: Duration = Duration::from_secs(1);
+/// How often a keeper looks whether it is still wanted.
+const LOOK: Duration = Duration::from_secs(30);
+/// Longest preparation; clone and rehearsal take about a second under software emulation.
+const PREPARATION: Duration = Duration::from_secs(60);
+/// Room for the command line of a sandbox's shim.
+const COMMAND_LINE: usize = 1024;
+
+/// Sees to it that a machine of this size waits for the next sandbox. A failure costs the next start
+/// time, nothing else.
+pub(crate) async fn replenish(config: Arc<Config>, sizing: Sizing, home: Vec<std::path::PathBuf>) {
+    if config.standby == 0 {
+        return;
+    }
+    if let Err(error) = spawn(&config, sizing, home).await {
+        tracing::warn!("no machine is kept for the next sandbox: {error:#}");
+    }
+}
+
+async fn spawn(config: &Config, sizing: Sizing, home: Vec<std::path::PathBuf>) -> Result<()> {
+    let class = class(config, sizing)?;
+    if waiting(config, &class) >= config.standby {
+        return Ok(());
+    }
+    let role = serde_json::to_string(&Role { class, sizing, home })?;
+    let mut command = tokio::process::Command::new("/proc/self/exe");
+    command.arg0("containerd-shim-joey-v2").args([ACTION, &format!("{role:<COMMAND_LINE$}")]);
+    if let Some(file) = &config.file {
+        command.env(CONFIG, file);
+    }
+    command.current_dir("/").stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+    let output = command.stderr(std::process::Stdio::piped()).output().await?;
+    if !output.status.success() {
+        bail!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+/// How many keepers of the class listen.
+fn waiting(config: &Config, class: &str) -> u32 {
+    let entries = fs::read_dir(folder(config, class)).into_iter().flatten().flatten();
+    u32::try_from(entries.count()).unwrap_or(u32::MAX)
+}
+
+/// The keeper's process, in which nothing has been done yet.
+///
+/// # Errors
+/// What the spawning shim is to log. Once it has detached, the machine's failure goes to the keeper's
+/// log alone.
+pub fn run(config: Config, role: &str) -> Result<()> {
+    let role: Role = serde_json::from_str(role).context("what the keeper is for")?;
+    if class(&config, role.sizing)? != role.class {
+        bail!("the configuration is not in a file that the keeper could read too");
+    }
+    cgroup::join(&role.home)?;
+    if !sys::fork_server()? {
+        return Ok(());
+    }
+    std::thread::sleep(DELAY);
+    let folder = folder(&config, &role.class);
+    // One is prepared at a time.
+    fs::create_dir_all(&config.run_dir)?;
+    let lock = File::create(config.run_dir.join("standby.lock"))?;
+    let Ok(turn) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else { return Ok(()) };
+    fs::create_dir_all(&folder)?;
+    if waiting(&config, &role.class) >= config.standby {
+        return Ok(());
+    }
+    let id = format!("{PREFIX}{}", std::process::id());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let begun = keep(&config, &role, &id, turn).await;
+        match begun {
+            Ok(Some(adopted)) => serve::serve(config.clone(), adopted).await.map(|()| true),
+            Ok(None) => Ok(false),
+            Err(error) => Err(error),
+        }
+    });
+    if !matches!(outcome, Ok(true)) {
+        // It never became a sandbox's shim.
+        if let Some(record) = Record::read(&record::directory(&config.run_dir, &id))? {
+            teardown::undo(&config.run_dir, &Record { shim: None, ..record })?;
+        }
+    }
+    if let Err(error) = &outcome {
+        let _ = fs::write(config.run_dir.join("standby.log"), format!("{id}: {error:#}\n"));
+    }
+    outcome.map(drop)
+}
+
+/// Prepares a machine and waits; `None` when it is not wanted any more.
+async fn keep(
+    config: &Config,
+    role: &Role,
+    id: &str,
+    turn: Flock<File>,
+) -> Result<Option<serve::Start>> {
+    let socket = folder(config, &role.class).join(std::process::id().to_string());
+    let mut record = Record {
+        shim: ProcessId::of(std::process::id()).ok(),
+        vcpus: role.sizing.vcpus,
+        memory_mib: role.sizing.memory_mib,
+        ..Record::begun(id, "", &socket)
+    };
+    let directory = record::directory(&config.run_dir, id);
+    record.write(&directory)?;
+    let preparing = tokio::time::timeout(PREPARATION, prepare(config, role.sizing, id, &directory));
+    let standby = preparing.await.context("preparing the machine took too long")??;
+    record.vmm = u32::try_from(standby.vm.pid()).ok().and_then(|pid| ProcessId::of(pid).ok());
+    record.cloned = Some(true);
+    record.write(&directory)?;
+    let _ = fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket)?;
+    drop(turn);
+    let claimed = wait(config, role, &standby, &listener, |terms| {
+        fs::remove_file(&socket)?;
+        let target = record::directory(&config.run_dir, &terms.id);
+        fs::rename(&directory, &target)
+            .with_context(|| format!("rename {} to {}", directory.display(), target.display()))?;
+        Ok(())
+    });
+    let Some((terms, listener)) = claimed.await? else { return Ok(None) };
+    std::env::set_current_dir(&terms.bundle)?;
+    sys::set_command_line(&format!(
+        "containerd-shim-joey-v2 -namespace {} -id {} -address {}",
+        terms.namespace, terms.id, terms.address
+    ));
+    let since_boot = terms.since_boot;
+    let invocation = Invocation::of_terms(terms)?;
+    Ok(Some(serve::Start {
+        home: role.home.clone(),
+        invocation,
+        listener,
+        since_boot,
+        standby: Some(standby),
+    }))
+}
+
+/// Clones and rehearses.
+async fn prepare(config: &Config, sizing: Sizing, id: &str, directory: &Path) -> Result<Standby> {
+    let tap = ParkedTap::make()?;
+    let spec = VmSpec {
+        id: id.to_owned(),
+        vcpus: sizing.vcpus,
+        memory_mib: sizing.memory_mib,
+        tap: Some(tap.descriptor()?),
+        mac: [0; 6],
+        run_dir: directory.to_owned(),
+        // The keeper's own.
+        cgroup_procs: Vec::new(),
+    };
+    let settings = vmm::VmmConfig { builder: None, ..config.vmm()? };
+    let started = vmm::start(&settings, spec).await?;
+    if !started.cloned {
+        bail!("there is no template to clone");
+    }
+    let vm: Arc<dyn vmm::Vm> = started.vm.into();
+    let mut channel = GuestChannel::connect(vm.take_channel()?)?;
+    let disks = Arc::new(Disks::default());
+    let guest = Guest {
+        client: channel.client.clone(),
+        streams: channel.streams.clone(),
+        vm: vm.clone(),
+        disks: disks.clone(),
+    };
+    rehearse(&guest, &mut channel.events, &config.guest_dir()).await?;
+    Ok(Standby { sizing, vm, channel, disks, tap })
+}
+
+/// Waits for a claim.
+async fn wait(
+    config: &Config,
+    role: &Role,
+    standby: &Standby,
+    listener: &UnixListener,
+    take: impl Fn(&Terms) -> Result<()>,
+) -> Result<Option<(Terms, std::os::unix::net::UnixListener)>> {
+    let mut lost = standby.channel.lost.clone();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let claimed = claim::answer(accepted?.0.into_std()?, &take)?;
+                if claimed.is_some() {
+                    return Ok(claimed);
+                }
+            }
+            how = standby.vm.exited() => bail!("the VMM ended: {how}"),
+            reason = lost.wait() => bail!("the channel to the guest was lost: {reason}"),
+            () = tokio::time::sleep(LOOK) => {
+                let now = Config::load(None).ok().and_then(|now| class(&now, role.sizing).ok());
+                let in_place = folder(config, &role.class).exists();
+                if !in_place || now.as_ref() != Some(&role.class) {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+}
