@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use joey_protocol::ids::{ContainerId, ExecId, REHEARSAL};
+use joey_protocol::ids::{ContainerId, ExecId, REHEARSAL, VolumeId};
 use joey_protocol::{api, limits};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -177,6 +177,7 @@ impl Sandbox {
         entry.release();
         drop(reservation);
         if request.container_id == REHEARSAL {
+            self.volumes.forget_file(&VolumeId::new(REHEARSAL)?)?;
             // In place of the one it took.
             self.spares.fork(Path::new(CGROUP_ROOT), 1).map_err(engine)?;
         }

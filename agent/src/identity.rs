@@ -25,6 +25,8 @@ use crate::sys;
 const DEFAULT_SHM_BYTES: u64 = 64 << 20;
 /// Longest host name that Linux takes.
 const HOSTNAME_MAX: usize = 64;
+/// What Linux calls a machine that was given no name.
+const NO_HOSTNAME: &str = "(none)";
 const MACHINE_ID: &str = "/etc/machine-id";
 /// Sysctls that CRI sets for every pod unless it was told otherwise, and the kernel's own values.
 const USUAL_SYSCTLS: [(&str, &str, &str); 2] = [
@@ -117,6 +119,16 @@ impl Prepared {
     pub(crate) fn nothing() -> Self {
         let null = || File::open("/dev/null").unwrap();
         Self { random: null(), machine_id: null(), links: Links::none() }
+    }
+
+    /// Takes back what [`Self::assume`] gave and the next identity would not replace: to be called before
+    /// there was any container.
+    pub(crate) fn resign(&mut self, network: &api::Network) -> Result<(), IdentityError> {
+        nix::unistd::sethostname(NO_HOSTNAME).map_err(step("host name"))?;
+        for (name, usual, _) in USUAL_SYSCTLS {
+            set_sysctl(name, usual)?;
+        }
+        Ok(self.links.clear(network)?)
     }
 
     /// Gives this clone its identity; on any error the sandbox must not start.

@@ -142,6 +142,26 @@ impl Links {
         batch.extend(idle.map(|(_, device)| route::down("set an unused link down", device.index)));
         Ok(self.socket.batch(batch)?)
     }
+
+    /// Takes addresses and routes back, the latter by setting the links down and up again.
+    pub(crate) fn clear(&mut self, network: &api::Network) -> Result<(), NetworkError> {
+        let mut batch = Vec::new();
+        for interface in &network.interfaces {
+            let index = device(&self.devices, interface)?.index;
+            for address in &interface.addresses {
+                let what = || format!("address {}", shown(&address.ip));
+                let prefix = prefix(&address.ip, address.prefix, &what)?;
+                let step = format!("remove {}", what());
+                batch.push(route::no_address(step, index, &address.ip, prefix));
+            }
+        }
+        let links = self.devices.iter().map(|device| device.index);
+        for index in links {
+            batch.push(route::down("set a link down", index));
+            batch.push(route::link("set a link up", libc::RTM_NEWLINK, index, true));
+        }
+        Ok(self.socket.batch(batch)?)
+    }
 }
 
 /// The Ethernet devices in the order of their probing.

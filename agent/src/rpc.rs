@@ -53,6 +53,14 @@ impl api::Agent for Service {
         reply(self.0.start(request))
     }
 
+    async fn rehearse_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: api::StartSandboxRequest,
+    ) -> ttrpc::Result<api::StartSandboxResponse> {
+        reply(self.0.rehearse(&request))
+    }
+
     async fn copy_in(
         &self,
         _: &TtrpcContext,

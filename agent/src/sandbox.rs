@@ -253,6 +253,26 @@ impl Sandbox {
         }
     }
 
+    /// Goes through [`Self::start`] and back.
+    pub(crate) fn rehearse(
+        &self,
+        request: &api::StartSandboxRequest,
+    ) -> Result<api::StartSandboxResponse, SandboxError> {
+        let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
+        if *phase != Phase::Fresh {
+            return Err(SandboxError::StartedBefore);
+        }
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let done = prepared.assume(request).and_then(|done| {
+            prepared.resign(&request.network)?;
+            Ok(done)
+        });
+        if done.is_err() {
+            *phase = Phase::Failed;
+        }
+        Ok(done?)
+    }
+
     /// Does what can wait until the pod has started.
     async fn complete(self: Arc<Self>, network: MessageField<api::Network>) {
         tokio::time::sleep(LATER).await;
@@ -270,9 +290,9 @@ impl Sandbox {
         }
     }
 
-    /// Refuses containers before the identity, but for the rehearsal, and the rehearsal after it.
-    pub(crate) fn require_stage_of(&self, container: &str) -> Result<(), SandboxError> {
-        match (*self.phase.lock().unwrap_or_else(PoisonError::into_inner), container) {
+    /// Refuses containers and volumes before the identity, but for the rehearsal's, and those after it.
+    pub(crate) fn require_stage_of(&self, name: &str) -> Result<(), SandboxError> {
+        match (*self.phase.lock().unwrap_or_else(PoisonError::into_inner), name) {
             (Phase::Fresh, REHEARSAL) => Ok(()),
             (Phase::Started, REHEARSAL) => Err(SandboxError::Rehearsing),
             (Phase::Started, _) => Ok(()),
@@ -282,7 +302,7 @@ impl Sandbox {
 
     /// Puts files into a volume.
     pub(crate) fn copy_in(&self, request: &api::CopyInRequest) -> Result<(), SandboxError> {
-        self.require_started()?;
+        self.require_stage_of(&request.volume_id)?;
         let id = VolumeId::new(&request.volume_id)?;
         for entry in &request.entries {
             self.volumes.put(&id, entry)?;

@@ -78,6 +78,16 @@ impl Volumes {
         Self { root: root.into() }
     }
 
+    /// Takes a volume that is one file away.
+    pub(crate) fn forget_file(&self, id: &VolumeId) -> Result<(), VolumeError> {
+        let gone = std::fs::remove_file(self.root.join(id.as_str()));
+        gone.map_err(|source| VolumeError::File {
+            volume: id.to_string(),
+            path: String::new(),
+            source,
+        })
+    }
+
     /// Puts one entry in place.
     pub(crate) fn put(&self, id: &VolumeId, entry: &api::FileEntry) -> Result<(), VolumeError> {
         let invalid = |problem| VolumeError::Invalid {

@@ -81,9 +81,24 @@ pub fn down(step: impl Into<String>, index: u32) -> Message {
 /// `RTM_NEWADDR` of `ip` on a link, to which the caller adds attributes.
 #[must_use]
 pub fn address(step: impl Into<String>, index: u32, ip: &[u8], prefix: u8) -> Message {
+    about_address(step, libc::RTM_NEWADDR, PUT, (index, ip, prefix))
+}
+
+/// `RTM_DELADDR` of `ip` on a link.
+#[must_use]
+pub fn no_address(step: impl Into<String>, index: u32, ip: &[u8], prefix: u8) -> Message {
+    about_address(step, libc::RTM_DELADDR, 0, (index, ip, prefix))
+}
+
+fn about_address(
+    step: impl Into<String>,
+    kind: u16,
+    flags: i32,
+    (index, ip, prefix): (u32, &[u8], u8),
+) -> Message {
     let mut header = [family(ip), prefix, 0, 0, 0, 0, 0, 0];
     header[4..8].copy_from_slice(&index.to_ne_bytes());
-    Message::new(step, libc::RTM_NEWADDR, PUT, &header)
+    Message::new(step, kind, flags, &header)
         .attribute(ADDRESS_LOCAL, ip)
         .attribute(ADDRESS_ADDRESS, ip)
 }

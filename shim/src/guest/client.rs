@@ -175,6 +175,11 @@ impl Client {
         checks::start_sandbox
     }
     call! {
+        /// Turns the guest into a sandbox and back into nobody's.
+        rehearse_sandbox(StartSandboxRequest) -> StartSandboxResponse, START_SANDBOX,
+        checks::start_sandbox
+    }
+    call! {
         /// Puts files into a volume.
         copy_in(CopyInRequest), COPY
     }

@@ -1,11 +1,14 @@
-//! One container's life in a machine that is nobody's, by the same calls that a pod's container takes.
+//! A sandbox's start and one container's life in a machine that is nobody's, by the same calls that a
+//! pod takes. Nothing of it is left.
 
 use std::fs::File;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use joey_protocol::api;
 use joey_protocol::ids::REHEARSAL;
+use joey_protocol::limits::{ENTROPY_BYTES, MACHINE_ID_BYTES, PROTOCOL_VERSION};
 use joey_protocol::mux::MuxStream;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -31,13 +34,88 @@ pub(super) async fn rehearse(guest: &Guest, events: &mut Events, guest_dir: &Pat
         key: REHEARSAL.to_owned(),
         lock: None,
     };
+    guest.client.rehearse_sandbox(&identity()?).await.context("rehearsing a sandbox's start")?;
     let slot = guest.disks.attach(guest.vm.as_ref(), image).await?;
     let played = play(guest, events, slot).await;
     guest.disks.release(guest.vm.as_ref(), slot).await;
     played.context("rehearsing a container's start")
 }
 
+/// What a pod with an address of each kind is told, in ranges that are nobody's (RFC 5737, RFC 3849).
+fn identity() -> Result<api::StartSandboxRequest> {
+    let mut secret = [0; ENTROPY_BYTES + MACHINE_ID_BYTES];
+    crate::sys::random(&mut secret)?;
+    let (entropy, machine_id) = secret.split_at(ENTROPY_BYTES);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let (v4, gateway4) = (vec![192, 0, 2, 2], vec![192, 0, 2, 1]);
+    let [v6, gateway6] = [2, 1].map(|last| [&[0x20, 0x01, 0x0d, 0xb8][..], &[0; 11], &[last]].concat());
+    let mac = vec![0x02, 0, 0, 0, 0, 0x02];
+    let name = "eth0".to_owned();
+    let address = |ip: &Vec<u8>, prefix| api::Address {
+        ip: ip.clone(),
+        prefix,
+        ..Default::default()
+    };
+    let route = |prefix: u32, destination: &[u8], gateway: &[u8], ipv6: bool| api::Route {
+        destination: destination.to_vec(),
+        prefix,
+        gateway: gateway.to_vec(),
+        interface: name.clone(),
+        ipv6,
+        scope: if gateway.is_empty() && !ipv6 { libc::RT_SCOPE_LINK.into() } else { 0 },
+        ..Default::default()
+    };
+    let neighbour = |ip: &Vec<u8>| api::Neighbour {
+        ip: ip.clone(),
+        mac: mac.clone(),
+        interface: name.clone(),
+        ..Default::default()
+    };
+    let network = api::Network {
+        interfaces: vec![api::Interface {
+            name: name.clone(),
+            mac: mac.clone(),
+            mtu: 1500,
+            addresses: vec![address(&v4, 24), address(&v6, 64)],
+            ..Default::default()
+        }],
+        routes: vec![
+            route(24, &[192, 0, 2, 0], &[], false),
+            route(64, &[&v6[..8], &[0; 8]].concat(), &[], true),
+            route(0, &[], &gateway4, false),
+            route(0, &[], &gateway6, true),
+        ],
+        neighbours: vec![neighbour(&gateway4), neighbour(&gateway6)],
+        ..Default::default()
+    };
+    Ok(api::StartSandboxRequest {
+        protocol_version: PROTOCOL_VERSION,
+        sandbox_id: REHEARSAL.to_owned(),
+        hostname: REHEARSAL.to_owned(),
+        wall_clock_ns: i64::try_from(now.as_nanos())?,
+        entropy: entropy.to_vec(),
+        machine_id: machine_id.to_vec(),
+        network: Some(network).into(),
+        ..Default::default()
+    })
+}
+
+/// /etc/hosts, as every pod has one.
+fn file() -> api::CopyInRequest {
+    let entry = api::FileEntry {
+        mode: libc::S_IFREG | 0o644,
+        data: b"127.0.0.1 localhost\n".to_vec(),
+        ..Default::default()
+    };
+    api::CopyInRequest {
+        volume_id: REHEARSAL.to_owned(),
+        entries: vec![entry],
+        ..Default::default()
+    }
+}
+
 async fn play(guest: &Guest, events: &mut Events, slot: u32) -> Result<()> {
+    guest.client.copy_in(&file()).await?;
     let layer = api::Disk { slot, file_system: "erofs".to_owned(), ..Default::default() };
     let (first, stdio) = Stage::open(guest)?;
     let request = api::CreateContainerRequest {

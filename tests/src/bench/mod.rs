@@ -3,7 +3,6 @@
 pub mod plot;
 pub mod stats;
 
-use std::collections::HashSet;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -57,7 +56,7 @@ fn milliseconds(time: Duration) -> f64 {
 
 /// One pod's life, each call timed.
 fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
-    let before: HashSet<u32> = node.processes().into_iter().map(|(pid, _)| pid).collect();
+    rest(node);
     let cpu_before = cgroups::cpu_nanoseconds(&node.cgroup());
     let mut timed = |metric: &str, time: Duration| {
         samples.add(handler, metric, "ms", milliseconds(time));
@@ -84,7 +83,8 @@ fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
     let start = Instant::now();
     container.exec(&["true"])?;
     timed("exec", start.elapsed());
-    let memory = memory_of_new(node, &before);
+    let memory = memory_of(node, &pod);
+    if std::env::var_os("JOEY_BENCH_TIMELINE").is_some() && handler != "runc" { eprintln!("{}", node.joey(&["inspect", &pod.id])?); }
 
     let start = Instant::now();
     node.cri.stop_pod(&pod.id)?;
@@ -92,6 +92,8 @@ fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
     let start = Instant::now();
     node.cri.remove_pod(&pod.id)?;
     timed("remove_pod", start.elapsed());
+    // What is done after the pod for the sake of the next one is a cost of the pod.
+    rest(node);
     if let (Some(before), Some(after)) = (cpu_before, cgroups::cpu_nanoseconds(&node.cgroup())) {
         timed("host_cpu", Duration::from_nanos(after.saturating_sub(before)));
     }
@@ -111,11 +113,29 @@ fn first_change(watch: &Inotify, start: Instant) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-/// Memory of the processes that came with the pod, in KiB: private in all and of the shim, and PSS.
-fn memory_of_new(node: &Node, before: &HashSet<u32>) -> Vec<(&'static str, u64)> {
+/// Waits until nothing happens on the node: less than a twentieth of a processor is used.
+fn rest(node: &Node) {
+    const WINDOW: Duration = Duration::from_millis(300);
+    let used = || cgroups::cpu_nanoseconds(&node.cgroup()).unwrap_or_default();
+    // A machine in reserve is prepared a second after a pod's start.
+    std::thread::sleep(Duration::from_millis(1200));
+    let end = Instant::now() + SOON;
+    while Instant::now() < end {
+        let before = used();
+        std::thread::sleep(WINDOW);
+        if u128::from(used().saturating_sub(before)) < WINDOW.as_nanos() / 20 {
+            break;
+        }
+    }
+}
+
+/// Memory of the pod's processes in KiB: private in all and of the shim, and PSS. They are those in the
+/// pod's cgroup and those that name its sandbox, as a shim outside of that cgroup does.
+fn memory_of(node: &Node, pod: &Pod<'_>) -> Vec<(&'static str, u64)> {
+    let inside = cgroups::processes(pod.cgroup());
     let (mut all, mut shim, mut shares) = (0, 0, 0);
     for (pid, command) in node.processes() {
-        if before.contains(&pid) {
+        if !inside.contains(&pid) && !command.contains(&pod.id) {
             continue;
         }
         let memory = process::memory(pid).unwrap_or_default();

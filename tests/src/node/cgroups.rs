@@ -1,5 +1,6 @@
 //! The pods' cgroups, which on a real node the kubelet makes and removes.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -105,6 +106,16 @@ pub fn cpu_nanoseconds(cgroup: &str) -> Option<u64> {
     let text = fs::read_to_string(root.join(name).join("cpu.stat")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("usage_usec "))?;
     line.trim().parse::<u64>().ok().map(|microseconds| microseconds * 1000)
+}
+
+/// Processes in the cgroup and below it, in any hierarchy.
+pub fn processes(cgroup: &str) -> HashSet<u32> {
+    let folders = hierarchies().into_iter().flat_map(|hierarchy| {
+        let folder = hierarchy.join(cgroup.trim_start_matches('/'));
+        below(&folder).into_iter().chain([folder])
+    });
+    let lists = folders.filter_map(|path| fs::read_to_string(path.join("cgroup.procs")).ok());
+    lists.flat_map(|list| list.lines().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
 }
 
 fn below(folder: &Path) -> Vec<PathBuf> {
