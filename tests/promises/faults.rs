@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
+use joey_tests::node::traces;
 use joey_tests::pod::{self, Pod, SOON};
 use joey_tests::process;
 
@@ -60,7 +61,10 @@ fn vmm_hangs(ctx: &Context<'_>) -> Result<()> {
 
 /// The VMM is the shim's child.
 fn vmm(ctx: &Context<'_>, pod: &Pod<'_>) -> Result<u32> {
-    find(ctx, "qemu", &pod.id).or_else(|_| find(ctx, "qemu", ""))
+    let shim = find(ctx, "containerd-shim-", &pod.id)?;
+    let mut processes = ctx.node.processes().into_iter();
+    let child = processes.find(|(pid, _)| traces::parent(*pid) == Some(shim));
+    child.map(|(pid, _)| pid).context("the shim has no VMM")
 }
 
 fn container_killed_inside(ctx: &Context<'_>) -> Result<()> {

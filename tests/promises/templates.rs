@@ -24,8 +24,9 @@ fn list(ctx: &Context<'_>) -> Result<Vec<String>> {
     Ok(all.iter().filter_map(|one| one["key"].as_str().map(str::to_owned)).collect())
 }
 
-/// Runs a pod; whether it was cloned.
+/// Runs a pod that no waiting machine serves; whether it was cloned.
 fn cloned(ctx: &Context<'_>) -> Result<bool> {
+    ctx.node.joey(&["standby", "rm"])?;
     let pod = ctx.pod("template")?;
     let seen = ctx.node.joey(&["--json", "inspect", &pod.id])?;
     let seen: serde_json::Value = serde_json::from_str(&seen)?;

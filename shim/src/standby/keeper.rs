@@ -85,55 +85,57 @@ pub fn run(config: Config, role: &str) -> Result<()> {
     if !sys::fork_server()? {
         return Ok(());
     }
-    std::thread::sleep(DELAY);
-    let folder = folder(&config, &role.class);
-    // One is prepared at a time.
-    fs::create_dir_all(&config.run_dir)?;
-    let lock = File::create(config.run_dir.join("standby.lock"))?;
-    let Ok(turn) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else { return Ok(()) };
-    fs::create_dir_all(&folder)?;
-    if waiting(&config, &role.class) >= config.standby {
-        return Ok(());
-    }
     let id = format!("{PREFIX}{}", std::process::id());
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let outcome = runtime.block_on(async {
-        let begun = keep(&config, &role, &id, turn).await;
-        match begun {
-            Ok(Some(adopted)) => serve::serve(config.clone(), adopted).await.map(|()| true),
-            Ok(None) => Ok(false),
-            Err(error) => Err(error),
-        }
-    });
-    if !matches!(outcome, Ok(true)) {
+    let socket = folder(&config, &role.class).join(std::process::id().to_string());
+    let record = Record {
+        shim: ProcessId::of(std::process::id()).ok(),
+        vcpus: role.sizing.vcpus,
+        memory_mib: role.sizing.memory_mib,
+        ..Record::begun(&id, "", &socket)
+    };
+    record.write(&record::directory(&config.run_dir, &id))?;
+    let served = wait_and_serve(&config, &role, record);
+    if !matches!(served, Ok(true)) {
         // It never became a sandbox's shim.
         if let Some(record) = Record::read(&record::directory(&config.run_dir, &id))? {
-            teardown::undo(&config.run_dir, &Record { shim: None, ..record })?;
+            teardown::undo(&config.run_dir, &record)?;
         }
     }
-    if let Err(error) = &outcome {
+    if let Err(error) = &served {
         let _ = fs::write(config.run_dir.join("standby.log"), format!("{id}: {error:#}\n"));
     }
-    outcome.map(drop)
+    served.map(drop)
+}
+
+/// Whether it has become a sandbox's shim.
+fn wait_and_serve(config: &Config, role: &Role, record: Record) -> Result<bool> {
+    std::thread::sleep(DELAY);
+    // One is prepared at a time.
+    let lock = File::create(config.run_dir.join("standby.lock"))?;
+    let Ok(turn) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else { return Ok(false) };
+    if waiting(config, &role.class) >= config.standby {
+        return Ok(false);
+    }
+    fs::create_dir_all(folder(config, &role.class))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match keep(config, role, record, turn).await? {
+            Some(start) => serve::serve(config.clone(), start).await.map(|()| true),
+            None => Ok(false),
+        }
+    })
 }
 
 /// Prepares a machine and waits; `None` when it is not wanted any more.
 async fn keep(
     config: &Config,
     role: &Role,
-    id: &str,
+    mut record: Record,
     turn: Flock<File>,
 ) -> Result<Option<serve::Start>> {
-    let socket = folder(config, &role.class).join(std::process::id().to_string());
-    let mut record = Record {
-        shim: ProcessId::of(std::process::id()).ok(),
-        vcpus: role.sizing.vcpus,
-        memory_mib: role.sizing.memory_mib,
-        ..Record::begun(id, "", &socket)
-    };
-    let directory = record::directory(&config.run_dir, id);
-    record.write(&directory)?;
-    let preparing = tokio::time::timeout(PREPARATION, prepare(config, role.sizing, id, &directory));
+    let (id, socket) = (record.id.clone(), record.socket.clone());
+    let directory = record::directory(&config.run_dir, &id);
+    let preparing = tokio::time::timeout(PREPARATION, prepare(config, role.sizing, &id, &directory));
     let standby = preparing.await.context("preparing the machine took too long")??;
     record.vmm = u32::try_from(standby.vm.pid()).ok().and_then(|pid| ProcessId::of(pid).ok());
     record.cloned = Some(true);
@@ -145,8 +147,7 @@ async fn keep(
         fs::remove_file(&socket)?;
         let target = record::directory(&config.run_dir, &terms.id);
         fs::rename(&directory, &target)
-            .with_context(|| format!("rename {} to {}", directory.display(), target.display()))?;
-        Ok(())
+            .with_context(|| format!("rename {} to {}", directory.display(), target.display()))
     });
     let Some((terms, listener)) = claimed.await? else { return Ok(None) };
     std::env::set_current_dir(&terms.bundle)?;
@@ -156,13 +157,9 @@ async fn keep(
     ));
     let since_boot = terms.since_boot;
     let invocation = Invocation::of_terms(terms)?;
-    Ok(Some(serve::Start {
-        home: role.home.clone(),
-        invocation,
-        listener,
-        since_boot,
-        standby: Some(standby),
-    }))
+    let home = role.home.clone();
+    let standby = Some(standby);
+    Ok(Some(serve::Start { home, invocation, listener, since_boot, standby }))
 }
 
 /// Clones and rehearses.

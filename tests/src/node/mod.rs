@@ -232,9 +232,11 @@ impl Node {
         Traces::take(self.holder, &self.dir, &self.cgroup())
     }
 
-    /// Processes that run on the node, by pid and command line.
+    /// Processes that run on the node, by pid and command line, but for machines in reserve.
     pub fn processes(&self) -> Vec<(u32, String)> {
-        let pids = traces::processes(self.holder);
+        let mut pids = traces::processes(self.holder);
+        let keepers: Vec<u32> = pids.iter().copied().filter(|pid| traces::is_keeper(*pid)).collect();
+        pids.retain(|pid| !traces::waits(*pid, &keepers));
         pids.into_iter().filter_map(|pid| Some((pid, traces::command(pid)?))).collect()
     }
 
@@ -249,6 +251,9 @@ impl Node {
         }
         if let Ok(pid) = self.containerd_pid() {
             crate::process::terminate(pid, Duration::from_secs(10))?;
+        }
+        if let Err(error) = self.joey(&["standby", "rm"]) {
+            leaks.push(format!("machines in reserve: {error:#}"));
         }
         if let Some(mut child) = lock(&self.containerd).take() {
             child.wait()?;

@@ -15,7 +15,13 @@ impl Traces {
     /// Looks at the node that `holder` keeps.
     pub fn take(holder: u32, dir: &Path, cgroup: &str) -> Self {
         let mut found = BTreeSet::new();
-        for process in processes(holder) {
+        let processes = processes(holder);
+        let keepers: Vec<u32> = processes.iter().copied().filter(|pid| is_keeper(*pid)).collect();
+        for process in processes {
+            if waits(process, &keepers) {
+                found.insert(format!("{STANDBY}process {process}"));
+                continue;
+            }
             // A kernel-side zombie or an exiting process without a name is on its way out.
             if let Some(name) = command(process).filter(|name| !is_containerd(name)) {
                 found.insert(format!("process {process}: {name}"));
@@ -43,6 +49,10 @@ impl Traces {
             ("bundle", dir.join("state/io.containerd.runtime.v2.task/k8s.io")),
         ] {
             for name in names(&folder) {
+                if what == "sandbox record" && name.starts_with("standby-") {
+                    found.insert(format!("{STANDBY}record {name}"));
+                    continue;
+                }
                 // host-local keeps its lock and its last address.
                 if !name.starts_with("last_reserved") && name != "lock" {
                     found.insert(format!("{what} {name}"));
@@ -55,15 +65,29 @@ impl Traces {
         Self(found)
     }
 
-    /// What is here but was not in `before`.
+    /// What is here but was not in `before`. A machine that waits for the next pod is no leftover of
+    /// the last one.
     pub fn beyond(&self, before: &Self) -> Vec<String> {
-        self.0.difference(&before.0).cloned().collect()
+        self.0.difference(&before.0).filter(|name| !name.starts_with(STANDBY)).cloned().collect()
     }
 
     /// All of it.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
     }
+}
+
+/// How names of machines in reserve begin.
+const STANDBY: &str = "standby ";
+
+/// Whether a process keeps a machine in reserve.
+pub fn is_keeper(pid: u32) -> bool {
+    command(pid).is_some_and(|command| command.contains("-v2 standby "))
+}
+
+/// Whether it is one of the keepers or the child of one.
+pub fn waits(pid: u32, keepers: &[u32]) -> bool {
+    keepers.contains(&pid) || parent(pid).is_some_and(|parent| keepers.contains(&parent))
 }
 
 /// containerd itself belongs to the node: a restart is no leak.
@@ -124,7 +148,8 @@ fn descends(mut pid: u32, holder: u32) -> bool {
     false
 }
 
-fn parent(pid: u32) -> Option<u32> {
+/// A process's parent.
+pub fn parent(pid: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }

@@ -4,6 +4,7 @@
 
 mod check;
 mod sandboxes;
+mod standby;
 mod templates;
 mod timeline;
 
@@ -34,6 +35,9 @@ enum Task {
     /// The virtual machines that sandboxes are cloned from
     #[command(subcommand)]
     Template(templates::Task),
+    /// The machines that wait for the next sandbox
+    #[command(subcommand)]
+    Standby(standby::Task),
     /// The eBPF program that joins pods to their VMs
     #[command(subcommand)]
     Ebpf(Ebpf),
@@ -107,6 +111,7 @@ fn run(cli: &Cli) -> Result<bool> {
     match &cli.task {
         Task::Check => return check::run(&config, cli.json),
         Task::Template(task) => templates::run(&config, task, cli.json)?,
+        Task::Standby(task) => return standby::run(&config, task, cli.json),
         Task::Ebpf(Ebpf::Load) => {
             let path = joey_ebpf::loader::load(&config.bpf_dir)?;
             if cli.json {

@@ -8,6 +8,7 @@ use joey_shim::config::Config;
 use joey_shim::sandbox::orphans;
 use joey_shim::sandbox::record::{ProcessId, Record, directory};
 use joey_shim::sandbox::timeline::Steps;
+use joey_shim::standby;
 use serde_json::json;
 
 use crate::timeline;
@@ -36,7 +37,8 @@ fn age(record: &Record) -> String {
 }
 
 pub(crate) fn list(config: &Config, json: bool) -> Result<()> {
-    let records = Record::all(&config.run_dir).context("list the sandboxes")?;
+    let mut records = Record::all(&config.run_dir).context("list the sandboxes")?;
+    records.retain(|record| !record.id.starts_with(standby::PREFIX));
     if json {
         let all: Vec<_> = records
             .iter()
