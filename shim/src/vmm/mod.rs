@@ -9,6 +9,7 @@ pub mod fake;
 pub mod qemu;
 pub mod template;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,7 +23,6 @@ pub use self::error::VmmError;
 use self::qemu::args::{Machine, Mode, arguments};
 use self::qemu::{Launch, QemuVm};
 use self::template::{Template, TemplateStore};
-use crate::host::cgroup;
 use crate::host::jail::{IdRange, Jail};
 use crate::sys;
 
@@ -44,8 +44,8 @@ pub struct VmmConfig {
     pub use_templates: bool,
     /// User and group ids the VMMs run as.
     pub ids: IdRange,
-    /// The operator's tool, with the arguments that make it build a template; `--vcpus N --memory M` are
-    /// added. None: nothing is built in the background.
+    /// The operator's tool, with the arguments that make it build a template; `--vcpus N --memory M` and
+    /// `--cgroup` for each of `home` are added. None: nothing is built in the background.
     pub builder: Option<Vec<String>>,
     /// Control groups of what outlives the sandbox that has it built.
     pub home: Vec<PathBuf>,
@@ -267,21 +267,19 @@ fn build_beside(config: &VmmConfig, vcpus: u32, memory_mib: u32) {
     else {
         return;
     };
+    // The last builder's words, if it had any.
+    let log = fs::File::create(config.run_dir.join("template-build.log"));
     let spawned = tokio::process::Command::new(program)
         .args(arguments)
         .args(["--vcpus", &vcpus.to_string(), "--memory", &memory_mib.to_string()])
+        // In the pod's groups it would end with the pod.
+        .args(config.home.iter().flat_map(|group| [OsStr::new("--cgroup"), group.as_os_str()]))
         .stdin(std::process::Stdio::null())
         .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
+        .stderr(log.map_or_else(|_| std::process::Stdio::null(), Into::into))
         .process_group(0)
         .spawn();
-    match spawned {
-        // In the pod's group it would end with the pod.
-        Ok(builder) => {
-            if let Some(Err(error)) = builder.id().map(|pid| cgroup::put(pid, &config.home)) {
-                tracing::warn!("a template's builder stays in the pod's group: {error}");
-            }
-        }
-        Err(error) => tracing::warn!("starting {program} to build a template: {error}"),
+    if let Err(error) = spawned {
+        tracing::warn!("starting {program} to build a template: {error}");
     }
 }

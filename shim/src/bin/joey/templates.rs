@@ -1,8 +1,11 @@
 //! `joey template`: list, build, remove.
 
+use std::path::PathBuf;
+
 use anyhow::{Context as _, Result};
 use clap::Subcommand;
 use joey_shim::config::Config;
+use joey_shim::host::cgroup;
 use joey_shim::vmm::template::TemplateStore;
 
 #[derive(Subcommand)]
@@ -17,6 +20,9 @@ pub(crate) enum Task {
         /// Memory in MiB (default: that of a pod that asks for nothing)
         #[arg(long)]
         memory: Option<u32>,
+        /// Control group to enter first: the builder outlives the pod whose shim starts it
+        #[arg(long, hide = true)]
+        cgroup: Vec<PathBuf>,
     },
     /// Remove a template; sandboxes that were cloned from it keep running
     Rm {
@@ -33,7 +39,8 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
     let store = TemplateStore::new(&vmm)?;
     match task {
         Task::Ls => list(&store, json),
-        Task::Build { vcpus, memory } => {
+        Task::Build { vcpus, memory, cgroup } => {
+            cgroup::join(cgroup)?;
             let default = joey_shim::sizing::size(config, &std::collections::HashMap::new())?;
             let (vcpus, memory) =
                 (vcpus.unwrap_or(default.vcpus), memory.unwrap_or(default.memory_mib));

@@ -97,7 +97,8 @@ pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
     add(&["-netdev", &format!("tap,id=net,fd={},vhost=off", fd::TAP)]);
     add(&["-device", &format!("virtio-net-device,netdev=net,mac={TEMPLATE_MAC},{PLAIN_NIC}")]);
     for slot in 0..DISK_SLOTS {
-        add(&["-blockdev", &empty_slot(slot).to_string()]);
+        // A node of its own: one within another goes when the other gets another file.
+        add(&["-blockdev", &empty(slot).to_string(), "-blockdev", &empty_slot(slot).to_string()]);
         let share = if slot_is_writable(slot) { "" } else { ",share-rw=on" };
         add(&[
             "-device",
@@ -154,14 +155,17 @@ fn memory(machine: &Machine<'_>) -> String {
     }
 }
 
-fn empty_slot(slot: u32) -> serde_json::Value {
-    let read_only = !slot_is_writable(slot);
+fn empty(slot: u32) -> serde_json::Value {
     json!({
-        "driver": "raw", "node-name": format!("slot{slot}"), "read-only": read_only,
-        "file": {
-            "driver": "null-co", "node-name": format!("empty{slot}"), "size": EMPTY_BYTES,
-            "read-zeroes": true, "read-only": read_only,
-        },
+        "driver": "null-co", "node-name": format!("empty{slot}"), "size": EMPTY_BYTES,
+        "read-zeroes": true, "read-only": !slot_is_writable(slot),
+    })
+}
+
+fn empty_slot(slot: u32) -> serde_json::Value {
+    json!({
+        "driver": "raw", "node-name": format!("slot{slot}"), "read-only": !slot_is_writable(slot),
+        "file": format!("empty{slot}"),
     })
 }
 
