@@ -104,11 +104,16 @@ fn shim_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
         if outcome.is_err() {
             bail!("the starting thread panicked");
         }
-        for pod in ctx.node.cri.pods()? {
-            ctx.node.cri.stop_pod(&pod)?;
-            ctx.node.cri.remove_pod(&pod)?;
-        }
         let end = Instant::now() + SOON;
+        for pod in ctx.node.cri.pods()? {
+            // As a kubelet does: again, until containerd knows of every end.
+            let remove =
+                || ctx.node.cri.stop_pod(&pod).and_then(|()| ctx.node.cri.remove_pod(&pod));
+            while let Err(error) = remove() {
+                ensure!(Instant::now() < end, "pod {pod} cannot be removed: {error:#}");
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        }
         while find(ctx, "qemu", "").is_ok() {
             ensure!(Instant::now() < end, "a VMM outlived its shim: {:?}", ctx.node.processes());
         }

@@ -34,7 +34,7 @@ fn clones_differ(ctx: &Context<'_>) -> Result<()> {
 }
 
 /// What one clone is, in the order of [`NAMES`]; its clock is compared with the node's.
-fn identity(ctx: &Context<'_>, number: usize) -> Result<Vec<String>> {
+pub fn identity(ctx: &Context<'_>, number: usize) -> Result<Vec<String>> {
     let pod = ctx.pod(&format!("clone{number}"))?;
     let before = seconds()?;
     // The container's very first process reads.

@@ -15,6 +15,7 @@ mod limits;
 mod network;
 mod restart;
 mod security;
+mod standby;
 mod templates;
 
 use std::path::PathBuf;
@@ -75,6 +76,7 @@ fn tests() -> Vec<Test> {
         input::TESTS,
         faults::TESTS,
         restart::TESTS,
+        standby::TESTS,
         templates::TESTS,
     ]
     .concat()

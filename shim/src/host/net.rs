@@ -131,12 +131,7 @@ impl ParkedTap {
     }
 
     /// Moves the tap into the pod's namespace `file`, in which the calling thread is.
-    fn enter(
-        mut self,
-        netns: &Path,
-        file: &File,
-        index: Option<u32>,
-    ) -> Result<OwnedFd, NetError> {
+    fn enter(mut self, netns: &Path, file: &File, index: Option<u32>) -> Result<OwnedFd, NetError> {
         let descriptor = u32::try_from(file.as_raw_fd()).unwrap_or(u32::MAX);
         let link = route::link("move the tap here", libc::RTM_NEWLINK, self.index, false)
             .number(route::LINK_NETNS_FD, descriptor);

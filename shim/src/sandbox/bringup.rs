@@ -254,7 +254,8 @@ impl Handle {
             cgroup_procs: procs,
         };
         let start = Instant::now();
-        let mut settings = self.0.config.vmm().map_err(|error| fail("configure the VMM")(&error))?;
+        let mut settings =
+            self.0.config.vmm().map_err(|error| fail("configure the VMM")(&error))?;
         settings.home.clone_from(&self.0.boot.home);
         let started =
             vmm::start(&settings, spec).await.map_err(|error| fail("start the VM")(&error))?;
@@ -316,12 +317,7 @@ impl Handle {
             .map_or(Ok(()), Wire::open)
             .map_err(|error| SandboxError::host(id, "open the pod's network to its VM", error))?;
         self.record(|record| record.machine_id = hex(machine_id))?;
-        let guest = Guest {
-            client: channel.client,
-            streams: channel.streams,
-            vm,
-            disks,
-        };
+        let guest = Guest { client: channel.client, streams: channel.streams, vm, disks };
         self.watch(guest.clone(), channel.events, channel.lost);
         Ok(guest)
     }

@@ -35,12 +35,12 @@ use std::time::SystemTime;
 use tokio::sync::{Mutex as AsyncMutex, mpsc, watch as channel};
 use tokio::task::JoinHandle;
 
+pub(crate) use self::bringup::Wanted;
 use self::containers::Container;
+pub(crate) use self::disks::Disks;
 use self::record::{ProcessId, Record};
 use self::state::{Exit, Process};
 use self::timeline::Timeline;
-pub(crate) use self::bringup::Wanted;
-pub(crate) use self::disks::Disks;
 pub use self::types::{
     Boot, CreateTask, Deleted, ExecTask, ProcessState, SandboxError, SandboxEvent, StdioPaths,
 };

@@ -115,7 +115,8 @@ impl Record {
     /// How long ago the record in `directory` was written; `None` if there is none.
     #[must_use]
     pub fn age(directory: &Path) -> Option<Duration> {
-        let written = std::fs::metadata(directory.join(FILE)).and_then(|meta| meta.modified()).ok()?;
+        let written =
+            std::fs::metadata(directory.join(FILE)).and_then(|meta| meta.modified()).ok()?;
         Some(SystemTime::now().duration_since(written).unwrap_or_default())
     }
 

@@ -135,7 +135,8 @@ async fn keep(
 ) -> Result<Option<serve::Start>> {
     let (id, socket) = (record.id.clone(), record.socket.clone());
     let directory = record::directory(&config.run_dir, &id);
-    let preparing = tokio::time::timeout(PREPARATION, prepare(config, role.sizing, &id, &directory));
+    let preparing =
+        tokio::time::timeout(PREPARATION, prepare(config, role.sizing, &id, &directory));
     let standby = preparing.await.context("preparing the machine took too long")??;
     record.vmm = u32::try_from(standby.vm.pid()).ok().and_then(|pid| ProcessId::of(pid).ok());
     record.cloned = Some(true);

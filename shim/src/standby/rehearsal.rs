@@ -48,14 +48,12 @@ fn identity() -> Result<api::StartSandboxRequest> {
     let (entropy, machine_id) = secret.split_at(ENTROPY_BYTES);
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
     let (v4, gateway4) = (vec![192, 0, 2, 2], vec![192, 0, 2, 1]);
-    let [v6, gateway6] = [2, 1].map(|last| [&[0x20, 0x01, 0x0d, 0xb8][..], &[0; 11], &[last]].concat());
+    let [v6, gateway6] =
+        [2, 1].map(|last| [&[0x20, 0x01, 0x0d, 0xb8][..], &[0; 11], &[last]].concat());
     let mac = vec![0x02, 0, 0, 0, 0, 0x02];
     let name = "eth0".to_owned();
-    let address = |ip: &Vec<u8>, prefix| api::Address {
-        ip: ip.clone(),
-        prefix,
-        ..Default::default()
-    };
+    let address =
+        |ip: &Vec<u8>, prefix| api::Address { ip: ip.clone(), prefix, ..Default::default() };
     let route = |prefix: u32, destination: &[u8], gateway: &[u8], ipv6: bool| api::Route {
         destination: destination.to_vec(),
         prefix,

@@ -84,7 +84,9 @@ fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
     container.exec(&["true"])?;
     timed("exec", start.elapsed());
     let memory = memory_of(node, &pod);
-    if std::env::var_os("JOEY_BENCH_TIMELINE").is_some() && handler != "runc" { eprintln!("{}", node.joey(&["inspect", &pod.id])?); }
+    if std::env::var_os("JOEY_BENCH_TIMELINE").is_some() && handler != "runc" {
+        eprintln!("{}", node.joey(&["inspect", &pod.id])?);
+    }
 
     let start = Instant::now();
     node.cri.stop_pod(&pod.id)?;

@@ -115,7 +115,9 @@ pub fn processes(cgroup: &str) -> HashSet<u32> {
         below(&folder).into_iter().chain([folder])
     });
     let lists = folders.filter_map(|path| fs::read_to_string(path.join("cgroup.procs")).ok());
-    lists.flat_map(|list| list.lines().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
+    lists
+        .flat_map(|list| list.lines().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
 }
 
 fn below(folder: &Path) -> Vec<PathBuf> {

@@ -235,9 +235,17 @@ impl Node {
     /// Processes that run on the node, by pid and command line, but for machines in reserve.
     pub fn processes(&self) -> Vec<(u32, String)> {
         let mut pids = traces::processes(self.holder);
-        let keepers: Vec<u32> = pids.iter().copied().filter(|pid| traces::is_keeper(*pid)).collect();
+        let keepers: Vec<u32> =
+            pids.iter().copied().filter(|pid| traces::is_keeper(*pid)).collect();
         pids.retain(|pid| !traces::waits(*pid, &keepers));
         pids.into_iter().filter_map(|pid| Some((pid, traces::command(pid)?))).collect()
+    }
+
+    /// The number that a process of the node has outside of it.
+    pub fn outside(&self, inside: u32) -> Option<u32> {
+        traces::processes(self.holder)
+            .into_iter()
+            .find(|pid| traces::levels(*pid).is_some_and(|levels| levels.get(1) == Some(&inside)))
     }
 
     /// Removes all pods, stops containerd, ends the namespaces, removes the files; returns leaks by name.
@@ -254,6 +262,11 @@ impl Node {
         }
         if let Err(error) = self.joey(&["standby", "rm"]) {
             leaks.push(format!("machines in reserve: {error:#}"));
+        }
+        // Nobody waits for a template that is still being built.
+        for pid in traces::processes(self.holder).into_iter().filter(|pid| traces::is_keeper(*pid))
+        {
+            crate::process::kill(pid)?;
         }
         if let Some(mut child) = lock(&self.containerd).take() {
             child.wait()?;

@@ -77,12 +77,13 @@ impl Traces {
     }
 }
 
-/// How names of machines in reserve begin.
+/// How names of what is there for the pods to come begin.
 const STANDBY: &str = "standby ";
 
-/// Whether a process keeps a machine in reserve.
+/// Whether a process keeps a machine in reserve or builds a template.
 pub fn is_keeper(pid: u32) -> bool {
-    command(pid).is_some_and(|command| command.contains("-v2 standby "))
+    let works = ["-v2 standby ", "/joey template build "];
+    command(pid).is_some_and(|command| works.iter().any(|work| command.contains(work)))
 }
 
 /// Whether it is one of the keepers or the child of one.
@@ -130,7 +131,8 @@ pub fn processes(holder: u32) -> Vec<u32> {
     pids.filter(|pid| inside(*pid)).collect()
 }
 
-fn levels(pid: u32) -> Option<Vec<u32>> {
+/// A process's numbers in the pid namespaces that it is in, the outermost first.
+pub fn levels(pid: u32) -> Option<Vec<u32>> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
     line.split_whitespace().map(|pid| pid.parse().ok()).collect()
