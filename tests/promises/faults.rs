@@ -15,6 +15,11 @@ pub const TESTS: &[Test] = &[
     Test { name: "faults::vmm_hangs", run: vmm_hangs },
     Test { name: "faults::container_killed_inside", run: container_killed_inside },
     Test { name: "faults::shim_killed_at_every_phase", run: shim_killed_at_every_phase },
+    Test { name: "faults::vmm_killed_at_every_phase", run: vmm_killed_at_every_phase },
+    Test {
+        name: "faults::containerd_killed_at_every_phase",
+        run: containerd_killed_at_every_phase,
+    },
 ];
 
 fn find(ctx: &Context<'_>, what: &str, part: &str) -> Result<u32> {
@@ -77,25 +82,33 @@ fn container_killed_inside(ctx: &Context<'_>) -> Result<()> {
 }
 
 fn shim_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
+    killed_at_every_phase(ctx, "containerd-shim-joey")
+}
+
+fn vmm_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
+    killed_at_every_phase(ctx, "qemu")
+}
+
+/// Kills `victim` a while after it appeared.
+fn killed_at_every_phase(ctx: &Context<'_>, victim: &str) -> Result<()> {
     ctx.only_joey()?;
     for delay in [5, 20, 40, 80, 120, 200] {
         let config = pod::config(ctx.node, "phase");
         let outcome = std::thread::scope(|scope| {
             let starter = scope.spawn(|| {
                 let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
-                let container = pod.start(&pod::script("c", "sleep 1000"))?;
-                container.sh("true")?;
+                live(&pod)?;
                 pod.remove()
             });
             let end = Instant::now() + Duration::from_secs(10);
-            let shim = loop {
-                let found = find(ctx, "containerd-shim-joey", "");
+            let found = loop {
+                let found = find(ctx, victim, "");
                 if found.is_ok() || Instant::now() > end {
                     break found;
                 }
             };
             std::thread::sleep(Duration::from_millis(delay));
-            if let Ok(pid) = shim {
+            if let Ok(pid) = found {
                 let _ = process::kill(pid);
             }
             starter.join()
@@ -104,25 +117,53 @@ fn shim_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
         if outcome.is_err() {
             bail!("the starting thread panicked");
         }
-        let end = Instant::now() + SOON;
-        for pod in ctx.node.cri.pods()? {
-            // As a kubelet does: again, until containerd knows of every end.
-            let remove =
-                || ctx.node.cri.stop_pod(&pod).and_then(|()| ctx.node.cri.remove_pod(&pod));
-            while let Err(error) = remove() {
-                ensure!(Instant::now() < end, "pod {pod} cannot be removed: {error:#}");
-                std::thread::sleep(Duration::from_millis(200));
-            }
-        }
-        while find(ctx, "qemu", "").is_ok() {
-            ensure!(Instant::now() < end, "a VMM outlived its shim: {:?}", ctx.node.processes());
+        nothing_is_left(ctx)?;
+    }
+    ctx.pod("after")?.remove()
+}
+
+fn containerd_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    for delay in [5, 60, 150] {
+        // A pod that containerd was still making is known to nobody; its network is lost with runc, too.
+        let pod = ctx.pod("phase")?;
+        std::thread::scope(|scope| -> Result<()> {
+            scope.spawn(|| live(&pod));
+            std::thread::sleep(Duration::from_millis(delay));
+            ctx.node.kill_containerd()?;
+            ctx.node.start_containerd()
+        })?;
+        same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
+        // It may have been removed already, by the rule that follows.
+        drop(pod);
+        nothing_is_left(ctx)?;
+    }
+    ctx.pod("after")?.remove()
+}
+
+/// A container's life; whoever killed something knows why it fails.
+fn live(pod: &Pod<'_>) -> Result<()> {
+    pod.start(&pod::script("c", "sleep 1000"))?.sh("true").map(drop)
+}
+
+/// Removes all pods as a kubelet does, again and again, and sees all of Joey's go.
+fn nothing_is_left(ctx: &Context<'_>) -> Result<()> {
+    let end = Instant::now() + SOON;
+    for pod in ctx.node.cri.pods()? {
+        // containerd may yet have to hear of an end.
+        let remove = || ctx.node.cri.stop_pod(&pod).and_then(|()| ctx.node.cri.remove_pod(&pod));
+        while let Err(error) = remove() {
+            ensure!(Instant::now() < end, "pod {pod} cannot be removed: {error:#}");
+            std::thread::sleep(Duration::from_millis(200));
         }
     }
+    while find(ctx, "qemu", "").is_ok() {
+        ensure!(Instant::now() < end, "a VMM outlived its shim: {:?}", ctx.node.processes());
+    }
     // Where containerd does not call `delete`, the sandbox is an orphan after a while.
-    let end = Instant::now() + SOON;
     while ctx.node.joey(&["--json", "ps"])?.trim() != "[]" {
         ensure!(Instant::now() < end, "not removed: {}", ctx.node.joey(&["ps"])?);
         ctx.node.joey(&["clean"])?;
     }
-    ctx.pod("after")?.remove()
+    Ok(())
 }

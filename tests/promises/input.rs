@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use joey_tests::pod::{self, Pod};
-use k8s_cri::v1::{Mount, PodSandboxConfig};
+use k8s_cri::v1::security_profile::ProfileType;
+use k8s_cri::v1::{Mount, PodSandboxConfig, SecurityProfile};
 
 use crate::context::{Context, Test, refused, same};
 
@@ -11,6 +12,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "input::bad_annotations", run: bad_annotations },
     Test { name: "input::long_argument", run: long_argument },
     Test { name: "input::huge_argument_list", run: huge_argument_list },
+    Test { name: "input::unknown_seccomp_action", run: unknown_seccomp_action },
     Test { name: "input::mount_outside_root", run: mount_outside_root },
     Test { name: "input::odd_host_mount", run: odd_host_mount },
 ];
@@ -60,6 +62,21 @@ fn huge_argument_list(ctx: &Context<'_>) -> Result<()> {
     config.args =
         std::iter::once("sh".to_owned()).chain((0..1024).map(|_| "y".repeat(1023))).collect();
     same("count", pod.finish(&config)?.text(), "1024")?;
+    same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
+    pod.remove()
+}
+
+fn unknown_seccomp_action(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("badseccomp")?;
+    let profile = ctx.node.dir().join("seccomp.json");
+    std::fs::write(&profile, r#"{"defaultAction": "SCMP_ACT_WISH"}"#)?;
+    let mut config = pod::script("c", "true");
+    pod::security(&mut config).seccomp = Some(SecurityProfile {
+        profile_type: ProfileType::Localhost.into(),
+        localhost_ref: profile.display().to_string(),
+    });
+    refused("unknown seccomp action", pod.start(&config), "SCMP_ACT_WISH")?;
+    std::fs::remove_file(profile)?;
     same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
     pod.remove()
 }

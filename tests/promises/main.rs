@@ -16,6 +16,7 @@ mod network;
 mod restart;
 mod security;
 mod standby;
+mod tasks;
 mod templates;
 
 use std::path::PathBuf;
@@ -76,6 +77,7 @@ fn tests() -> Vec<Test> {
         input::TESTS,
         faults::TESTS,
         restart::TESTS,
+        tasks::TESTS,
         standby::TESTS,
         templates::TESTS,
     ]

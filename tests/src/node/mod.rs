@@ -188,19 +188,26 @@ impl Node {
 
     /// Imports an image archive.
     pub fn import(&self, archive: &Path) -> Result<()> {
+        let local: &[&str] = if self.version == Version::V2_1 { &["--local"] } else { &[] };
+        let archive = archive.to_string_lossy();
+        self.ctr(&[&["images", "import"], local, &[&*archive]].concat()).map(drop)
+    }
+
+    /// Runs containerd's own client; returns its standard output.
+    pub fn ctr(&self, arguments: &[&str]) -> Result<String> {
         let bin = paths::deps().join(format!("containerd-{}/usr/bin", self.version.name()));
         let mut command = Command::new(bin.join("ctr"));
-        command.arg("--address").arg(self.socket()).args(["-n", "k8s.io", "images", "import"]);
-        if self.version == Version::V2_1 {
-            command.arg("--local");
-        }
-        command.arg(archive).stdin(Stdio::null());
+        command.arg("--address").arg(self.socket()).args(["-n", "k8s.io"]).args(arguments);
+        // It asks the runtime what it is before it asks containerd.
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}", paths::binaries().display()));
+        command.stdin(Stdio::null());
         let output = self.run_inside(command)?;
         if !output.status.success() {
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
-            bail!("import {}: {}\n{text}", archive.display(), output.status);
+            bail!("ctr {}: {}\n{text}", arguments.join(" "), output.status);
         }
-        Ok(())
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Runs a command in the node's namespaces to its end.
