@@ -92,8 +92,9 @@ async fn until_shutdown(config: Config, start: Start) -> Result<()> {
         since: nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
             .map_or(Duration::ZERO, |now| Duration::from(now).saturating_sub(since_boot)),
     };
-    tokio::spawn(keep_house(config.run_dir.clone()));
+    let (run_dir, bundle) = (config.run_dir.clone(), boot.bundle.clone());
     let (handle, outgoing) = Handle::new(Arc::new(config), boot, standby);
+    tokio::spawn(keep_house(handle.clone(), run_dir, bundle));
     let (close, closed) = oneshot::channel();
     let forwarding = tokio::spawn(events::forward(outgoing, publisher, closed));
     listener.set_nonblocking(true).context("socket")?;
@@ -113,10 +114,16 @@ async fn until_shutdown(config: Config, start: Start) -> Result<()> {
     Ok(())
 }
 
-/// Removes what the shims of other sandboxes have left, now and then.
-async fn keep_house(run_dir: PathBuf) {
+/// Removes what the shims of other sandboxes have left, now and then, and ends this one if containerd has
+/// forgotten it: it removes a bundle last, and only when the sandbox is gone for it.
+async fn keep_house(handle: Handle, run_dir: PathBuf, bundle: PathBuf) {
     loop {
         tokio::time::sleep(HOUSEKEEPING).await;
+        if !bundle.exists() {
+            tracing::warn!(sandbox = handle.id(), bundle = %bundle.display(), "forgotten; it ends");
+            let _ = handle.shutdown(true).await;
+            return;
+        }
         let run_dir = run_dir.clone();
         // Orphans are logged there; a panic in there must not end this sandbox.
         let _ = tokio::task::spawn_blocking(move || orphans::collect_in_turn(&run_dir)).await;

@@ -57,8 +57,11 @@ impl Handle {
     /// [`SandboxError`]; nothing is left behind.
     pub async fn create(&self, task: CreateTask) -> Result<u32, SandboxError> {
         ContainerId::new(&task.id)?;
-        let spec = Spec::load(task.bundle.join("config.json"))
+        let text = std::fs::read(task.bundle.join("config.json"))
             .map_err(|error| SandboxError::host(&task.id, "read config.json", error))?;
+        let spec: Spec = serde_json::from_slice(&text).map_err(|error| {
+            SandboxError::Refused(format!("container {}: config.json: {error}", task.id))
+        })?;
         if plan::is_sandbox(&spec) {
             return self.create_pause(task).await;
         }

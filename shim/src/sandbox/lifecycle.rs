@@ -1,7 +1,7 @@
 //! The sandbox's own task (CRI's pause container, without a process) and containerd's Sandbox API.
 
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::bringup::Wanted;
 use super::containers::deleted;
@@ -10,6 +10,9 @@ use super::{CreateTask, Deleted, Handle, KILLED, Pause, Progress, SandboxError, 
 
 /// Signals that a pause process ends by: SIGINT, SIGQUIT, SIGKILL, SIGTERM.
 const ENDING: [u32; 4] = [2, 3, 9, 15];
+
+/// How long containerd may take to delete the containers of a sandbox that has ended.
+const LAST_DELETES: Duration = Duration::from_secs(3);
 
 /// What containerd's Sandbox API tells of a sandbox.
 #[derive(Debug, Default)]
@@ -140,8 +143,16 @@ impl Handle {
     /// None; an early call is ignored, as containerd's own shims do.
     pub async fn shutdown(&self, now: bool) -> Result<(), SandboxError> {
         if !now && !self.table().is_empty() {
-            // containerd asks once, after it deleted the sandbox: whoever is deleted last leaves.
+            // containerd asks once, after it deleted the sandbox: whoever is deleted last leaves. A
+            // container that it has forgotten, having crashed, is never deleted.
             self.table().leaving = true;
+            if matches!(*self.0.progress.borrow(), Progress::Ended(_) | Progress::Failed(_)) {
+                let handle = self.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(LAST_DELETES).await;
+                    handle.leave().await;
+                });
+            }
             return Ok(());
         }
         self.leave().await;
