@@ -84,9 +84,6 @@ fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
     container.exec(&["true"])?;
     timed("exec", start.elapsed());
     let memory = memory_of(node, &pod);
-    if std::env::var_os("JOEY_BENCH_TIMELINE").is_some() && handler != "runc" {
-        eprintln!("{}", node.joey(&["inspect", &pod.id])?);
-    }
 
     let start = Instant::now();
     node.cri.stop_pod(&pod.id)?;
@@ -116,7 +113,7 @@ fn first_change(watch: &Inotify, start: Instant) -> Result<Duration> {
 }
 
 /// Waits until nothing happens on the node: less than a twentieth of a processor is used.
-fn rest(node: &Node) {
+pub fn rest(node: &Node) {
     const WINDOW: Duration = Duration::from_millis(300);
     let used = || cgroups::cpu_nanoseconds(&node.cgroup()).unwrap_or_default();
     // A machine in reserve is prepared a second after a pod's start.

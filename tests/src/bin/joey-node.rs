@@ -63,6 +63,9 @@ enum Bench {
         /// Handlers to compare
         #[arg(long, value_delimiter = ',', default_value = "joey,runc")]
         handlers: Vec<String>,
+        /// Machines that wait for the next sandbox; 0 measures fresh clones
+        #[arg(long)]
+        standby: Option<u32>,
     },
 }
 
@@ -84,9 +87,12 @@ fn run(command: Command) -> Result<()> {
         Command::Up { containerd } => up(containerd),
         Command::Down => down(),
         Command::Status => status(),
-        Command::Bench { bench: Bench::Start { runs, json, containerd, handlers } } => {
+        Command::Bench { bench: Bench::Start { runs, json, containerd, handlers, standby } } => {
             let handlers: Vec<&str> = handlers.iter().map(String::as_str).collect();
             with_node(containerd, "bench", |node| {
+                if let Some(standby) = standby {
+                    node.configure(&format!("standby = {standby}"))?;
+                }
                 bench_start(node, &handlers, runs, json.as_deref())
             })
         }

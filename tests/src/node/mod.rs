@@ -248,6 +248,13 @@ impl Node {
         pids.into_iter().filter_map(|pid| Some((pid, traces::command(pid)?))).collect()
     }
 
+    /// Adds a line to Joey's configuration.
+    pub fn configure(&self, line: &str) -> Result<()> {
+        let path = self.dir.join("joey.toml");
+        let text = fs::read_to_string(&path)?;
+        fs::write(path, format!("{line}\n{text}")).context("write Joey's configuration")
+    }
+
     /// The number that a process of the node has outside of it.
     pub fn outside(&self, inside: u32) -> Option<u32> {
         traces::processes(self.holder)

@@ -19,7 +19,11 @@ pub fn run(node: &Node) -> Result<()> {
     node.import(&image::nginx(&folder)?)?;
     println!("first pod: builds the template and converts the image, once a node …");
     live(node, false)?;
-    println!("second pod:");
+    println!("second pod: a clone of the template");
+    node.joey(&["standby", "rm"])?;
+    live(node, true)?;
+    println!("third pod: its machine has waited");
+    joey_tests::bench::rest(node);
     live(node, true)
 }
 
