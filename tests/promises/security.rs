@@ -1,12 +1,17 @@
 //! A container's process has the rights it was given, and no more.
 
-use anyhow::Result;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use joey_tests::node::traces;
 use joey_tests::pod::{self, SOON};
 use k8s_cri::v1::{Capability, Int64Value, SecurityProfile, security_profile::ProfileType};
 
 use crate::context::{Context, Test, holds, refused, same};
 
 pub const TESTS: &[Test] = &[
+    Test { name: "security::vmm_is_jailed", run: vmm_is_jailed },
     Test { name: "security::user_by_number", run: user_by_number },
     Test { name: "security::user_by_name", run: user_by_name },
     Test { name: "security::unknown_user_is_refused", run: unknown_user },
@@ -131,4 +136,66 @@ fn sysctl(ctx: &Context<'_>) -> Result<()> {
     let text = "cat /proc/sys/net/ipv4/ip_local_port_range /proc/sys/kernel/shm_rmid_forced";
     same("values", pod.script(text)?.text(), "2000\t3000\n1")?;
     pod.remove()
+}
+
+/// What the kernel says of the VMM while its guest runs.
+fn vmm_is_jailed(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = ctx.pod("jailed")?;
+    same("output", pod.script("echo ok")?.text(), "ok")?;
+    let shim = ctx.node.processes().into_iter().find(|(_, command)| command.contains(&pod.id));
+    let (shim, _) = shim.context("the pod has no shim")?;
+    let mut processes = ctx.node.processes().into_iter().map(|(pid, _)| pid);
+    let vmm = processes.find(|pid| traces::parent(*pid) == Some(shim));
+    let proc = PathBuf::from(format!("/proc/{}", vmm.context("the shim has no VMM")?));
+    let status = fs::read_to_string(proc.join("status"))?;
+    let field = |name: &str| -> Vec<&str> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap_or_default().split_whitespace().collect()
+    };
+    for ids in ["Uid", "Gid"] {
+        ensure!(field(ids).len() == 4 && !field(ids).contains(&"0"), "{ids}: {:?}", field(ids));
+    }
+    same("supplementary groups", field("Groups").len(), 0)?;
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        same(set, field(set), ["0000000000000000"])?;
+    }
+    same("no_new_privs", field("NoNewPrivs"), ["1"])?;
+    same("seccomp", field("Seccomp"), ["2"])?;
+    for namespace in ["mnt", "pid", "net", "ipc", "uts"] {
+        let of = |proc: &Path| fs::read_link(proc.join("ns").join(namespace));
+        ensure!(of(&proc)? != of(Path::new("/proc/self"))?, "the test's {namespace} namespace");
+        let shims = PathBuf::from(format!("/proc/{shim}"));
+        ensure!(of(&proc)? != of(&shims)?, "the shim's {namespace} namespace");
+    }
+    // What is left of the root is what things were mounted on.
+    for (path, kind) in files_below(&proc.join("root")) {
+        ensure!(kind == 0, "{} has {kind} bytes", path.display());
+    }
+    let mounts = fs::read_to_string(proc.join("mountinfo"))?;
+    same("mounts", mounts.lines().count(), 1)?;
+    ensure!(mounts.contains(" / / ro"), "{mounts}");
+    for entry in fs::read_dir(proc.join("fd"))? {
+        let target = fs::read_link(entry?.path())?;
+        let target = target.to_string_lossy().into_owned();
+        let known = ["socket:", "pipe:", "anon_inode:", "/dev/null", "/dev/net/tun", "/dev/kvm"];
+        // Memory, state and images of the template and the node, opened before or handed in.
+        let image = target.contains("/templates/") || target.contains("/images/");
+        let shared = image || target.starts_with("/memory") || target.starts_with("/memfd:");
+        ensure!(shared || known.iter().any(|known| target.starts_with(known)), "open: {target}");
+    }
+    pod.remove()
+}
+
+/// Regular files with their sizes.
+fn files_below(folder: &Path) -> Vec<(PathBuf, u64)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        match entry.metadata() {
+            Ok(meta) if meta.is_dir() => found.extend(files_below(&entry.path())),
+            Ok(meta) if meta.is_file() => found.push((entry.path(), meta.len())),
+            _ => {}
+        }
+    }
+    found
 }

@@ -69,8 +69,6 @@ pub struct Record {
     pub vmm: Option<ProcessId>,
     /// Whether it came from a template; `None` before it runs.
     pub cloned: Option<bool>,
-    /// `tcg` or `kvm`, once known.
-    pub accelerator: Option<String>,
     /// The guest's machine id.
     #[serde(default)]
     pub machine_id: String,
