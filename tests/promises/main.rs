@@ -1,7 +1,8 @@
 //! Runs every promise on every supported containerd, through the public interfaces only.
 //!
 //! `cargo test -p joey-tests --test promises -- [FILTER…]`; environment: `JOEY_TEST_CONTAINERD` (list of
-//! releases), `JOEY_TEST_HANDLER` (`joey`; `runc` shows that the tests themselves are right). After each
+//! releases), `JOEY_TEST_HANDLER` (`joey`; `runc` shows that the tests themselves are right), `JOEY_TEST_REST`
+//! (set: every test finds a machine in reserve). After each
 //! test the node is searched for leftovers; a leftover fails the test.
 #![allow(clippy::print_stdout)]
 
@@ -155,6 +156,9 @@ enum Outcome {
 
 /// Runs a test and looks for what it left behind; says how it went unless it failed.
 fn once(node: &Node, handler: &str, test: &Test, label: &str) -> Outcome {
+    if std::env::var_os("JOEY_TEST_REST").is_some() {
+        joey_tests::bench::rest(node);
+    }
     let started = Instant::now();
     let before = node.traces();
     let outcome = watched(label, || (test.run)(&Context { node, handler }));

@@ -148,7 +148,10 @@ async fn keep(
         fs::remove_file(&socket)?;
         let target = record::directory(&config.run_dir, &terms.id);
         fs::rename(&directory, &target)
-            .with_context(|| format!("rename {} to {}", directory.display(), target.display()))
+            .with_context(|| format!("rename {} to {}", directory.display(), target.display()))?;
+        // From here on it is the sandbox's: should both sides die now, it is found by this name.
+        let (id, namespace) = (terms.id.clone(), terms.namespace.clone());
+        Ok(Record { id, namespace, ..record.clone() }.write(&target)?)
     });
     let Some((terms, listener)) = claimed.await? else { return Ok(None) };
     std::env::set_current_dir(&terms.bundle)?;
