@@ -176,13 +176,19 @@ fn vmm_is_jailed(ctx: &Context<'_>) -> Result<()> {
     same("mounts", mounts.lines().count(), 1)?;
     ensure!(mounts.contains(" / / ro"), "{mounts}");
     for entry in fs::read_dir(proc.join("fd"))? {
-        let target = fs::read_link(entry?.path())?;
-        let target = target.to_string_lossy().into_owned();
-        let known = ["socket:", "pipe:", "anon_inode:", "/dev/null", "/dev/net/tun", "/dev/kvm"];
-        // Memory, state and images of the template and the node, opened before or handed in.
-        let image = target.contains("/templates/") || target.contains("/images/");
-        let shared = image || target.starts_with("/memory") || target.starts_with("/memfd:");
-        ensure!(shared || known.iter().any(|known| target.starts_with(known)), "open: {target}");
+        let entry = entry?;
+        let target = fs::read_link(entry.path())?.to_string_lossy().into_owned();
+        let info = fs::read_to_string(proc.join("fdinfo").join(entry.file_name()))?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap_or("1");
+        let read_only = !flags.ends_with(['1', '2', '3']);
+        // Files of the node: the template's memory and state and images, and none to write to. A mount
+        // that has been taken away since is shown as "/".
+        let file = target == "/" || target.contains("/templates/") || target.contains("/images/");
+        let file = file && read_only && entry.path().metadata()?.is_file();
+        let others = ["socket:", "pipe:", "anon_inode:", "/dev/null", "/dev/net/tun", "/dev/kvm"];
+        let other =
+            target.starts_with("/memfd:") || others.iter().any(|known| target.starts_with(known));
+        ensure!(file || other, "open: {target} {info}");
     }
     pod.remove()
 }
