@@ -10,6 +10,7 @@ mod calls;
 mod channel;
 mod container;
 mod containers;
+mod device_mapper;
 mod events;
 mod fd_io;
 mod identity;

@@ -17,7 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use joey_protocol::api;
 use serde::{Deserialize, Serialize};
 
-use crate::sys;
+use crate::device_mapper::{self, Verity};
+use crate::{sys, warning};
 
 /// Slots that a template has: /dev/vda to /dev/vdp.
 const DISK_SLOTS: u32 = 16;
@@ -98,6 +99,8 @@ pub(crate) struct Slots {
     users: HashMap<u32, u32>,
     /// Those that have carried a file system before.
     used: HashSet<u32>,
+    /// Those with a device over them.
+    mapped: HashSet<u32>,
 }
 
 /// Devices of slots: /dev/vda is slot 0.
@@ -143,6 +146,10 @@ pub(crate) fn plan(rootfs: &api::Rootfs, memory_bytes: u64) -> Result<RootfsPlan
             return invalid(format!("slot {} cannot be written: not a single ext4", disk.slot));
         }
         let device = device(disk.slot)?;
+        let device = match verity(disk)? {
+            Some(_) => device_mapper::node(disk.slot),
+            None => device,
+        };
         if layers.iter().any(|layer: &LayerDisk| layer.device == device) {
             return invalid(format!("slot {} is named twice", disk.slot));
         }
@@ -153,6 +160,23 @@ pub(crate) fn plan(rootfs: &api::Rootfs, memory_bytes: u64) -> Result<RootfsPlan
         bytes => bytes,
     };
     Ok(RootfsPlan { layers, read_only: rootfs.read_only, writable_bytes })
+}
+
+/// How a disk is checked, if it is.
+fn verity(disk: &api::Disk) -> Result<Option<Verity>, StorageError> {
+    let Some(verity) = disk.verity.as_ref() else { return Ok(None) };
+    let invalid = |problem: String| StorageError::Invalid(format!("slot {}: {problem}", disk.slot));
+    if disk.writable {
+        return Err(invalid("a disk under dm-verity cannot be written".to_owned()));
+    }
+    let root_hash =
+        verity.root_hash.as_slice().try_into().map_err(|_| {
+            invalid(format!("a root hash of {} bytes, not 32", verity.root_hash.len()))
+        })?;
+    if verity.data_blocks == 0 || verity.data_blocks > u64::from(u32::MAX) {
+        return Err(invalid(format!("{} data blocks", verity.data_blocks)));
+    }
+    Ok(Some(Verity { root_hash, data_blocks: verity.data_blocks }))
 }
 
 /// The sandbox's slots.
@@ -181,22 +205,40 @@ impl Drop for SlotClaim {
 }
 
 impl Slots {
-    /// Takes the slots of a root for one container, dropping stale caches of those nobody uses.
+    /// Takes the slots of a root for one container.
     fn take(&mut self, rootfs: &api::Rootfs) -> Result<(), StorageError> {
-        for disk in &rootfs.layers {
-            let device = device(disk.slot)?;
-            match self.users.get(&disk.slot) {
-                Some(_) if disk.writable => {
-                    return Err(StorageError::Busy { slot: disk.slot, device });
-                }
-                None if self.used.contains(&disk.slot) => refresh(disk.slot, &device)?,
-                _ => {}
+        let taken = rootfs.layers.iter().map(|disk| disk.slot);
+        for (index, disk) in rootfs.layers.iter().enumerate() {
+            if let Err(error) = self.take_one(disk) {
+                self.give_back(&taken.take(index).collect::<Vec<_>>());
+                return Err(error);
             }
         }
-        for disk in &rootfs.layers {
-            *self.users.entry(disk.slot).or_default() += 1;
-            self.used.insert(disk.slot);
+        Ok(())
+    }
+
+    /// Takes a slot; its first user drops what is cached of a former disk and maps the new one.
+    fn take_one(&mut self, disk: &api::Disk) -> Result<(), StorageError> {
+        let slot = disk.slot;
+        let device = device(slot)?;
+        match self.users.get_mut(&slot) {
+            Some(_) if disk.writable => return Err(StorageError::Busy { slot, device }),
+            Some(users) => {
+                *users += 1;
+                return Ok(());
+            }
+            None => {}
         }
+        if self.used.contains(&slot) {
+            refresh(slot, &device)?;
+        }
+        if let Some(verity) = verity(disk)? {
+            let made = verity.create(slot, &device);
+            made.map_err(|source| StorageError::Device { slot, device, source })?;
+            self.mapped.insert(slot);
+        }
+        self.users.insert(slot, 1);
+        self.used.insert(slot);
         Ok(())
     }
 
@@ -207,6 +249,11 @@ impl Slots {
                 *users -= 1;
                 if *users == 0 {
                     self.users.remove(slot);
+                    if self.mapped.remove(slot)
+                        && let Err(error) = device_mapper::remove(*slot)
+                    {
+                        warning!("removing the device over disk slot {slot}: {error}");
+                    }
                 }
             }
         }

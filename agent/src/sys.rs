@@ -81,6 +81,19 @@ pub(crate) fn flush_block_device(device: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::ioctl(device.as_raw_fd(), BLK_FLUSH_BUFFERS as _, 0) }).map(drop)
 }
 
+/// A call to the device mapper; `buffer` is a `struct dm_ioctl` and what follows it.
+pub(crate) fn device_mapper(
+    control: BorrowedFd<'_>,
+    request: u8,
+    buffer: &mut [u8],
+) -> io::Result<()> {
+    /// `_IOWR(0xfd, …, struct dm_ioctl)` of 312 bytes.
+    const DEVICE_MAPPER: libc::c_ulong = 3 << 30 | 312 << 16 | 0xfd << 8;
+    let request = DEVICE_MAPPER | libc::c_ulong::from(request);
+    // SAFETY: the buffer is as long as the length within it says, which is all the kernel writes to.
+    check(unsafe { libc::ioctl(control.as_raw_fd(), request as _, buffer.as_mut_ptr()) }).map(drop)
+}
+
 /// Sets a terminal's size, which signals its foreground process group.
 pub(crate) fn set_window_size(pty: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
     let size = libc::winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };

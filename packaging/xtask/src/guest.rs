@@ -24,7 +24,8 @@ const OLDEST: (u32, u32) = (6, 12);
 /// What the agent's static build runs on.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Modules that the guest needs; what they depend on is found.
-const MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "virtio_net", "erofs", "overlay"];
+const MODULES: &[&str] =
+    &["virtio_mmio", "virtio_blk", "virtio_net", "erofs", "overlay", "dm_verity"];
 /// Layout of the image; raised when the agent expects another one.
 const VERSION: u32 = 1;
 

@@ -28,7 +28,10 @@ impl Profile {
 
 /// Builds shim, tool and harness.
 pub fn build(profile: Profile) -> Result<()> {
-    let mut build = command("cargo", &["build", "--quiet", "-p", "joey-shim", "-p", "joey-tests"]);
+    let mut build = command(
+        "cargo",
+        &["build", "--quiet", "-p", "joey-shim", "-p", "joey-snapshotter", "-p", "joey-tests"],
+    );
     build.arg("--bins");
     if profile == Profile::Release {
         build.arg("--release");

@@ -30,8 +30,8 @@ pub(crate) const NAMESPACES: i32 = libc::CLONE_NEWNS
     | libc::CLONE_NEWNET;
 
 const NONE: Option<&CStr> = None;
-/// Open files QEMU may have: its own few, and two per disk.
-const OPEN_FILES: u64 = 256;
+/// Open files QEMU may have: its own few, and one or two for each layer of each disk.
+const OPEN_FILES: u64 = 8192;
 
 /// Who a jailed VMM is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

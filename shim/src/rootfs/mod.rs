@@ -3,13 +3,15 @@
 //! | mount | image |
 //! | --- | --- |
 //! | `erofs`, `ext4` | the file or device itself |
-//! | `overlay`, `bind` directory | an EROFS image of the merged layers, made once per chain and cached |
+//! | `bind` with the option `joey.disk=` | the disk that joey-snapshotter has made ([`described`]) |
+//! | `overlay`, other `bind` directory | an EROFS image of the merged layers, made once per chain and cached |
 //!
 //! Making one is another process's work ([`convert`]): the shim only opens what is there. An image is
 //! in use for as long as somebody holds its shared lock, and is then never evicted.
 
 pub mod cache;
 pub mod convert;
+pub mod described;
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -19,10 +21,12 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use containerd_shim::protos::api::Mount;
+use joey_protocol::api;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest as _, Sha256};
 
 use crate::config::Config;
+use crate::vmm::Disk;
 
 /// Raised when images are made differently: old ones are then made anew.
 const FORMAT: u32 = 1;
@@ -47,11 +51,32 @@ impl FileSystem {
     }
 }
 
+/// dm-verity's parameters for a disk whose hash tree comes right after its data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verity {
+    /// SHA-256 of the tree's root block.
+    pub root_hash: Vec<u8>,
+    /// Blocks of 4096 bytes before the tree.
+    pub data_blocks: u64,
+}
+
+impl From<&Verity> for api::Verity {
+    fn from(verity: &Verity) -> Self {
+        Self {
+            root_hash: verity.root_hash.clone(),
+            data_blocks: verity.data_blocks,
+            ..Self::default()
+        }
+    }
+}
+
 /// An image, opened; cached ones are locked against eviction while this lives.
 #[derive(Debug)]
 pub struct Image {
-    /// The file or block device.
-    pub file: OwnedFd,
+    /// Files or a block device.
+    pub disk: Disk,
+    /// How the guest checks what it reads.
+    pub verity: Option<Verity>,
     /// What is in it.
     pub file_system: FileSystem,
     /// Whether the container may write to it.
@@ -122,6 +147,7 @@ pub async fn prepare(
             "erofs" => open_block(mount, FileSystem::Erofs)?,
             "ext4" => open_block(mount, FileSystem::Ext4)?,
             "overlay" => from_directories(&Chain::of_overlay(mount)?, config).await?,
+            "bind" | "rbind" if described::path(mount).is_some() => described::open(mount)?,
             "bind" | "rbind" => from_directories(&Chain::of_bind(mount), config).await?,
             _ => return Err(refuse(mount, "Joey takes overlay, bind, erofs and ext4")),
         });
@@ -150,7 +176,8 @@ fn open_block(mount: &Mount, file_system: FileSystem) -> Result<Image, RootfsErr
         return Err(refuse(mount, "not a file or block device"));
     }
     let key = format!("{}:{}:{}", meta.dev(), meta.ino(), meta.rdev());
-    Ok(Image { file: file.into(), file_system, writable: !read_only, key, lock: None })
+    let disk = Disk::from(OwnedFd::from(file));
+    Ok(Image { disk, verity: None, file_system, writable: !read_only, key, lock: None })
 }
 
 /// Directories that together are a root, the top one first.
@@ -228,7 +255,9 @@ async fn from_directories(chain: &Chain, config: &Config) -> Result<Image, Rootf
                 std::fs::remove_file(&path).map_err(io_error("remove", &path))?;
             }
             let file_system = FileSystem::Erofs;
-            return Ok(Image { file, file_system, writable: false, key, lock: Some(lock) });
+            let disk = Disk::from(file);
+            let lock = Some(lock);
+            return Ok(Image { disk, verity: None, file_system, writable: false, key, lock });
         }
         convert_beside(&path, chain, config).await?;
     }

@@ -121,6 +121,7 @@ impl Handle {
         let mut rootfs = api::Rootfs { read_only: plan.read_only_root, ..Default::default() };
         for image in images {
             let (file_system, writable) = (image.file_system, image.writable);
+            let verity = image.verity.as_ref().map(api::Verity::from);
             let slot =
                 guest.disks.attach(guest.vm.as_ref(), image).await.map_err(|error| {
                     SandboxError::host(id, "attach the root file system", error)
@@ -130,6 +131,7 @@ impl Handle {
                 slot,
                 file_system: file_system.name().to_owned(),
                 writable,
+                verity: verity.into(),
                 ..Default::default()
             });
         }

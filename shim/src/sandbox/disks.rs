@@ -23,9 +23,6 @@ pub enum DiskError {
     /// The VMM refuses.
     #[error(transparent)]
     Vmm(#[from] VmmError),
-    /// The image's descriptor cannot be copied.
-    #[error("duplicate the image's descriptor: {0}")]
-    Descriptor(#[from] std::io::Error),
 }
 
 #[derive(Debug)]
@@ -59,7 +56,7 @@ impl Disks {
                 |slot: &u32| slot_is_writable(*slot) == image.writable && !used.contains_key(slot);
             (0..SLOTS).find(free).ok_or(DiskError::Full)?
         };
-        vm.attach_disk(slot, image.file.try_clone()?, !image.writable).await?;
+        vm.attach_disk(slot, &image.disk, !image.writable).await?;
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         used.insert(slot, Used { key: image.key.clone(), users: 1, _image: image });
         Ok(slot)

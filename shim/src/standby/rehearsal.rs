@@ -2,6 +2,7 @@
 //! pod takes. Nothing of it is left.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -28,7 +29,8 @@ pub(super) async fn rehearse(guest: &Guest, events: &mut Events, guest_dir: &Pat
     let path = guest_dir.join("rehearsal");
     let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
     let image = Image {
-        file: file.into(),
+        disk: OwnedFd::from(file).into(),
+        verity: None,
         file_system: FileSystem::Erofs,
         writable: false,
         key: REHEARSAL.to_owned(),

@@ -1,6 +1,7 @@
 //! A scriptable double of a machine, for tests of what is built on top.
 
 use std::collections::BTreeMap;
+#[cfg(test)]
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,7 +9,7 @@ use futures::future::BoxFuture;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::{Vm, VmmError};
+use super::{Disk, Vm, VmmError};
 
 /// What happened to a [`FakeVm`], and what it shall answer.
 #[derive(Debug, Default)]
@@ -74,12 +75,12 @@ impl Vm for FakeVm {
         channel.ok_or_else(|| VmmError::ChannelTaken("fake".to_owned()))
     }
 
-    fn attach_disk(
-        &self,
+    fn attach_disk<'a>(
+        &'a self,
         slot: u32,
-        _disk: OwnedFd,
+        _disk: &'a Disk,
         read_only: bool,
-    ) -> BoxFuture<'_, Result<(), VmmError>> {
+    ) -> BoxFuture<'a, Result<(), VmmError>> {
         self.note(format!("attach {slot}"));
         let mut script = self.lock();
         let result = match script.refuse {
@@ -132,10 +133,10 @@ mod tests {
     #[tokio::test]
     async fn remembers_and_refuses() {
         let (vm, _guest) = FakeVm::new().unwrap();
-        let file = || std::fs::File::open("/dev/null").unwrap().into();
-        vm.attach_disk(0, file(), true).await.unwrap();
+        let disk = Disk::from(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
+        vm.attach_disk(0, &disk, true).await.unwrap();
         vm.refuse_disks("no");
-        assert!(vm.attach_disk(1, file(), true).await.is_err());
+        assert!(vm.attach_disk(1, &disk, true).await.is_err());
         vm.kill();
         assert_eq!(vm.exited().await, "killed");
         assert_eq!(vm.calls(), ["attach 0", "attach 1", "kill"]);

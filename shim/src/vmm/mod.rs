@@ -80,6 +80,32 @@ pub struct Started {
     pub phases: Phases,
 }
 
+/// What a disk consists of, one after the other.
+#[derive(Debug)]
+pub struct Disk {
+    /// Files and block devices, open.
+    pub files: Vec<OwnedFd>,
+    /// Parts of the files that make up the disk; none: the only file as it is.
+    pub extents: Vec<Extent>,
+}
+
+/// Bytes of a file, as part of a disk. All numbers are multiples of 512.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Index of the file.
+    pub file: usize,
+    /// First byte within the file.
+    pub offset: u64,
+    /// How many bytes.
+    pub length: u64,
+}
+
+impl From<OwnedFd> for Disk {
+    fn from(file: OwnedFd) -> Self {
+        Self { files: vec![file], extents: Vec::new() }
+    }
+}
+
 /// What the sandbox may do with its machine. Dropping it ends the machine.
 pub trait Vm: Send + Sync {
     /// The VMM's process.
@@ -88,12 +114,12 @@ pub trait Vm: Send + Sync {
     fn take_channel(&self) -> Result<UnixStream, VmmError>;
     /// Puts a disk into a slot: read-only disks into the first, writable into the last slots
     /// ([`qemu::args::slot_is_writable`]).
-    fn attach_disk(
-        &self,
+    fn attach_disk<'a>(
+        &'a self,
         slot: u32,
-        disk: OwnedFd,
+        disk: &'a Disk,
         read_only: bool,
-    ) -> BoxFuture<'_, Result<(), VmmError>>;
+    ) -> BoxFuture<'a, Result<(), VmmError>>;
     /// Empties a slot; succeeds if it is empty.
     fn detach_disk(&self, slot: u32) -> BoxFuture<'_, Result<(), VmmError>>;
     /// Stops the processors.

@@ -60,6 +60,7 @@ stream_server_port = "0"
 disable_tcp_service = false
 "#
     );
+    let snapshotter = snapshotter(version, &dir.to_string());
     match version {
         Version::V1_7 => {
             let cri = r#"plugins."io.containerd.grpc.v1.cri""#;
@@ -68,7 +69,7 @@ disable_tcp_service = false
                  [{cri}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{dir}/cni\"\n\
                  [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n{}",
                 runtimes(&format!("{cri}.containerd.runtimes"), version, &dir.to_string())
-            )
+            ) + &snapshotter
         }
         Version::V2_1 => {
             let cri = r#"plugins."io.containerd.cri.v1.runtime""#;
@@ -79,9 +80,36 @@ disable_tcp_service = false
                  [{cri}.cni]\nbin_dirs = [\"/usr/lib/cni\"]\nconf_dir = \"{dir}/cni\"\n\
                  [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n{}",
                 runtimes(&format!("{cri}.containerd.runtimes"), version, &dir.to_string())
-            )
+            ) + &snapshotter
         }
     }
+}
+
+/// joey-snapshotter beside containerd's own: for what asks for it by name.
+fn snapshotter(version: Version, dir: &str) -> String {
+    let mut text = format!(
+        r#"
+[proxy_plugins.joey]
+type = "snapshot"
+address = "{dir}/s.sock"
+exports = {{ root = "{dir}/snapshots" }}
+[proxy_plugins.joey-diff]
+type = "diff"
+address = "{dir}/s.sock"
+[plugins."io.containerd.service.v1.diff-service"]
+default = ["joey-diff", "walking"]
+"#
+    );
+    if version == Version::V2_1 {
+        for (snapshotter, differ) in [("overlayfs", "walking"), ("joey", "joey-diff")] {
+            text += &format!(
+                "[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n\
+                 platform = \"linux/amd64\"\nsnapshotter = \"{snapshotter}\"\n\
+                 differ = \"{differ}\"\n"
+            );
+        }
+    }
+    text
 }
 
 fn runtimes(section: &str, version: Version, dir: &str) -> String {
@@ -95,7 +123,9 @@ fn runtimes(section: &str, version: Version, dir: &str) -> String {
     };
     // With a sandboxer of its own containerd 2.1 takes every runtime's options for runc's: there the
     // configuration comes by JOEY_CONFIG alone.
-    let options = format!("[{section}.joey.options]\nConfigPath = \"{dir}/joey.toml\"\n");
+    let options = format!(
+        "snapshotter = \"joey\"\n[{section}.joey.options]\nConfigPath = \"{dir}/joey.toml\"\n"
+    );
     let mut text = format!("[{section}.runc]\nruntime_type = \"io.containerd.runc.v2\"\n");
     text += &joey("joey", &options);
     if version == Version::V2_1 {

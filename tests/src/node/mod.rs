@@ -35,6 +35,7 @@ pub struct Node {
     holder: u32,
     holder_child: Mutex<Option<Child>>,
     containerd: Mutex<Option<Child>>,
+    snapshotter: Mutex<Option<Child>>,
 }
 
 /// How a node is started.
@@ -72,8 +73,10 @@ impl Node {
             holder: child.id(),
             holder_child: Mutex::new(Some(child)),
             containerd: Mutex::new(None),
+            snapshotter: Mutex::new(None),
             dir,
         };
+        node.start_snapshotter()?;
         node.start_containerd()?;
         for archive in image::standard(&node.dir.join("images"), config::PAUSE)? {
             node.import(&archive)?;
@@ -95,6 +98,7 @@ impl Node {
             holder,
             holder_child: Mutex::new(None),
             containerd: Mutex::new(None),
+            snapshotter: Mutex::new(None),
             dir,
         })
     }
@@ -118,6 +122,40 @@ impl Node {
     pub fn cgroup(&self) -> String {
         let name = self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         format!("/joey-node-{name}")
+    }
+
+    /// Starts joey-snapshotter (again) and waits until it serves.
+    pub fn start_snapshotter(&self) -> Result<()> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("snapshotter.log"))
+            .context("open the snapshotter's log")?;
+        let socket = self.dir.join("s.sock");
+        let mut command = Command::new(paths::binaries().join("joey-snapshotter"));
+        command
+            .args(["--config", "/dev/null", "--socket"])
+            .arg(&socket)
+            .arg("--root")
+            .arg(self.dir.join("snapshots"))
+            .arg("--containerd")
+            .arg(self.socket())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let mut child = holder::spawn_inside(self.holder, command)?;
+        fs::write(self.dir.join("snapshotter"), child.id().to_string())?;
+        cgroups::count_cpu(&format!("{}/system", self.cgroup()), child.id())?;
+        let end = Instant::now() + Duration::from_secs(10);
+        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+            if child.try_wait()?.is_some() || Instant::now() > end {
+                let text = fs::read_to_string(self.dir.join("snapshotter.log"));
+                bail!("joey-snapshotter did not come up: {}", text.unwrap_or_default());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        *lock(&self.snapshotter) = Some(child);
+        Ok(())
     }
 
     /// Starts containerd (again) and waits until it serves the runtime interface.
@@ -282,8 +320,13 @@ impl Node {
         {
             crate::process::kill(pid)?;
         }
-        if let Some(mut child) = lock(&self.containerd).take() {
-            child.wait()?;
+        if let Ok(pid) = fs::read_to_string(self.dir.join("snapshotter")) {
+            crate::process::terminate(pid.trim().parse()?, Duration::from_secs(10))?;
+        }
+        for child in [&self.containerd, &self.snapshotter] {
+            if let Some(mut child) = lock(child).take() {
+                child.wait()?;
+            }
         }
         let end = Instant::now() + Duration::from_secs(5);
         while !traces::processes(self.holder).is_empty() && Instant::now() < end {

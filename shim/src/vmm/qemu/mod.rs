@@ -5,14 +5,16 @@ pub mod qmp;
 mod spawn;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex as SyncMutex;
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
@@ -27,7 +29,7 @@ use self::args::{DISK_SLOTS, slot_is_writable};
 use self::qmp::{Qmp, QmpError};
 pub(crate) use self::spawn::Launch;
 use super::error::VmmError;
-use super::{Phases, Vm};
+use super::{Disk, Phases, Vm};
 
 /// The oldest QEMU with `file:` migration and private mappings of read-only memory files.
 pub const OLDEST: (u32, u32) = (8, 2);
@@ -194,7 +196,7 @@ impl QemuVm {
         self.qmp.lock().await.execute("blockdev-reopen", node).await.map(drop)
     }
 
-    async fn attach(&self, slot: u32, disk: OwnedFd) -> Result<(), VmmError> {
+    async fn attach(&self, slot: u32, disk: &Disk) -> Result<(), VmmError> {
         let mut attached = self.attached.lock().await;
         if attached.contains_key(&slot) {
             return Err(VmmError::Slot { slot, reason: "already has a disk" });
@@ -203,15 +205,12 @@ impl QemuVm {
         let read_only = !slot_is_writable(slot);
         {
             let mut qmp = self.qmp.lock().await;
-            let set = json!({"fdset-id": 100 + slot});
-            qmp.execute_with("add-fd", set, Some(disk.as_fd())).await?;
-            let file = json!({
-                "driver": "file", "node-name": node, "read-only": read_only,
-                "filename": format!("/dev/fdset/{}", 100 + slot), "locking": "off",
-            });
-            let added = qmp.execute("blockdev-add", file).await;
-            // The block node holds its own duplicate.
-            let _ = qmp.execute("remove-fd", json!({"fdset-id": 100 + slot})).await;
+            let mut sets = Vec::with_capacity(disk.files.len() + 1);
+            let added = add_node(&mut qmp, slot, &node, disk, read_only, &mut sets).await;
+            // The block nodes hold their own duplicates.
+            for set in sets {
+                let _ = qmp.execute("remove-fd", json!({"fdset-id": set})).await;
+            }
             added?;
         }
         if let Err(error) = self.swap(slot, &node).await {
@@ -242,6 +241,85 @@ impl QemuVm {
         self.qmp.lock().await.execute(name, json!({})).await?;
         Ok(())
     }
+}
+
+/// Adds the block node of a disk; `sets` takes the descriptor sets made for it.
+///
+/// Several extents are a flat VMDK image (VMware's "Virtual Disk Format 5.0"): its text names them, and
+/// QEMU needs nothing else to show them as one.
+async fn add_node(
+    qmp: &mut Qmp,
+    slot: u32,
+    node: &str,
+    disk: &Disk,
+    read_only: bool,
+    sets: &mut Vec<u32>,
+) -> Result<(), VmmError> {
+    for file in &disk.files {
+        add_file(qmp, slot, sets, file.as_fd()).await?;
+    }
+    let options = if disk.extents.is_empty() {
+        let filename = format!("/dev/fdset/{}", fdset(slot, 0));
+        json!({
+            "driver": "file", "node-name": node, "read-only": read_only,
+            "filename": filename, "locking": "off",
+        })
+    } else {
+        let number = u32::try_from(disk.files.len()).unwrap_or(SETS);
+        let text = memory_file(&flat_image(slot, disk))
+            .map_err(VmmError::io(format!("describe the disk of slot {slot}")))?;
+        add_file(qmp, slot, sets, text.as_fd()).await?;
+        let filename = format!("/dev/fdset/{}", fdset(slot, number));
+        json!({
+            "driver": "vmdk", "node-name": node, "read-only": read_only,
+            "file": {"driver": "file", "filename": filename, "locking": "off"},
+        })
+    };
+    qmp.execute("blockdev-add", options).await?;
+    Ok(())
+}
+
+async fn add_file(
+    qmp: &mut Qmp,
+    slot: u32,
+    sets: &mut Vec<u32>,
+    file: BorrowedFd<'_>,
+) -> Result<(), VmmError> {
+    let number = u32::try_from(sets.len()).unwrap_or(SETS);
+    if number >= SETS {
+        return Err(VmmError::Slot { slot, reason: "the disk consists of too many files" });
+    }
+    let set = fdset(slot, number);
+    qmp.execute_with("add-fd", json!({"fdset-id": set}), Some(file)).await?;
+    sets.push(set);
+    Ok(())
+}
+
+/// A file without a name, opened read-only: QEMU takes a descriptor only with the access it asks for.
+fn memory_file(text: &str) -> std::io::Result<File> {
+    let mut file = File::from(memfd_create(c"disk", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(text.as_bytes())?;
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Descriptor sets of one slot.
+const SETS: u32 = 1000;
+
+fn fdset(slot: u32, number: u32) -> u32 {
+    SETS * (slot + 1) + number
+}
+
+/// The description's text. QEMU reads an extent that comes after an empty line twice: there is none.
+fn flat_image(slot: u32, disk: &Disk) -> String {
+    let mut text = "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n\
+                    createType=\"monolithicFlat\"\n# Extents\n"
+        .to_owned();
+    for extent in &disk.extents {
+        let set = fdset(slot, u32::try_from(extent.file).unwrap_or(SETS));
+        let (sectors, first) = (extent.length / 512, extent.offset / 512);
+        text += &format!("RW {sectors} FLAT \"/dev/fdset/{set}\" {first}\n");
+    }
+    text + "\nddb.adapterType = \"ide\"\n"
 }
 
 /// Waits for the end of a migration, in or out.
@@ -294,12 +372,12 @@ impl Vm for QemuVm {
         channel.take().ok_or_else(|| VmmError::ChannelTaken(self.id.clone()))
     }
 
-    fn attach_disk(
-        &self,
+    fn attach_disk<'a>(
+        &'a self,
         slot: u32,
-        disk: OwnedFd,
+        disk: &'a Disk,
         read_only: bool,
-    ) -> BoxFuture<'_, Result<(), VmmError>> {
+    ) -> BoxFuture<'a, Result<(), VmmError>> {
         Box::pin(async move {
             check_slot(slot, read_only)?;
             self.attach(slot, disk).await
@@ -388,7 +466,7 @@ pub(crate) fn kernel_stub(kernel: &Path) -> Result<Vec<u8>, VmmError> {
     use std::io::Read;
     let path: PathBuf = kernel.to_owned();
     let mut stub = Vec::new();
-    fs::File::open(kernel)
+    File::open(kernel)
         .and_then(|file| file.take(64 * 1024).read_to_end(&mut stub))
         .map_err(|source| VmmError::Guest { path, source })?;
     Ok(stub)

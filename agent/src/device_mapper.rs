@@ -1,0 +1,132 @@
+//! Devices of the kernel's device mapper, by its control device (`linux/dm-ioctl.h`, interface 4).
+//!
+//! A device `dm-N` is made over disk slot N and is opened where the disk would be. There is no udev:
+//! the kernel makes the node itself.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+
+use crate::sys;
+
+const CONTROL: &str = "/dev/mapper/control";
+/// Version of the interface, of which only the first number has to fit.
+const VERSION: [u32; 3] = [4, 0, 0];
+/// Bytes of `struct dm_ioctl`.
+const HEADER: usize = 312;
+/// Bytes of `struct dm_target_spec`.
+const TARGET: usize = 40;
+/// Room for a target's parameters.
+const PARAMETERS: usize = 512;
+
+const DEV_CREATE: u8 = 3;
+const DEV_REMOVE: u8 = 4;
+const DEV_SUSPEND: u8 = 6;
+const TABLE_LOAD: u8 = 9;
+
+const READ_ONLY: u32 = 1 << 0;
+/// The device's number is the caller's choice.
+const PERSISTENT_DEV: u32 = 1 << 3;
+/// Removed as soon as nobody has it open.
+const DEFERRED_REMOVE: u32 = 1 << 17;
+
+/// dm-verity's parameters for a disk whose hash tree comes right after its data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Verity {
+    /// SHA-256 of the tree's root block.
+    pub(crate) root_hash: [u8; 32],
+    /// Blocks of 4096 bytes before the tree.
+    pub(crate) data_blocks: u64,
+}
+
+/// The node of the device over this slot.
+pub(crate) fn node(slot: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/dm-{slot}"))
+}
+
+fn name(slot: u32) -> String {
+    format!("slot{slot}")
+}
+
+/// One call: the header, and for a table the target behind it.
+fn call(control: &File, request: u8, slot: u32, flags: u32, target: &[u8]) -> io::Result<()> {
+    let mut buffer = Vec::with_capacity(HEADER + target.len());
+    for number in VERSION {
+        buffer.extend_from_slice(&number.to_ne_bytes());
+    }
+    let size = u32::try_from(HEADER + target.len()).unwrap_or(u32::MAX);
+    let start = u32::try_from(HEADER).unwrap_or(u32::MAX);
+    // data_size, data_start, target_count, open_count, flags, event_nr, padding
+    for number in [size, start, u32::from(!target.is_empty()), 0, flags, 0, 0] {
+        buffer.extend_from_slice(&number.to_ne_bytes());
+    }
+    let device = if flags & PERSISTENT_DEV == 0 { 0 } else { u64::from(slot) };
+    buffer.extend_from_slice(&device.to_ne_bytes());
+    buffer.extend_from_slice(name(slot).as_bytes());
+    buffer.resize(HEADER, 0);
+    buffer.extend_from_slice(target);
+    sys::device_mapper(control.as_fd(), request, &mut buffer)
+}
+
+/// `struct dm_target_spec` and its parameters, for a device of one target.
+fn target(kind: &str, sectors: u64, parameters: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(TARGET + PARAMETERS);
+    bytes.extend_from_slice(&0_u64.to_ne_bytes());
+    bytes.extend_from_slice(&sectors.to_ne_bytes());
+    bytes.extend_from_slice(&[0; 8]);
+    bytes.extend_from_slice(kind.as_bytes());
+    bytes.resize(TARGET, 0);
+    bytes.extend_from_slice(parameters.as_bytes());
+    bytes.push(0);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    bytes
+}
+
+impl Verity {
+    /// `Documentation/admin-guide/device-mapper/verity.rst`: version, data device, hash device, their
+    /// block sizes, data blocks, the tree's first block, algorithm, root, no salt.
+    fn parameters(&self, disk: &Path) -> String {
+        let (disk, blocks) = (disk.display(), self.data_blocks);
+        let root: String = self.root_hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("1 {disk} {disk} 4096 4096 {blocks} {blocks} sha256 {root} -")
+    }
+
+    /// Makes the device over `disk`, which is in `slot`.
+    pub(crate) fn create(&self, slot: u32, disk: &Path) -> io::Result<()> {
+        let control = OpenOptions::new().read(true).write(true).open(CONTROL)?;
+        call(&control, DEV_CREATE, slot, PERSISTENT_DEV, &[])?;
+        let sectors = self.data_blocks.saturating_mul(8);
+        let table = target("verity", sectors, &self.parameters(disk));
+        let made = call(&control, TABLE_LOAD, slot, READ_ONLY, &table)
+            // Resumes, which puts the table into use.
+            .and_then(|()| call(&control, DEV_SUSPEND, slot, READ_ONLY, &[]));
+        if made.is_err() {
+            let _ = call(&control, DEV_REMOVE, slot, 0, &[]);
+        }
+        made
+    }
+}
+
+/// Removes the device over `slot`, at once or when its last user is gone.
+pub(crate) fn remove(slot: u32) -> io::Result<()> {
+    let control = OpenOptions::new().read(true).write(true).open(CONTROL)?;
+    call(&control, DEV_REMOVE, slot, DEFERRED_REMOVE, &[])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_as_the_kernel_reads_them() {
+        let verity = Verity { root_hash: [0xab; 32], data_blocks: 128 };
+        let text = verity.parameters(Path::new("/dev/vda"));
+        let root = "ab".repeat(32);
+        assert_eq!(text, format!("1 /dev/vda /dev/vda 4096 4096 128 128 sha256 {root} -"));
+        let table = target("verity", 1024, &text);
+        assert_eq!(table.len() % 8, 0);
+        assert_eq!(table.get(24..31), Some(&b"verity\0"[..]));
+        assert_eq!(table.get(TARGET..TARGET + text.len()), Some(text.as_bytes()));
+    }
+}

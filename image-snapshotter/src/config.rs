@@ -1,0 +1,53 @@
+//! The snapshotter's configuration: a TOML file whose unknown keys are refused.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// Where the configuration is unless the command line says otherwise.
+pub const DEFAULT: &str = "/etc/joey/snapshotter.toml";
+
+/// Settings; each has a default.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Folder of the store. It must be on one file system.
+    pub root: PathBuf,
+    /// Unix socket for containerd.
+    pub socket: PathBuf,
+    /// containerd's own socket, from which layers are read.
+    pub containerd: PathBuf,
+    /// Most bytes that the files of one layer may have together, holes included, and that its stream
+    /// may have when it is decompressed.
+    pub max_layer_bytes: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/joey-snapshotter".into(),
+            socket: "/run/joey/snapshotter.sock".into(),
+            containerd: "/run/containerd/containerd.sock".into(),
+            max_layer_bytes: 64 << 30,
+        }
+    }
+}
+
+impl Config {
+    /// Reads `path`, or the default one, which may be missing.
+    ///
+    /// # Errors
+    /// The file cannot be read, or says what is not understood; the message names it.
+    pub fn load(path: Option<&Path>) -> Result<Self, String> {
+        let file = path.unwrap_or(Path::new(DEFAULT));
+        match std::fs::read_to_string(file) {
+            Ok(text) => {
+                toml::from_str(&text).map_err(|error| format!("{}: {error}", file.display()))
+            }
+            Err(error) if path.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            Err(error) => Err(format!("{}: {error}", file.display())),
+        }
+    }
+}

@@ -1,0 +1,570 @@
+//! Reads a layer's tar stream: ustar, pax (POSIX.1-2001) and the GNU extensions for long names,
+//! large numbers and sparse files, which is what image builders write.
+//!
+//! The stream is an attacker's: every length is checked before anything is made of it, and errors
+//! name the entry. Content is handed out as a reader, never held.
+
+use std::io::{self, Read};
+
+const BLOCK: usize = 512;
+/// Longest path or link target; Linux takes no longer ones (PATH_MAX).
+const MAX_NAME: u64 = 4096;
+/// Most bytes of one extended header: names, times and extended attributes of one file.
+const MAX_HEADER: u64 = 1 << 20;
+/// Most segments of a sparse file.
+const MAX_SEGMENTS: usize = 1 << 16;
+
+/// Why a stream is not a layer.
+#[derive(Debug, thiserror::Error)]
+pub enum TarError {
+    /// The stream ended or failed.
+    #[error("after entry {after:?}: {source}")]
+    Read {
+        /// The last entry seen.
+        after: String,
+        /// What happened.
+        source: io::Error,
+    },
+    /// A header that cannot be right.
+    #[error("entry {entry:?}: {problem}")]
+    Entry {
+        /// Its name as far as known.
+        entry: String,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// What an entry is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// A file with content.
+    Regular,
+    /// Another name of the file of this path.
+    HardLink(Vec<u8>),
+    /// A symbolic link to this target.
+    Symlink(Vec<u8>),
+    /// A character device.
+    Char(u32, u32),
+    /// A block device.
+    Block(u32, u32),
+    /// A directory.
+    Directory,
+    /// A named pipe.
+    Fifo,
+}
+
+/// One entry's header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    /// As written, not yet cleaned.
+    pub path: Vec<u8>,
+    /// What it is.
+    pub kind: Kind,
+    /// Permission bits.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Modification time, seconds since 1970 and nanoseconds.
+    pub mtime: (i64, u32),
+    /// Extended attributes with their full names.
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Size of the content as a reader sees it.
+    pub size: u64,
+}
+
+/// A stream of entries.
+#[derive(Debug)]
+pub struct Archive<R> {
+    input: R,
+    /// Bytes of the current entry's content and padding not yet read.
+    left: u64,
+    padding: u64,
+    /// Parts of a sparse file with content: offset and length; the last ends the file.
+    sparse: Option<Sparse>,
+    after: String,
+}
+
+#[derive(Debug, Default)]
+struct Sparse {
+    segments: std::collections::VecDeque<(u64, u64)>,
+    position: u64,
+    size: u64,
+}
+
+/// What extended headers said of the next entry.
+#[derive(Debug, Default)]
+struct Extended {
+    path: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+    size: Option<u64>,
+    uid: Option<u32>,
+    gid: Option<u32>,
+    mtime: Option<(i64, u32)>,
+    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    sparse: PaxSparse,
+}
+
+/// GNU's sparse files in pax headers, versions 0.0, 0.1 and 1.0.
+#[derive(Debug, Default)]
+struct PaxSparse {
+    major: Option<u64>,
+    size: Option<u64>,
+    name: Option<Vec<u8>>,
+    map: Vec<u64>,
+}
+
+/// Text of a path for people.
+pub fn shown(path: &[u8]) -> String {
+    String::from_utf8_lossy(path).into_owned()
+}
+
+fn bad(entry: &[u8], problem: impl Into<String>) -> TarError {
+    TarError::Entry { entry: shown(entry), problem: problem.into() }
+}
+
+impl<R: Read> Archive<R> {
+    /// Reads from `input`.
+    pub fn new(input: R) -> Self {
+        Self { input, left: 0, padding: 0, sparse: None, after: String::new() }
+    }
+
+    fn failed(&self, source: io::Error) -> TarError {
+        TarError::Read { after: self.after.clone(), source }
+    }
+
+    fn block(&mut self) -> Result<Option<[u8; BLOCK]>, TarError> {
+        let mut block = [0; BLOCK];
+        let mut filled = 0;
+        while filled < BLOCK {
+            let Some(rest) = block.get_mut(filled..) else { break };
+            match self.input.read(rest) {
+                Ok(0) if filled == 0 => return Ok(None),
+                Ok(0) => return Err(self.failed(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed(error)),
+            }
+        }
+        Ok(Some(block))
+    }
+
+    /// Skips what is left of the current entry.
+    fn skip(&mut self) -> Result<(), TarError> {
+        let skip = self.left + self.padding;
+        let copied = io::copy(&mut (&mut self.input).take(skip), &mut io::sink());
+        let copied = copied.map_err(|error| self.failed(error))?;
+        if copied < skip {
+            return Err(self.failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        (self.left, self.padding, self.sparse) = (0, 0, None);
+        Ok(())
+    }
+
+    /// The next entry; its content is what [`Read`] then gives.
+    ///
+    /// # Errors
+    /// The stream ends amidst an entry, or a header contradicts itself.
+    pub fn next_entry(&mut self) -> Result<Option<Header>, TarError> {
+        self.skip()?;
+        let mut extended = Extended::default();
+        loop {
+            // A missing end mark is common; a stream that ends amidst a block is cut.
+            let Some(block) = self.block()? else { return Ok(None) };
+            if block.iter().all(|byte| *byte == 0) {
+                return Ok(None);
+            }
+            let raw = Raw(&block);
+            raw.check()?;
+            let size = raw.number(124, 12, "size")?;
+            match raw.kind() {
+                b'x' => extended.pax(&self.content(raw.name(), size, MAX_HEADER)?, &raw.name())?,
+                // For all that follow: comments in practice (git's commit id).
+                b'g' => drop(self.content(raw.name(), size, MAX_HEADER)?),
+                b'L' => extended.path = Some(self.long_name(raw.name(), size)?),
+                b'K' => extended.link = Some(self.long_name(raw.name(), size)?),
+                _ => return self.entry(&raw, size, extended).map(Some),
+            }
+        }
+    }
+
+    fn long_name(&mut self, entry: Vec<u8>, size: u64) -> Result<Vec<u8>, TarError> {
+        let mut name = self.content(entry, size, MAX_NAME + 1)?;
+        name.truncate(name.iter().position(|byte| *byte == 0).unwrap_or(name.len()));
+        Ok(name)
+    }
+
+    fn content(&mut self, entry: Vec<u8>, size: u64, most: u64) -> Result<Vec<u8>, TarError> {
+        if size > most {
+            let problem = format!("its extended header has {size} bytes, more than {most}");
+            return Err(bad(&entry, problem));
+        }
+        (self.left, self.padding) = (size, padding(size));
+        let mut content = Vec::new();
+        let read = (&mut self.input).take(size).read_to_end(&mut content);
+        let read = read.map_err(|error| self.failed(error))?;
+        if (read as u64) < size {
+            return Err(self.failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        self.left = 0;
+        self.skip()?;
+        Ok(content)
+    }
+
+    fn entry(
+        &mut self,
+        raw: &Raw<'_>,
+        size: u64,
+        mut extended: Extended,
+    ) -> Result<Header, TarError> {
+        let named = extended.path.take().unwrap_or_else(|| raw.name());
+        let path = extended.sparse.name.take().unwrap_or(named);
+        let stored = extended.size.unwrap_or(size);
+        let link = extended.link.take().unwrap_or_else(|| raw.text(157, 100));
+        if [path.len(), link.len()].iter().any(|length| *length as u64 > MAX_NAME) {
+            return Err(bad(&path, format!("a name of more than {MAX_NAME} bytes")));
+        }
+        if path.contains(&0) || link.contains(&0) {
+            return Err(bad(&path, "a name with a NUL byte"));
+        }
+        let device = || -> Result<(u32, u32), TarError> {
+            let number = |at, what| {
+                let value = raw.number(at, 8, what)?;
+                u32::try_from(value).map_err(|_| bad(&path, format!("{what} {value}")))
+            };
+            Ok((number(329, "major number")?, number(337, "minor number")?))
+        };
+        let kind = match raw.kind() {
+            // Old archives mark directories by the slash only.
+            0 | b'0' if path.ends_with(b"/") => Kind::Directory,
+            0 | b'0' | b'7' | b'S' => Kind::Regular,
+            b'1' => Kind::HardLink(link),
+            b'2' => Kind::Symlink(link),
+            b'3' => device().map(|(major, minor)| Kind::Char(major, minor))?,
+            b'4' => device().map(|(major, minor)| Kind::Block(major, minor))?,
+            b'5' => Kind::Directory,
+            b'6' => Kind::Fifo,
+            other => {
+                return Err(bad(&path, format!("unknown type {:?}", char::from(other))));
+            }
+        };
+        self.after = shown(&path);
+        let content = matches!(kind, Kind::Regular);
+        // pax(1): the size of a link is of no meaning, and nothing follows it.
+        (self.left, self.padding) = if content { (stored, padding(stored)) } else { (0, 0) };
+        if !content && stored > 0 && raw.kind() != b'1' {
+            (self.left, self.padding) = (stored, padding(stored));
+        }
+        let mut visible = if content { stored } else { 0 };
+        if raw.kind() == b'S' {
+            visible = raw.number(483, 12, "real size")?;
+            let segments = self.old_sparse(raw, &path)?;
+            self.begin_sparse(&path, segments, visible)?;
+        } else if let (true, Some(real)) = (content, extended.sparse.size) {
+            visible = real;
+            let map = match extended.sparse.major {
+                Some(1) => self.sparse_map(&path)?,
+                _ => std::mem::take(&mut extended.sparse.map),
+            };
+            let pairs = map.chunks_exact(2).map(|pair| match pair {
+                [offset, length] => (*offset, *length),
+                _ => (0, 0),
+            });
+            self.begin_sparse(&path, pairs.collect(), real)?;
+        }
+        let id = |given: Option<u32>, at, what| match given {
+            Some(id) => Ok(id),
+            None => {
+                let value = raw.number(at, 8, what)?;
+                u32::try_from(value).map_err(|_| bad(&path, format!("{what} {value}")))
+            }
+        };
+        let mtime = match extended.mtime {
+            Some(time) => time,
+            None => (raw.signed(136, 12, "mtime")?, 0),
+        };
+        Ok(Header {
+            kind,
+            mode: u16::try_from(raw.number(100, 8, "mode")? & 0o7777).unwrap_or(0),
+            uid: id(extended.uid, 108, "uid")?,
+            gid: id(extended.gid, 116, "gid")?,
+            mtime,
+            xattrs: extended.xattrs,
+            size: visible,
+            path,
+        })
+    }
+
+    /// The map of GNU's own format: four segments in the header, more in blocks that follow.
+    fn old_sparse(&mut self, raw: &Raw<'_>, path: &[u8]) -> Result<Vec<(u64, u64)>, TarError> {
+        let mut segments = Vec::new();
+        let read = |raw: &Raw<'_>, at: usize, count, segments: &mut Vec<(u64, u64)>| {
+            for index in 0..count {
+                let at = at + index * 24;
+                if raw.0.get(at).is_none_or(|first| *first == 0) {
+                    break;
+                }
+                let offset = raw.number(at, 12, "sparse offset")?;
+                segments.push((offset, raw.number(at + 12, 12, "sparse length")?));
+            }
+            Ok::<_, TarError>(())
+        };
+        read(raw, 386, 4, &mut segments)?;
+        let mut more = raw.0.get(482).is_some_and(|flag| *flag != 0);
+        while more {
+            if segments.len() > MAX_SEGMENTS {
+                return Err(bad(path, format!("more than {MAX_SEGMENTS} sparse segments")));
+            }
+            let next = self.block()?;
+            let next = next.ok_or_else(|| self.failed(io::ErrorKind::UnexpectedEof.into()))?;
+            read(&Raw(&next), 0, 21, &mut segments)?;
+            more = next.get(504).is_some_and(|flag| *flag != 0);
+        }
+        Ok(segments)
+    }
+
+    /// The map of pax format 1.0: decimal numbers, a line each, before the content.
+    fn sparse_map(&mut self, path: &[u8]) -> Result<Vec<u64>, TarError> {
+        let mut numbers = Vec::new();
+        let mut expected = None;
+        let mut digits = Vec::new();
+        loop {
+            if self.left < BLOCK as u64 {
+                return Err(bad(path, "its sparse map is cut off"));
+            }
+            let block = self.block()?;
+            let block = block.ok_or_else(|| self.failed(io::ErrorKind::UnexpectedEof.into()))?;
+            self.left -= BLOCK as u64;
+            for byte in block {
+                if byte != b'\n' {
+                    digits.push(byte);
+                    if digits.len() > 20 {
+                        return Err(bad(path, "its sparse map is not one"));
+                    }
+                    continue;
+                }
+                let number = decimal(&digits).ok_or_else(|| bad(path, "a bad sparse map"))?;
+                digits.clear();
+                match expected {
+                    None if number > MAX_SEGMENTS as u64 => {
+                        return Err(bad(path, format!("{number} sparse segments")));
+                    }
+                    None => expected = Some(number * 2),
+                    Some(_) => numbers.push(number),
+                }
+                if expected.is_some_and(|expected| numbers.len() as u64 >= expected) {
+                    return Ok(numbers);
+                }
+            }
+        }
+    }
+
+    fn begin_sparse(
+        &mut self,
+        path: &[u8],
+        segments: Vec<(u64, u64)>,
+        size: u64,
+    ) -> Result<(), TarError> {
+        let (mut end, mut stored) = (0_u64, 0_u64);
+        for (offset, length) in &segments {
+            let next = offset.checked_add(*length).filter(|next| *next <= size && *offset >= end);
+            end = next.ok_or_else(|| {
+                bad(path, format!("sparse segment {offset}+{length} of a file of {size} bytes"))
+            })?;
+            stored += length;
+        }
+        if stored != self.left {
+            let left = self.left;
+            return Err(bad(path, format!("{left} bytes for sparse segments of {stored}")));
+        }
+        self.sparse = Some(Sparse { segments: segments.into(), position: 0, size });
+        Ok(())
+    }
+
+    fn read_stored(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let Some(buffer) = buffer.get_mut(..most) else { return Ok(0) };
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        let count = self.input.read(buffer)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left -= count as u64;
+        Ok(count)
+    }
+}
+
+impl<R: Read> Read for Archive<R> {
+    /// The current entry's content, with the holes of a sparse file as zeros.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(sparse) = &mut self.sparse else { return self.read_stored(buffer) };
+        while sparse.segments.front().is_some_and(|(start, len)| sparse.position >= start + len) {
+            sparse.segments.pop_front();
+        }
+        let (start, end) =
+            sparse.segments.front().map_or((sparse.size, sparse.size), |(s, l)| (*s, s + l));
+        let position = sparse.position;
+        let upto = if position < start { start } else { end };
+        let most = usize::try_from(upto - position).unwrap_or(usize::MAX).min(buffer.len());
+        let buffer = buffer.get_mut(..most).unwrap_or_default();
+        let count = if position < start {
+            buffer.fill(0);
+            most
+        } else {
+            self.read_stored(buffer)?
+        };
+        if let Some(sparse) = &mut self.sparse {
+            sparse.position += count as u64;
+        }
+        Ok(count)
+    }
+}
+
+fn padding(size: u64) -> u64 {
+    size.next_multiple_of(BLOCK as u64) - size
+}
+
+fn decimal(digits: &[u8]) -> Option<u64> {
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+/// `1700000000.123456789`, possibly negative.
+fn time(text: &[u8]) -> Option<(i64, u32)> {
+    let text = std::str::from_utf8(text).ok()?;
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let nanos = format!("{fraction:0<9}");
+    let nanos: u32 = nanos.get(..9)?.parse().ok()?;
+    let whole: i64 = seconds.parse().ok()?;
+    match nanos {
+        0 => Some((whole, 0)),
+        nanos if seconds.starts_with('-') => Some((whole.checked_sub(1)?, 1_000_000_000 - nanos)),
+        nanos => Some((whole, nanos)),
+    }
+}
+
+impl Extended {
+    /// Records are `LENGTH KEY=VALUE\n`, LENGTH counting itself; values are bytes.
+    fn pax(&mut self, mut data: &[u8], entry: &[u8]) -> Result<(), TarError> {
+        let wrong = || bad(entry, "a pax header with a bad record");
+        while !data.is_empty() {
+            let space = data.iter().position(|byte| *byte == b' ').ok_or_else(wrong)?;
+            let length = data.get(..space).and_then(decimal).ok_or_else(wrong)?;
+            let length = usize::try_from(length).map_err(|_| wrong())?;
+            let record = data.get(space + 1..length).ok_or_else(wrong)?;
+            let record = record.strip_suffix(b"\n").ok_or_else(wrong)?;
+            let equals = record.iter().position(|byte| *byte == b'=').ok_or_else(wrong)?;
+            let (key, value) = record.split_at(equals);
+            let value = value.get(1..).unwrap_or_default();
+            self.record(key, value).ok_or_else(|| {
+                bad(entry, format!("pax record {} of {:?}", shown(key), shown(value)))
+            })?;
+            data = data.get(length..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
+        let id = || u32::try_from(decimal(value)?).ok();
+        match key {
+            b"path" => self.path = Some(value.to_vec()),
+            b"linkpath" => self.link = Some(value.to_vec()),
+            b"size" => self.size = Some(decimal(value)?),
+            b"uid" => self.uid = Some(id()?),
+            b"gid" => self.gid = Some(id()?),
+            b"mtime" => self.mtime = Some(time(value)?),
+            b"GNU.sparse.major" => self.sparse.major = Some(decimal(value)?),
+            b"GNU.sparse.size" | b"GNU.sparse.realsize" => {
+                self.sparse.size = Some(decimal(value)?);
+            }
+            b"GNU.sparse.name" => self.sparse.name = Some(value.to_vec()),
+            b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
+                self.sparse.map.push(decimal(value)?);
+            }
+            b"GNU.sparse.map" => {
+                let numbers = value.split(|byte| *byte == b',').map(decimal);
+                self.sparse.map = numbers.collect::<Option<_>>()?;
+            }
+            _ => {
+                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                    self.xattrs.retain(|(known, _)| known != name);
+                    self.xattrs.push((name.to_vec(), value.to_vec()));
+                }
+            }
+        }
+        (self.sparse.map.len() <= 2 * MAX_SEGMENTS).then_some(())
+    }
+}
+
+/// A header block.
+struct Raw<'a>(&'a [u8; BLOCK]);
+
+impl Raw<'_> {
+    fn field(&self, at: usize, length: usize) -> &[u8] {
+        self.0.get(at..at + length).unwrap_or_default()
+    }
+
+    fn text(&self, at: usize, length: usize) -> Vec<u8> {
+        let field = self.field(at, length);
+        let end = field.iter().position(|byte| *byte == 0).unwrap_or(field.len());
+        field.get(..end).unwrap_or_default().to_vec()
+    }
+
+    fn kind(&self) -> u8 {
+        self.0.get(156).copied().unwrap_or(0)
+    }
+
+    fn name(&self) -> Vec<u8> {
+        let name = self.text(0, 100);
+        // Only POSIX's own format has a prefix there.
+        let prefix = match self.field(257, 6) {
+            b"ustar\0" => self.text(345, 155),
+            _ => Vec::new(),
+        };
+        if prefix.is_empty() { name } else { [prefix.as_slice(), b"/", &name].concat() }
+    }
+
+    fn check(&self) -> Result<(), TarError> {
+        let stored = self.number(148, 8, "checksum")?;
+        let sum = self.0.iter().enumerate().map(|(at, byte)| match at {
+            148..156 => u64::from(b' '),
+            _ => u64::from(*byte),
+        });
+        match sum.sum::<u64>() == stored {
+            true => Ok(()),
+            false => Err(bad(&self.name(), "its header's checksum is wrong")),
+        }
+    }
+
+    fn number(&self, at: usize, length: usize, what: &str) -> Result<u64, TarError> {
+        let value = self.signed(at, length, what)?;
+        u64::try_from(value).map_err(|_| bad(&self.name(), format!("{what} {value}")))
+    }
+
+    /// Octal digits, or GNU's base 256 if the first bit is set.
+    fn signed(&self, at: usize, length: usize, what: &str) -> Result<i64, TarError> {
+        let field = self.field(at, length);
+        let wrong = || bad(&self.name(), format!("{what} {:?}", shown(field)));
+        if let Some((first, rest)) = field.split_first().filter(|(first, _)| **first & 0x80 != 0) {
+            let negative = first & 0x40 != 0;
+            let mut value =
+                if negative { i64::from(*first) - 0x100 } else { i64::from(first & 0x7f) };
+            for byte in rest {
+                value = value.checked_mul(256).ok_or_else(wrong)? + i64::from(*byte);
+            }
+            return Ok(value);
+        }
+        let mut value = 0_i64;
+        let digits = field.iter().skip_while(|byte| **byte == b' ');
+        for byte in digits.take_while(|byte| !matches!(**byte, 0 | b' ')) {
+            match byte {
+                b'0'..=b'7' => value = (value << 3) | i64::from(byte - b'0'),
+                _ => return Err(wrong()),
+            }
+        }
+        Ok(value)
+    }
+}

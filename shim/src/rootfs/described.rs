@@ -1,0 +1,145 @@
+//! Disks of joey-snapshotter: a `disk.json` says which parts of which files they consist of.
+//!
+//! The mount that containerd carries over shows the host next to nothing of the image; its option
+//! `joey.disk=PATH` names the description (`docs/storage.md`).
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use containerd_shim::protos::api::Mount;
+use serde::Deserialize;
+
+use super::{FileSystem, Image, RootfsError, Verity, io_error, refuse};
+use crate::vmm::{Disk, Extent};
+
+const OPTION: &str = "joey.disk=";
+const BLOCK: u64 = 4096;
+/// Bytes of a SHA-256 digest.
+const HASH: usize = 32;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Description {
+    version: u32,
+    data_blocks: u64,
+    root_hash: String,
+    extents: Vec<Part>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Part {
+    file: PathBuf,
+    first: u64,
+    blocks: u64,
+    /// For people.
+    #[serde(default, rename = "layer")]
+    _layer: Option<String>,
+}
+
+/// The description's path, if the mount is one of joey-snapshotter's.
+pub(super) fn path(mount: &Mount) -> Option<&Path> {
+    mount.options.iter().find_map(|option| option.strip_prefix(OPTION)).map(Path::new)
+}
+
+/// Opens what the disk consists of.
+pub(super) fn open(mount: &Mount) -> Result<Image, RootfsError> {
+    let path = path(mount).ok_or_else(|| refuse(mount, "it has no option joey.disk="))?;
+    let wrong = |reason: String| refuse(mount, format!("{}: {reason}", path.display()));
+    let text = std::fs::read(path).map_err(io_error("read", path))?;
+    let described: Description =
+        serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+    if described.version != 1 {
+        let version = described.version;
+        return Err(wrong(format!(
+            "version {version}, but this shim knows version 1: update Joey and joey-snapshotter together"
+        )));
+    }
+    let root_hash = hash(&described.root_hash)
+        .ok_or_else(|| wrong(format!("root_hash {:?} is no SHA-256", described.root_hash)))?;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let mut disk = Disk { files: Vec::new(), extents: Vec::with_capacity(described.extents.len()) };
+    let mut opened = HashMap::new();
+    for part in described.extents {
+        let file = match opened.get(&part.file) {
+            Some(index) => *index,
+            None => {
+                let path = folder.join(&part.file);
+                let file = File::open(&path).map_err(io_error("open layer", &path))?;
+                disk.files.push(file.into());
+                opened.insert(part.file.clone(), disk.files.len() - 1);
+                disk.files.len() - 1
+            }
+        };
+        let bytes = |blocks: u64, what: &str| {
+            blocks.checked_mul(BLOCK).ok_or_else(|| wrong(format!("{what} {blocks}")))
+        };
+        let (offset, length) = (bytes(part.first, "first")?, bytes(part.blocks, "blocks")?);
+        disk.extents.push(Extent { file, offset, length });
+    }
+    if disk.extents.is_empty() {
+        return Err(wrong("extents: none".to_owned()));
+    }
+    Ok(Image {
+        disk,
+        verity: Some(Verity { root_hash, data_blocks: described.data_blocks }),
+        file_system: FileSystem::Erofs,
+        writable: false,
+        key: described.root_hash,
+        lock: None,
+    })
+}
+
+fn hash(hex: &str) -> Option<Vec<u8>> {
+    let digit =
+        |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
+    let bytes = hex.as_bytes().chunks_exact(2).map(|pair| match pair {
+        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+        _ => None,
+    });
+    let bytes: Vec<u8> = bytes.collect::<Option<_>>()?;
+    (bytes.len() == HASH && hex.len() == 2 * HASH).then_some(bytes)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn mount(folder: &Path, text: &str) -> Mount {
+        let path = folder.join("disk.json");
+        std::fs::write(&path, text).unwrap();
+        let option = format!("{OPTION}{}", path.display());
+        Mount { type_: "bind".into(), options: vec!["ro".into(), option], ..Mount::new() }
+    }
+
+    #[test]
+    fn files_are_opened_once_and_faults_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("index"), "x").unwrap();
+        let root = "ab".repeat(HASH);
+        let part = |first: u64| format!(r#"{{"file": "index", "first": {first}, "blocks": 2}}"#);
+        let describe = |version: u32, root: &str, parts: &str| {
+            format!(
+                r#"{{"version": {version}, "data_blocks": 2, "root_hash": "{root}", "extents": [{parts}]}}"#
+            )
+        };
+        let parts = [part(0), part(2)].join(",");
+        let image = open(&mount(dir.path(), &describe(1, &root, &parts))).unwrap();
+        assert_eq!(image.disk.files.len(), 1);
+        assert_eq!(image.disk.extents[1], Extent { file: 0, offset: 8192, length: 8192 });
+        assert_eq!(image.verity.unwrap().root_hash, [0xab; HASH]);
+        for (text, named) in [
+            (describe(2, &root, &parts), "version 2"),
+            (describe(1, "ab", &parts), "root_hash"),
+            (describe(1, &root, ""), "extents"),
+            (describe(1, &root, &parts.replace("index", "gone")), "gone"),
+            (describe(1, &root, &parts).replace("first", "fist"), "fist"),
+            (describe(1, &root, &part(u64::MAX)), "first"),
+        ] {
+            let error = open(&mount(dir.path(), &text)).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}
