@@ -28,8 +28,6 @@ const TABLE_LOAD: u8 = 9;
 const READ_ONLY: u32 = 1 << 0;
 /// The device's number is the caller's choice.
 const PERSISTENT_DEV: u32 = 1 << 3;
-/// Removed as soon as nobody has it open.
-const DEFERRED_REMOVE: u32 = 1 << 17;
 
 /// dm-verity's parameters for a disk whose hash tree comes right after its data.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,10 +106,10 @@ impl Verity {
     }
 }
 
-/// Removes the device over `slot`, at once or when its last user is gone.
+/// Removes the device over `slot`, which nobody may have open.
 pub(crate) fn remove(slot: u32) -> io::Result<()> {
     let control = OpenOptions::new().read(true).write(true).open(CONTROL)?;
-    call(&control, DEV_REMOVE, slot, DEFERRED_REMOVE, &[])
+    call(&control, DEV_REMOVE, slot, 0, &[])
 }
 
 #[cfg(test)]

@@ -170,8 +170,10 @@ impl std::io::Write for Hashing {
 fn users(folder: &Path, tree: &mut Tree, layers: &[Layer]) -> Result<(), LayerError> {
     let etc = folder.join("etc");
     fs::create_dir_all(&etc).map_err(io_error("create", &etc))?;
-    // What runc says if it is given such a root: it makes /proc's mount point first.
-    let sign = folder.join("proc");
+    // What runc says if it is given such a root: it finds /proc, and then has to make a link's target.
+    let proc = folder.join("proc");
+    fs::create_dir(&proc).map_err(io_error("create", &proc))?;
+    let sign = folder.join("dev");
     std::os::unix::fs::symlink("this-snapshot-is-for-runtime-joey-only", &sign)
         .map_err(io_error("create", &sign))?;
     for name in USER_FILES {

@@ -118,3 +118,40 @@ fn word(text: &str) -> Option<(String, &str)> {
     }
     None
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_as_containerd_sends_them() {
+        let snapshot = Snapshot {
+            parent: "below".to_owned(),
+            kind: Kind::Committed,
+            created: (0, 0),
+            updated: (0, 0),
+            labels: [("containerd.io/gc.root".to_owned(), "1.5".to_owned())].into(),
+            layer: None,
+        };
+        let takes =
+            |filter: &str| Filters::parse(&[filter.to_owned()]).unwrap().take("a/1/x", &snapshot);
+        for filter in [
+            "",
+            "kind==committed",
+            "parent==below,kind!=active",
+            r#"labels."containerd.io/gc.root""#,
+            r#"labels."containerd.io/gc.root"=="1.5""#,
+            r#"name=="a/1/x""#,
+        ] {
+            assert!(takes(filter), "{filter}");
+        }
+        for filter in ["kind==view", "labels.none", r#"labels."containerd.io/gc.root"!="1.5""#] {
+            assert!(!takes(filter), "{filter}");
+        }
+        assert!(Filters::default().take("x", &snapshot));
+        for filter in ["what==1", "kind==", "kind=committed", r#"name=="x"#, "labels"] {
+            assert!(Filters::parse(&[filter.to_owned()]).is_err(), "{filter}");
+        }
+    }
+}

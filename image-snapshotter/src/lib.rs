@@ -14,3 +14,6 @@ pub mod store;
 pub mod tar;
 pub mod tree;
 pub mod verity;
+
+#[cfg(test)]
+mod tests;

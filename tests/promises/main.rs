@@ -17,6 +17,7 @@ mod network;
 mod restart;
 mod security;
 mod standby;
+mod storage;
 mod tasks;
 mod templates;
 
@@ -70,6 +71,7 @@ fn versions() -> Vec<Version> {
 fn tests() -> Vec<Test> {
     [
         lifecycle::TESTS,
+        storage::TESTS,
         io::TESTS,
         limits::TESTS,
         security::TESTS,

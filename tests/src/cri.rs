@@ -10,11 +10,11 @@ use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerStats, ContainerStatsRequest, ContainerStatus,
-    ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest,
+    ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec,
     ListContainersRequest, ListImagesRequest, ListPodSandboxRequest, PodSandboxConfig,
-    PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    UpdateContainerResourcesRequest, VersionRequest,
+    PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest, RemoveImageRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest, VersionRequest,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -131,6 +131,13 @@ impl Cri {
         let request = ListImagesRequest { filter: None };
         let answer = wait("ListImages", self.images.clone().list_images(request))?;
         Ok(answer.images.into_iter().flat_map(|image| image.repo_tags).collect())
+    }
+
+    /// Removes an image.
+    pub fn remove_image(&self, name: &str) -> Result<()> {
+        let image = Some(ImageSpec { image: name.into(), ..ImageSpec::default() });
+        let request = RemoveImageRequest { image };
+        wait("RemoveImage", self.images.clone().remove_image(request)).map(drop)
     }
 
     /// Creates a container; returns its id.

@@ -1,11 +1,11 @@
 //! OCI images made on the spot from files of Debian packages, as archives for `ctr images import`.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read as _, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -14,12 +14,12 @@ pub const BUSYBOX: &str = "localhost/busybox:1";
 /// A web server from Debian's packages: nginx, its libraries and a page.
 pub const NGINX: &str = "localhost/nginx:1";
 
-/// One layer: an uncompressed tar.
-pub struct Layer(tar::Builder<Vec<u8>>);
+/// One layer: a tar, possibly to be compressed.
+pub struct Layer(tar::Builder<Vec<u8>>, bool);
 
 impl Default for Layer {
     fn default() -> Self {
-        Self(tar::Builder::new(Vec::new()))
+        Self(tar::Builder::new(Vec::new()), false)
     }
 }
 
@@ -42,6 +42,29 @@ impl Layer {
     /// A symbolic link.
     pub fn link(mut self, path: &str, target: &str) -> Result<Self> {
         self.0.append_link(&mut header(tar::EntryType::Symlink, 0o777), path, target)?;
+        Ok(self)
+    }
+
+    /// Compresses the layer with gzip.
+    pub fn gzip(mut self) -> Self {
+        self.1 = true;
+        self
+    }
+
+    /// An entry with a name that a careful writer would refuse.
+    pub fn raw(mut self, path: &str, content: &[u8]) -> Result<Self> {
+        let mut header = header(tar::EntryType::Regular, 0o644);
+        header.set_size(content.len() as u64);
+        let name = header.as_old_mut().name.get_mut(..path.len()).context("name too long")?;
+        name.copy_from_slice(path.as_bytes());
+        header.set_cksum();
+        self.0.append(&header, content)?;
+        Ok(self)
+    }
+
+    /// Another name of a file.
+    pub fn hard_link(mut self, path: &str, target: &str) -> Result<Self> {
+        self.0.append_link(&mut header(tar::EntryType::Link, 0o644), path, target)?;
         Ok(self)
     }
 
@@ -85,9 +108,14 @@ pub fn write(path: &Path, name: &str, layers: Vec<Layer>, settings: &Settings<'_
     let mut descriptors = Vec::new();
     let mut diff_ids = Vec::new();
     for layer in layers {
-        let (digest, size) = blob(&layer.0.into_inner()?)?;
-        diff_ids.push(digest.clone());
-        let media = "application/vnd.oci.image.layer.v1.tar";
+        let tar = layer.0.into_inner()?;
+        let hash = Sha256::digest(&tar).iter().map(|b| format!("{b:02x}")).collect::<String>();
+        diff_ids.push(format!("sha256:{hash}"));
+        let (media, tar) = match layer.1 {
+            true => ("application/vnd.oci.image.layer.v1.tar+gzip", gzip(&tar)?),
+            false => ("application/vnd.oci.image.layer.v1.tar", tar),
+        };
+        let (digest, size) = blob(&tar)?;
         descriptors.push(json!({ "mediaType": media, "digest": digest, "size": size }));
     }
     let config = json!({
@@ -126,6 +154,23 @@ pub fn write(path: &Path, name: &str, layers: Vec<Layer>, settings: &Settings<'_
     }
     archive.into_inner()?.flush()?;
     Ok(())
+}
+
+fn gzip(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut command = Command::new("gzip");
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut input = child.stdin.take().context("gzip has no input")?;
+    let mut output = Vec::new();
+    std::thread::scope(|scope| -> Result<()> {
+        let writer = scope.spawn(move || input.write_all(bytes));
+        child.stdout.take().context("gzip has no output")?.read_to_end(&mut output)?;
+        let written = writer.join();
+        written.map_err(|_| anyhow!("gzip's writer panicked"))?.context("write to gzip")
+    })?;
+    if !child.wait()?.success() {
+        bail!("gzip failed");
+    }
+    Ok(output)
 }
 
 /// Makes the archives every node imports, into `folder`; existing ones are made again.
@@ -182,6 +227,15 @@ fn busybox_layers(busybox: &[u8]) -> Result<Vec<Layer>> {
         .directory("www", 0o755)?
         .file("www/index.html", 0o644, b"hello from the pod\n")?;
     Ok(vec![base, top])
+}
+
+/// Writes an archive of busybox with layers on top.
+pub fn on_busybox(path: &Path, name: &str, layers: Vec<Layer>) -> Result<()> {
+    let mut all = busybox_layers(&busybox()?)?;
+    all.extend(layers);
+    let settings =
+        Settings { environment: &["PATH=/bin"], command: &["sh"], ..Settings::default() };
+    write(path, name, all, &settings)
 }
 
 /// Packs Debian's nginx with the files of the packages it needs.

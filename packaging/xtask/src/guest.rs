@@ -40,7 +40,7 @@ pub fn build() -> Result<()> {
     let kernel = unpack_kernel()?;
     let modules = Modules::find(&kernel.tree)?;
     let archive = archive(&agent, &modules)?;
-    let rehearsal = rehearsal(&agent)?;
+    let (rehearsal, rehearsal_description) = rehearsal(&agent)?;
     let vmlinuz = fs::read(&kernel.vmlinuz)?;
     let manifest = serde_json::to_string_pretty(&json!({
         "version": VERSION,
@@ -62,6 +62,7 @@ pub fn build() -> Result<()> {
     write(&out.join("vmlinuz"), &vmlinuz)?;
     write(&out.join("initrd"), &archive)?;
     write(&out.join("rehearsal"), &rehearsal)?;
+    write(&out.join("rehearsal.json"), rehearsal_description.as_bytes())?;
     write(&out.join("manifest.json"), manifest.as_bytes())?;
     eprintln!(
         "guest: kernel {}, initramfs {} KiB, in {}",
@@ -260,8 +261,9 @@ fn archive(agent: &Path, modules: &Modules) -> Result<Vec<u8>> {
     Ok(archive.out)
 }
 
-/// The image of the container that a waiting machine runs before it is anybody's: the agent alone.
-fn rehearsal(agent: &Path) -> Result<Vec<u8>> {
+/// The disk of the container that a waiting machine runs before it is anybody's, and its description:
+/// the agent alone, as joey-snapshotter would have made it.
+fn rehearsal(agent: &Path) -> Result<(Vec<u8>, String)> {
     // One fixed id: the same content gives the same image.
     const UUID: &str = "6a6f6579-0000-4000-8000-726568656172";
     let work = target().join("rehearsal");
@@ -274,7 +276,36 @@ fn rehearsal(agent: &Path) -> Result<Vec<u8>> {
     let image = work.join("image");
     let options = ["--quiet", "-T0", "-U", UUID, "--all-root"];
     run(command("mkfs.erofs", &options).args([&image, &root]))?;
-    Ok(fs::read(&image)?)
+    let mut disk = fs::read(&image)?;
+    disk.resize(disk.len().next_multiple_of(BLOCK), 0);
+    let data_blocks = disk.len() / BLOCK;
+    let root_hash = append_hash_tree(&mut disk);
+    let description = serde_json::to_string(&json!({
+        "version": 1,
+        "data_blocks": data_blocks,
+        "root_hash": root_hash,
+        "extents": [{"file": "rehearsal", "first": 0, "blocks": disk.len() / BLOCK}],
+    }))?;
+    Ok((disk, description))
+}
+
+/// Bytes of a block of data or hashes.
+const BLOCK: usize = 4096;
+
+/// Appends dm-verity's tree: SHA-256 without salt, the level of the root first. Returns the root's hash.
+fn append_hash_tree(disk: &mut Vec<u8>) -> String {
+    let above = |level: &[u8]| {
+        let mut hashes: Vec<u8> = level.chunks(BLOCK).flat_map(Sha256::digest).collect();
+        hashes.resize(hashes.len().next_multiple_of(BLOCK), 0);
+        hashes
+    };
+    let mut levels = vec![above(disk)];
+    while let Some(top) = levels.last().filter(|top| top.len() > BLOCK) {
+        levels.push(above(top));
+    }
+    let root_hash = levels.last().map(|top| hex(top)).unwrap_or_default();
+    disk.extend(levels.into_iter().rev().flatten());
+    root_hash
 }
 
 /// Writer of the kernel's `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use containerd_shim::protos::api::Mount;
 use serde::Deserialize;
 
-use super::{FileSystem, Image, RootfsError, Verity, io_error, refuse};
+use super::{FileSystem, Image, RootfsError, Verity, io_error};
 use crate::vmm::{Disk, Extent};
 
 const OPTION: &str = "joey.disk=";
@@ -43,10 +43,12 @@ pub(super) fn path(mount: &Mount) -> Option<&Path> {
     mount.options.iter().find_map(|option| option.strip_prefix(OPTION)).map(Path::new)
 }
 
-/// Opens what the disk consists of.
-pub(super) fn open(mount: &Mount) -> Result<Image, RootfsError> {
-    let path = path(mount).ok_or_else(|| refuse(mount, "it has no option joey.disk="))?;
-    let wrong = |reason: String| refuse(mount, format!("{}: {reason}", path.display()));
+/// Opens what the disk of the description at `path` consists of.
+///
+/// # Errors
+/// A file cannot be opened, or the description is not one; the message names it.
+pub fn open(path: &Path) -> Result<Image, RootfsError> {
+    let wrong = |reason: String| RootfsError::Description { path: path.to_owned(), reason };
     let text = std::fs::read(path).map_err(io_error("read", path))?;
     let described: Description =
         serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
@@ -107,11 +109,11 @@ fn hash(hex: &str) -> Option<Vec<u8>> {
 mod tests {
     use super::*;
 
-    fn mount(folder: &Path, text: &str) -> Mount {
-        let path = folder.join("disk.json");
-        std::fs::write(&path, text).unwrap();
-        let option = format!("{OPTION}{}", path.display());
-        Mount { type_: "bind".into(), options: vec!["ro".into(), option], ..Mount::new() }
+    fn described(folder: &Path, text: &str) -> Result<Image, RootfsError> {
+        let written = folder.join("disk.json");
+        std::fs::write(&written, text).unwrap();
+        let options = vec!["ro".into(), format!("{OPTION}{}", written.display())];
+        open(path(&Mount { type_: "bind".into(), options, ..Mount::new() }).unwrap())
     }
 
     #[test]
@@ -126,7 +128,7 @@ mod tests {
             )
         };
         let parts = [part(0), part(2)].join(",");
-        let image = open(&mount(dir.path(), &describe(1, &root, &parts))).unwrap();
+        let image = described(dir.path(), &describe(1, &root, &parts)).unwrap();
         assert_eq!(image.disk.files.len(), 1);
         assert_eq!(image.disk.extents[1], Extent { file: 0, offset: 8192, length: 8192 });
         assert_eq!(image.verity.unwrap().root_hash, [0xab; HASH]);
@@ -138,7 +140,7 @@ mod tests {
             (describe(1, &root, &parts).replace("first", "fist"), "fist"),
             (describe(1, &root, &part(u64::MAX)), "first"),
         ] {
-            let error = open(&mount(dir.path(), &text)).unwrap_err().to_string();
+            let error = described(dir.path(), &text).unwrap_err().to_string();
             assert!(error.contains(named), "{error}");
         }
     }

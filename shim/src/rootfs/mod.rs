@@ -104,6 +104,14 @@ pub enum RootfsError {
         /// What is wrong.
         reason: String,
     },
+    /// A disk's description says what it cannot.
+    #[error("disk description {path}: {reason}")]
+    Description {
+        /// The description.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A file of the host.
     #[error("{what} {path}: {source}")]
     Io {
@@ -147,8 +155,10 @@ pub async fn prepare(
             "erofs" => open_block(mount, FileSystem::Erofs)?,
             "ext4" => open_block(mount, FileSystem::Ext4)?,
             "overlay" => from_directories(&Chain::of_overlay(mount)?, config).await?,
-            "bind" | "rbind" if described::path(mount).is_some() => described::open(mount)?,
-            "bind" | "rbind" => from_directories(&Chain::of_bind(mount), config).await?,
+            "bind" | "rbind" => match described::path(mount) {
+                Some(path) => described::open(path)?,
+                None => from_directories(&Chain::of_bind(mount), config).await?,
+            },
             _ => return Err(refuse(mount, "Joey takes overlay, bind, erofs and ext4")),
         });
     }

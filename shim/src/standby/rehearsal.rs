@@ -1,8 +1,6 @@
 //! A sandbox's start and one container's life in a machine that is nobody's, by the same calls that a
 //! pod takes. Nothing of it is left.
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,7 +12,7 @@ use joey_protocol::mux::MuxStream;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::guest::{Event, Events};
-use crate::rootfs::{FileSystem, Image};
+use crate::rootfs::{FileSystem, described};
 use crate::sandbox::Guest;
 
 /// A container as CRI asks for one, as the guest is given it.
@@ -26,19 +24,18 @@ const READY: &[u8] = b"ready\n";
 
 /// Runs the container and an exec in it to their ends. Nothing of them is left.
 pub(super) async fn rehearse(guest: &Guest, events: &mut Events, guest_dir: &Path) -> Result<()> {
-    let path = guest_dir.join("rehearsal");
-    let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
-    let image = Image {
-        disk: OwnedFd::from(file).into(),
-        verity: None,
-        file_system: FileSystem::Erofs,
-        writable: false,
-        key: REHEARSAL.to_owned(),
-        lock: None,
-    };
+    // A disk as joey-snapshotter describes them, so that all of its way is rehearsed.
+    let image = described::open(&guest_dir.join("rehearsal.json"))?;
+    let verity = image.verity.as_ref().map(api::Verity::from);
     guest.client.rehearse_sandbox(&identity()?).await.context("rehearsing a sandbox's start")?;
     let slot = guest.disks.attach(guest.vm.as_ref(), image).await?;
-    let played = play(guest, events, slot).await;
+    let disk = api::Disk {
+        slot,
+        file_system: FileSystem::Erofs.name().to_owned(),
+        verity: verity.into(),
+        ..Default::default()
+    };
+    let played = play(guest, events, disk).await;
     guest.disks.release(guest.vm.as_ref(), slot).await;
     played.context("rehearsing a container's start")
 }
@@ -114,9 +111,8 @@ fn file() -> api::CopyInRequest {
     }
 }
 
-async fn play(guest: &Guest, events: &mut Events, slot: u32) -> Result<()> {
+async fn play(guest: &Guest, events: &mut Events, layer: api::Disk) -> Result<()> {
     guest.client.copy_in(&file()).await?;
-    let layer = api::Disk { slot, file_system: "erofs".to_owned(), ..Default::default() };
     let (first, stdio) = Stage::open(guest)?;
     let request = api::CreateContainerRequest {
         container_id: REHEARSAL.to_owned(),

@@ -128,6 +128,8 @@ fn runtimes(section: &str, version: Version, dir: &str) -> String {
     );
     let mut text = format!("[{section}.runc]\nruntime_type = \"io.containerd.runc.v2\"\n");
     text += &joey("joey", &options);
+    // The shim's own conversion of what containerd's own snapshotter has unpacked.
+    text += &joey("joey-overlayfs", "");
     if version == Version::V2_1 {
         text += &joey("joey-sandboxed", "sandboxer = \"shim\"\n");
     }

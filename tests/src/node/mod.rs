@@ -217,6 +217,21 @@ impl Node {
         Ok(())
     }
 
+    /// Ends joey-snapshotter with SIGKILL, as a crash would.
+    pub fn kill_snapshotter(&self) -> Result<()> {
+        let pid = fs::read_to_string(self.dir.join("snapshotter"))?.trim().parse()?;
+        crate::process::kill(pid)?;
+        if let Some(mut child) = lock(&self.snapshotter).take() {
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Folder of joey-snapshotter's store.
+    pub fn store(&self) -> PathBuf {
+        self.dir.join("snapshots")
+    }
+
     /// Last lines of containerd's log.
     pub fn log(&self) -> String {
         let text = fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default();

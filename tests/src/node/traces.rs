@@ -23,7 +23,7 @@ impl Traces {
                 continue;
             }
             // A kernel-side zombie or an exiting process without a name is on its way out.
-            if let Some(name) = command(process).filter(|name| !is_containerd(name)) {
+            if let Some(name) = command(process).filter(|name| !is_daemon(name)) {
                 found.insert(format!("process {process}: {name}"));
             }
         }
@@ -91,9 +91,10 @@ pub fn waits(pid: u32, keepers: &[u32]) -> bool {
     keepers.contains(&pid) || parent(pid).is_some_and(|parent| keepers.contains(&parent))
 }
 
-/// containerd itself belongs to the node: a restart is no leak.
-fn is_containerd(command: &str) -> bool {
-    command.split(' ').next().is_some_and(|program| program.ends_with("/containerd"))
+/// containerd and the snapshotter belong to the node: a restart is no leak.
+fn is_daemon(command: &str) -> bool {
+    let program = command.split(' ').next().unwrap_or_default();
+    ["/containerd", "/joey-snapshotter"].iter().any(|daemon| program.ends_with(daemon))
 }
 
 /// Waits until nothing is left beyond `before`; returns what still is at the deadline.
