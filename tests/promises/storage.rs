@@ -20,6 +20,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "storage::many_layers", run: many_layers },
     Test { name: "storage::flipped_bit_is_an_error", run: flipped_bit_is_an_error },
     Test { name: "storage::pods_outlive_the_snapshotter", run: pods_outlive_the_snapshotter },
+    Test { name: "storage::killed_at_every_write", run: killed_at_every_write },
     Test { name: "storage::hostile_image_is_refused", run: hostile_image_is_refused },
     Test { name: "storage::compressed_layers", run: compressed_layers },
     Test { name: "storage::runc_by_mistake_is_told", run: runc_by_mistake_is_told },
@@ -211,18 +212,59 @@ fn pods_outlive_the_snapshotter(ctx: &Context<'_>) -> Result<()> {
     same("read without it", container.sh("wc -l < /etc/passwd")?.text(), "2")?;
     refused("a container without it", pod.start(&pod::script("d", "true")), "s.sock")?;
     ctx.node.start_snapshotter()?;
-    // containerd waits between two attempts to reach it (gRPC connection backoff).
+    same("with it again", once_reached(|| pod.script("echo back"))?.text(), "back")?;
+    pod.remove()
+}
+
+/// Tries until containerd reaches the snapshotter, as the kubelet would: it waits between two attempts
+/// to connect.
+fn once_reached<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
     let end = Instant::now() + SOON;
-    let again = loop {
-        match pod.script("echo back") {
-            Err(error) if Instant::now() < end && format!("{error:#}").contains("refused") => {
+    loop {
+        match attempt() {
+            Err(error) if Instant::now() < end && format!("{error:#}").contains("s.sock") => {
                 std::thread::sleep(Duration::from_millis(200));
             }
-            output => break output?,
+            done => return done,
         }
-    };
-    same("with it again", again.text(), "back")?;
-    pod.remove()
+    }
+}
+
+fn killed_at_every_write(ctx: &Context<'_>) -> Result<()> {
+    only_its_own(ctx)?;
+    let before = layers(ctx)?;
+    let pod = ctx.pod("killwrite")?;
+    for (number, wait) in [0, 4, 8, 16, 32, 64, 128, 256].into_iter().enumerate() {
+        let content = |layer: usize| {
+            let seed = number * 100 + layer;
+            (0..2_000_000).map(|at: usize| (at.wrapping_mul(seed + 7) >> 3) as u8).collect()
+        };
+        let layer = |layer: usize| {
+            let content: Vec<u8> = content(layer);
+            Layer::default().file(&format!("own-{layer}"), 0o644, &content)
+        };
+        let contents = (0..4).map(layer).collect::<Result<_>>()?;
+        let image = Image::import(ctx, &format!("killwrite{number}"), contents)?;
+        std::thread::scope(|scope| -> Result<()> {
+            // Whether this one comes to be depends on when the snapshotter dies.
+            let cut = scope.spawn(|| pod.create(&image.script("true")).map(|created| created.id));
+            std::thread::sleep(Duration::from_millis(wait));
+            ctx.node.kill_snapshotter()?;
+            let _ = cut.join();
+            Ok(())
+        })?;
+        ctx.node.start_snapshotter()?;
+        let output = once_reached(|| {
+            let mut config = image.script("cat /own-* | md5sum");
+            config.metadata.get_or_insert_default().attempt = pod::serial();
+            pod.finish(&config)
+        })?;
+        let all: Vec<u8> = (0..4).flat_map(content).collect();
+        same("content", output.text().split_whitespace().next(), Some(md5(&all)?.as_str()))?;
+    }
+    pod.remove()?;
+    layers_again(ctx, &before)?;
+    same("unfinished", fs::read_dir(ctx.node.store().join("new"))?.count(), 0)
 }
 
 fn hostile_image_is_refused(ctx: &Context<'_>) -> Result<()> {

@@ -22,7 +22,8 @@ use crate::stream::Session;
 /// How long tests wait for what should come quickly.
 pub const SOON: Duration = Duration::from_secs(60);
 
-fn serial() -> u32 {
+/// Another number each time, for names.
+pub fn serial() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
