@@ -51,3 +51,20 @@ impl Config {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_packaged_file_has_every_default_and_others_are_refused() {
+        let packaged = include_str!("../../packaging/config/snapshotter.toml");
+        assert_eq!(toml::from_str::<Config>(packaged).unwrap(), Config::default());
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "rot = 1").unwrap();
+        let error = Config::load(Some(file.path())).unwrap_err();
+        assert!(error.contains("rot") && error.contains(file.path().to_str().unwrap()), "{error}");
+        assert!(Config::load(Some(Path::new("/nowhere"))).unwrap_err().contains("/nowhere"));
+    }
+}

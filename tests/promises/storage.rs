@@ -201,6 +201,8 @@ fn flipped_bit_is_an_error(ctx: &Context<'_>) -> Result<()> {
     let output = pod.finish(&image.script(script))?;
     same("after a flip", output.text(), "1\n0\n100000")?;
     holds("what cat says", &String::from_utf8_lossy(&output.stderr), "Input/output error")?;
+    let console = ctx.node.joey(&["console", &pod.id])?;
+    holds("the console", &console, "data block")?;
     pod.remove()
 }
 
