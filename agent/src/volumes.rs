@@ -99,6 +99,14 @@ impl Volumes {
         if !entry.path.is_empty() && !paths::is_inside(path) {
             return Err(invalid("does not stay inside the volume"));
         }
+        if entry.remove {
+            if path.components().count() != 1 {
+                return Err(invalid("is not a name of the volume, so it is not removed"));
+            }
+            return self.remove(&self.root.join(id.as_str()).join(path)).map_err(|source| {
+                VolumeError::File { volume: id.to_string(), path: entry.path.clone(), source }
+            });
+        }
         let end = entry.offset.checked_add(entry.data.len() as u64);
         if entry.data.len() > limits::MAX_COPY_IN_CHUNK || end.is_none_or(|end| end > FILE_MAX) {
             return Err(invalid("is larger than what may be copied into a guest"));
@@ -113,11 +121,27 @@ impl Volumes {
         let inner = Path::new(id.as_str()).join(path);
         // Joining an empty path adds a slash, which would name a directory.
         let inner = if entry.path.is_empty() { Path::new(id.as_str()) } else { inner.as_path() };
+        if entry.if_missing && self.root.join(inner).symlink_metadata().is_ok() {
+            return Ok(());
+        }
         self.write(inner, kind, entry).map_err(|source| VolumeError::File {
             volume: id.to_string(),
             path: entry.path.clone(),
             source,
         })
+    }
+
+    /// Links are not followed, in the path neither: the volume itself is nothing that a container moves.
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let removed = match path.symlink_metadata() {
+            Ok(meta) if meta.is_dir() => std::fs::remove_dir_all(path),
+            Ok(_) => std::fs::remove_file(path),
+            Err(error) => Err(error),
+        };
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 
     fn write(&self, path: &Path, kind: u32, entry: &api::FileEntry) -> io::Result<()> {
@@ -205,6 +229,39 @@ mod tests {
         let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         let (path, data) = (path.to_owned(), data.to_vec());
         api::FileEntry { path, mode, data, offset, uid, gid, ..Default::default() }
+    }
+
+    #[test]
+    fn a_swap_is_one_event_and_what_is_gone_goes() {
+        use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+        let root = tempfile::tempdir().unwrap();
+        let volumes = Volumes::new(root.path());
+        let id = VolumeId::new("v1").unwrap();
+        volumes.put(&id, &entry("..1/key", libc::S_IFREG | 0o640, b"old", 0)).unwrap();
+        volumes.put(&id, &entry("..data", libc::S_IFLNK, b"..1", 0)).unwrap();
+        let watch = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+        watch.add_watch(&root.path().join("v1"), AddWatchFlags::IN_MOVED_TO).unwrap();
+        volumes.put(&id, &entry("..2/key", libc::S_IFREG | 0o640, b"new", 0)).unwrap();
+        volumes.put(&id, &entry("..data", libc::S_IFLNK, b"..2", 0)).unwrap();
+        let events = watch.read_events().unwrap();
+        let names: Vec<_> = events.into_iter().filter_map(|event| event.name).collect();
+        assert_eq!(names, ["..data"]);
+        let gone = |path: &str| api::FileEntry { remove: true, ..entry(path, 0, b"", 0) };
+        for path in ["..1", "..1", "..data"] {
+            volumes.put(&id, &gone(path)).unwrap();
+            assert!(root.path().join("v1").join(path).symlink_metadata().is_err());
+        }
+        // The link went, not what it leads to; and only names of the volume go.
+        assert!(root.path().join("v1/..2/key").exists());
+        for path in ["..2/key", "", "..", "/v1"] {
+            assert!(volumes.put(&id, &gone(path)).is_err(), "{path}");
+        }
+        let mut kept = entry("", libc::S_IFDIR | 0o777, b"", 0);
+        kept.if_missing = true;
+        let mode = || fs::metadata(root.path().join("v1")).unwrap().permissions().mode();
+        let before = mode();
+        volumes.put(&id, &kept).unwrap();
+        assert_eq!(mode(), before);
     }
 
     #[test]

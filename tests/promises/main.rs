@@ -20,6 +20,7 @@ mod standby;
 mod storage;
 mod tasks;
 mod templates;
+mod volumes;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -72,6 +73,7 @@ fn tests() -> Vec<Test> {
     [
         lifecycle::TESTS,
         storage::TESTS,
+        volumes::TESTS,
         io::TESTS,
         limits::TESTS,
         security::TESTS,

@@ -12,10 +12,11 @@ use joey_protocol::api;
 use joey_protocol::ids::ContainerId;
 use oci_spec::runtime::Spec;
 
-use super::plan::{self, Plan};
+use super::plan::{self, Plan, Volume};
 use super::state::{self, Exit, Operation, Process, Status};
 use super::{CreateTask, Deleted, Guest, Handle, KILLED, SandboxError, SandboxEvent, StdioPaths};
 use crate::stdio::{Copies, DRAIN, Stdio};
+use crate::volumes::Published;
 use crate::{rootfs, volumes};
 
 /// How long the exits of a deleted container's execs may take: their output is read first.
@@ -137,9 +138,10 @@ impl Handle {
         }
         self.0.timeline.host("disk", id, start);
         let start = Instant::now();
-        volumes::copy_in(&guest.client, &plan.volumes)
+        let published = volumes::copy_in(&guest.client, &plan.volumes)
             .await
             .map_err(|error| SandboxError::host(id, "copy files into the guest", error))?;
+        self.follow(&guest, published);
         self.0.timeline.host("files", id, start);
         acquired.write_back = std::mem::take(&mut plan.write_back);
         let request = api::CreateContainerRequest {
@@ -149,6 +151,17 @@ impl Handle {
             ..Default::default()
         };
         self.create_in_guest(&guest, request, stdio, acquired).await
+    }
+
+    /// Keeps volumes in the guest up to date for as long as it lives. One of several containers that
+    /// mount a volume is enough.
+    fn follow(&self, guest: &Guest, published: Vec<(Volume, Published)>) {
+        let mut table = self.table();
+        for (volume, published) in published {
+            if table.followed.insert(volume.id.clone()) {
+                tokio::spawn(published.follow(guest.client.clone(), volume));
+            }
+        }
     }
 
     fn plan(&self, id: &str, spec: &Spec) -> Result<Plan, SandboxError> {

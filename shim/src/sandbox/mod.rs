@@ -27,7 +27,7 @@ pub mod timeline;
 mod types;
 mod watch;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -86,6 +86,8 @@ struct Table {
     vmm_pid: u32,
     /// Shutdown came while something was left.
     leaving: bool,
+    /// Names of the volumes that follow the kubelet's changes.
+    followed: HashSet<String>,
 }
 
 /// The sandbox's task: runs as long as the VM.

@@ -51,6 +51,8 @@ pub enum Source {
     Host(PathBuf),
     /// Given here.
     Inline(Vec<u8>),
+    /// An empty directory in the guest, of owner and mode as this one of the host, which stays empty.
+    Empty(PathBuf),
 }
 
 /// Content that is copied into the guest before the container is created.
@@ -224,7 +226,13 @@ impl Plan {
             destination: destination.to_owned(),
         };
         let host = || volume(source, Source::Host(source.to_owned()));
+        if let Some(name) = empty_dir_of_subpath(source, facts) {
+            return no(&format!("a subPath of the emptyDir {name:?} is not supported yet"));
+        }
         match ((facts.look)(source), pod_file) {
+            (Kind::Directory, _) if is_empty_dir(source) => {
+                Ok(volume(source, Source::Empty(source.to_owned())))
+            }
             (Kind::File, Some(_)) => Ok(host()),
             (Kind::Missing, Some(path)) if facts.pod_files.contains_key(path) => {
                 Ok(volume(Path::new(path), Source::Inline(facts.pod_files[path].clone())))
@@ -245,9 +253,11 @@ impl Plan {
             (Kind::Special, _) => {
                 no("sockets, FIFOs and devices of the host cannot be shared with a virtual machine")
             }
-            _ => no("writable host files and directories (hostPath, emptyDir and other writable \
-                     volumes) are not supported yet: mount it readOnly, or keep the data in the \
-                     container's own file system"),
+            _ => {
+                no("writable host files and directories (hostPath and other writable volumes but \
+                     emptyDir) are not supported yet: mount it readOnly, or keep the data in an \
+                     emptyDir")
+            }
         }
     }
 }
@@ -256,6 +266,26 @@ impl Plan {
 /// volume of that name.
 fn is_pod_shm(source: &Path) -> bool {
     source.ends_with("shm") && source.components().all(|part| part.as_os_str() != "volumes")
+}
+
+/// Where the kubelet keeps emptyDirs below a pod's `volumes`.
+const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+
+/// The kubelet's folder for an emptyDir: `…/pods/<uid>/volumes/kubernetes.io~empty-dir/<name>`.
+fn is_empty_dir(source: &Path) -> bool {
+    let parent = source.parent();
+    parent.is_some_and(|parent| parent.ends_with(Path::new("volumes").join(EMPTY_DIR)))
+}
+
+/// The emptyDir of which the kubelet has mounted a part on the host:
+/// `…/pods/<uid>/volume-subpaths/<volume>/<container>/<index>`.
+fn empty_dir_of_subpath(source: &Path, facts: &Facts<'_>) -> Option<String> {
+    let volume = source.parent()?.parent()?;
+    let pod = volume.parent().filter(|above| above.ends_with("volume-subpaths"))?.parent()?;
+    let name = volume.file_name()?;
+    let folder = pod.join("volumes").join(EMPTY_DIR).join(name);
+    let found = (facts.look)(&folder) == Kind::Directory;
+    found.then(|| name.to_string_lossy().into_owned())
 }
 
 /// Name of the volume for a source: short, valid, the same each time.
@@ -440,6 +470,20 @@ mod tests {
             sources[2..].iter().all(|source| source.starts_with("joey-volume:")),
             "{sources:?}"
         );
+    }
+
+    #[test]
+    fn an_empty_dir_is_the_guests_own() {
+        let source = "/kubelet/pods/u/volumes/kubernetes.io~empty-dir/cache-dir";
+        for mode in ["rw", "ro"] {
+            let plan = plan(&spec(json!([bind("/cache", source, &["rbind", mode])]))).unwrap();
+            assert_eq!(plan.volumes[0].source, Source::Empty(source.into()));
+        }
+        let part = "/kubelet/pods/u/volume-subpaths/cache-dir/app/0";
+        let refused = error(json!([bind("/part", part, &["rbind", "ro"])]));
+        assert!(refused.contains("cache-dir") && refused.contains("subPath"), "{refused}");
+        let other = "/kubelet/pods/u/volume-subpaths/config-map/app/0";
+        assert!(plan(&spec(json!([bind("/part", other, &["rbind", "ro"])]))).is_ok());
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Links are kept as links (the kubelet's `..data` layout), never followed: content outside the
 //! mounted directory does not get in.
 
+mod follow;
+
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
@@ -12,6 +14,7 @@ use std::path::{Path, PathBuf};
 use joey_protocol::api;
 use joey_protocol::limits::MAX_COPY_IN_CHUNK;
 
+pub(crate) use self::follow::Published;
 use crate::guest::{Client, GuestError};
 use crate::sandbox::plan::{Source, Volume};
 
@@ -59,14 +62,17 @@ pub enum VolumeError {
     Guest(#[from] GuestError),
 }
 
-/// Copies the volumes into the guest.
+/// Copies the volumes into the guest. Gives those that the kubelet changes while they are in use.
 ///
 /// # Errors
 /// A file cannot be read, is too large, or the guest refuses it.
-pub async fn copy_in(client: &Client, volumes: &[Volume]) -> Result<(), VolumeError> {
+pub(crate) async fn copy_in(
+    client: &Client,
+    volumes: &[Volume],
+) -> Result<Vec<(Volume, Published)>, VolumeError> {
+    let mut published = Vec::new();
     for volume in volumes {
-        let mut sender =
-            Sender { client, volume, pending: Vec::new(), bytes: 0, total: 0, count: 0 };
+        let mut sender = Sender::new(client, volume);
         match &volume.source {
             Source::Inline(content) => {
                 let entry = api::FileEntry {
@@ -76,11 +82,21 @@ pub async fn copy_in(client: &Client, volumes: &[Volume]) -> Result<(), VolumeEr
                 };
                 sender.push(Path::new(""), entry).await?;
             }
-            Source::Host(path) => sender.tree(path).await?,
+            Source::Host(path) => {
+                let found = Published::watch(path).map_err(sender.read_error(path))?;
+                published.extend(found.map(|found| (volume.clone(), found)));
+                sender.tree(path).await?;
+            }
+            Source::Empty(path) => {
+                let meta = fs::metadata(path).map_err(sender.read_error(path))?;
+                let mut entry = entry(Path::new(""), &meta, Vec::new());
+                entry.if_missing = true;
+                sender.push(Path::new(""), entry).await?;
+            }
         }
         sender.flush().await?;
     }
-    Ok(())
+    Ok(published)
 }
 
 struct Sender<'a> {
@@ -92,7 +108,11 @@ struct Sender<'a> {
     count: usize,
 }
 
-impl Sender<'_> {
+impl<'a> Sender<'a> {
+    fn new(client: &'a Client, volume: &'a Volume) -> Self {
+        Self { client, volume, pending: Vec::new(), bytes: 0, total: 0, count: 0 }
+    }
+
     fn read_error(&self, path: &Path) -> impl FnOnce(io::Error) -> VolumeError + use<> {
         let (destination, path) = (self.volume.destination.clone(), path.to_owned());
         move |source| VolumeError::Read { destination, path, source }
@@ -109,9 +129,15 @@ impl Sender<'_> {
     async fn tree(&mut self, root: &Path) -> Result<(), VolumeError> {
         // The mount's source may itself be a link; what lies below is not followed.
         let root = fs::canonicalize(root).map_err(self.read_error(root))?;
-        let mut left = vec![PathBuf::new()];
+        self.below(&root, Path::new("")).await
+    }
+
+    /// Sends `first` of `root` and everything below it.
+    async fn below(&mut self, root: &Path, first: &Path) -> Result<(), VolumeError> {
+        let mut left = vec![first.to_owned()];
         while let Some(inner) = left.pop() {
-            let path = if inner.as_os_str().is_empty() { root.clone() } else { root.join(&inner) };
+            let path =
+                if inner.as_os_str().is_empty() { root.to_owned() } else { root.join(&inner) };
             let meta = fs::symlink_metadata(&path).map_err(self.read_error(&path))?;
             if meta.is_dir() {
                 self.push(&inner, entry(&inner, &meta, Vec::new())).await?;
