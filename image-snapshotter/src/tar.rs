@@ -464,7 +464,12 @@ impl Extended {
             })?;
             data = data.get(length..).unwrap_or_default();
         }
-        Ok(())
+        // One header is bounded; of an entry there may be many.
+        let bytes: usize = self.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+        match bytes as u64 > MAX_HEADER {
+            true => Err(bad(entry, format!("extended attributes of {bytes} bytes"))),
+            false => Ok(()),
+        }
     }
 
     fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {

@@ -265,6 +265,16 @@ fn hostile_streams_are_refused_by_entry() {
 }
 
 #[test]
+fn headers_without_end_are_refused() {
+    let mut stream = Stream::new();
+    for number in 0..20 {
+        stream = stream.pax(&format!("SCHILY.xattr.user.{number}"), &[7; 100_000]);
+    }
+    let error = Image::of(&[stream.file("f", b"").bytes()]).err().unwrap().to_string();
+    assert!(error.contains("extended attributes of 1"), "{error}");
+}
+
+#[test]
 fn sparse_files_keep_their_holes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("sparse");

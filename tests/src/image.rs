@@ -14,6 +14,9 @@ pub const BUSYBOX: &str = "localhost/busybox:1";
 /// A web server from Debian's packages: nginx, its libraries and a page.
 pub const NGINX: &str = "localhost/nginx:1";
 
+/// A large image of real files: Debian's python3 and openjdk.
+pub const DEBIAN: &str = "localhost/debian:1";
+
 /// One layer: a tar, possibly to be compressed.
 pub struct Layer(tar::Builder<Vec<u8>>, bool);
 
@@ -267,6 +270,25 @@ pub fn nginx(folder: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Packs Debian's python3 and openjdk as two compressed layers on busybox, kept for the next time.
+pub fn debian(folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("debian.tar");
+    if !path.exists() {
+        let layer = |name: &str, packages: &[&str]| {
+            let tree = debian_tree(&folder.join(name), packages)?;
+            Ok::<_, anyhow::Error>(Layer::default().tree(&tree)?.gzip())
+        };
+        let layers = vec![
+            layer("python3-tree", &["python3"])?,
+            layer("openjdk-tree", &["openjdk-17-jre-headless"])?,
+        ];
+        let beside = folder.join("debian.new");
+        on_busybox(&beside, DEBIAN, layers)?;
+        fs::rename(beside, &path)?;
+    }
+    Ok(path)
+}
+
 /// Unpacks packages and what they depend on into one folder, kept for the next time.
 fn debian_tree(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
     let done = folder.join(".complete");
@@ -287,7 +309,12 @@ fn debian_tree(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
         ["debconf", "perl", "init", "systemd", "dpkg", "libsystemd", "python", "cdebconf"];
     let text = String::from_utf8_lossy(&list.stdout).into_owned();
     let names = text.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_alphanumeric()));
-    let names = names.filter(|n| !n.contains(':') && !skipped.iter().any(|s| n.starts_with(s)));
+    let wanted = |name: &str| {
+        // What was asked for is never left out.
+        let asked = |skip: &&&str| !packages.iter().any(|package| package.starts_with(**skip));
+        !skipped.iter().filter(asked).any(|skip| name.starts_with(skip))
+    };
+    let names = names.filter(|name| !name.contains(':') && wanted(name));
     run(Command::new("apt-get").args(["-qq", "download"]).args(names).current_dir(&debs))?;
     for deb in fs::read_dir(&debs)? {
         run(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&root))?;

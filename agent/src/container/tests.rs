@@ -322,16 +322,21 @@ fn binds_are_read_only_and_stay_inside() {
         fs::write(volume.path().join("file"), "content").unwrap();
         std::os::unix::fs::symlink("/../../../../tmp", bundle.directory.path().join("link"))
             .unwrap();
-        let mut value = spec("cat /link/v/file /one; touch /tmp/v/x; echo >> /one; echo $?");
+        let own = volume.path().file_name().unwrap().to_string_lossy().into_owned() + "-escape";
+        let script =
+            format!("cat /link/{own}/file /one; touch /tmp/{own}/x; echo >> /one; echo $?");
+        let mut value = spec(&script);
         let mounts = value["mounts"].as_array_mut().unwrap();
-        mounts.push(json!({"destination": "/link/v", "type": "bind", "source": volume.path(),
-            "options": ["rbind", "rprivate", "ro"]}));
+        mounts.push(
+            json!({"destination": format!("/link/{own}"), "type": "bind", "source": volume.path(),
+            "options": ["rbind", "rprivate", "ro"]}),
+        );
         mounts.push(json!({"destination": "/one", "type": "bind",
             "source": volume.path().join("file"), "options": ["bind", "ro"]}));
         let ran = try_run(root, &bundle, value).await.unwrap();
         assert!(ran.output.starts_with("contentcontent"), "{}", ran.output);
         assert_eq!(ran.output.matches("Read-only file system").count(), 2, "{}", ran.output);
-        assert!(!Path::new("/tmp/v").exists());
+        assert!(!Path::new("/tmp").join(own).exists());
     });
 }
 

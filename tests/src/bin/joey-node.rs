@@ -67,6 +67,18 @@ enum Bench {
         #[arg(long)]
         standby: Option<u32>,
     },
+    /// joey-snapshotter beside overlayfs: a real image unpacked, and images of 1 to 100 layers started
+    Image {
+        /// Unpackings and starts of each
+        #[arg(long, default_value_t = 10)]
+        runs: usize,
+        /// Where to write the figures; the picture goes beside it
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// containerd release
+        #[arg(long, default_value = "2.1")]
+        containerd: Version,
+    },
 }
 
 const NAME: &str = "dev";
@@ -93,7 +105,14 @@ fn run(command: Command) -> Result<()> {
                 if let Some(standby) = standby {
                     node.configure(&format!("standby = {standby}"))?;
                 }
-                bench_start(node, &handlers, runs, json.as_deref())
+                let report = bench::start(node, &handlers, runs, &mut |text| println!("{text}"))?;
+                publish(&report, json.as_deref())
+            })
+        }
+        Command::Bench { bench: Bench::Image { runs, json, containerd } } => {
+            with_node(containerd, "bench", |node| {
+                let report = bench::images::image(node, runs, &mut |text| println!("{text}"))?;
+                publish(&report, json.as_deref())
             })
         }
         Command::Demo => with_node(Version::V2_1, "demo", demo::run),
@@ -171,17 +190,18 @@ fn with_node(version: Version, name: &str, work: impl FnOnce(&Node) -> Result<()
     Ok(())
 }
 
-fn bench_start(node: &Node, handlers: &[&str], runs: usize, json: Option<&Path>) -> Result<()> {
-    let report = bench::start(node, handlers, runs, &mut |text| println!("{text}"))?;
+/// Shows a report and writes it as JSON and picture.
+fn publish(report: &bench::stats::Report, json: Option<&Path>) -> Result<()> {
     println!("\n{}", report.table());
-    let default = joey_tests::paths::repository().join("target/bench/start.json");
+    let file = format!("target/bench/{}.json", report.name);
+    let default = joey_tests::paths::repository().join(file);
     let json = json.unwrap_or(&default);
     if let Some(folder) = json.parent() {
         fs::create_dir_all(folder)?;
     }
-    fs::write(json, serde_json::to_string_pretty(&report)? + "\n")?;
+    fs::write(json, serde_json::to_string_pretty(report)? + "\n")?;
     let picture = json.with_extension("svg");
-    fs::write(&picture, bench::plot::svg(&report))?;
+    fs::write(&picture, bench::plot::svg(report))?;
     println!("figures: {}\npicture: {}", json.display(), picture.display());
     Ok(())
 }
