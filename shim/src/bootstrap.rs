@@ -25,6 +25,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::config::Config;
 use crate::sandbox::record::{self, Record};
+use crate::sandbox::teardown;
 use crate::standby::{Claim, Terms};
 
 /// Name of this runtime as RuntimeClass handlers give it.
@@ -73,6 +74,9 @@ pub enum BootstrapError {
     /// A message of containerd's could not be read or written.
     #[error("message exchanged with containerd: {0}")]
     Message(#[from] protobuf::Error),
+    /// What a keeper that was killed has left could not be removed.
+    #[error(transparent)]
+    Left(#[from] teardown::Incomplete),
 }
 
 fn io_error(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> BootstrapError {
@@ -146,6 +150,7 @@ impl Invocation {
             address: self.flags.address.clone(),
             publish_binary: self.flags.publish_binary.clone(),
             bundle: self.bundle.clone(),
+            socket: self.socket_path(),
             ttrpc_address: self.ttrpc_address.clone(),
             debug: self.flags.debug,
             since_boot: started_since_boot(),
@@ -353,16 +358,24 @@ pub fn start(invocation: &Invocation, config: &Config) -> Result<Start, Bootstra
         }
         _ => {}
     }
-    let claim = Claim::find(config, invocation);
-    let record = Record::begun(&invocation.flags.id, &invocation.flags.namespace, &socket);
-    let directory = record::directory(&config.run_dir, &record.id);
-    record.write(&directory).map_err(io_error("write the sandbox's record in", &directory))?;
-    let listener = UnixListener::bind(&socket).map_err(io_error("bind socket", &socket))?;
-    match claim.map(|claim| claim.hand_over(&listener)) {
-        Some(Ok(())) => Ok(Start::Running(answer)),
-        // The keeper went at the last moment: it takes one more start, as without it.
-        Some(Err(_)) | None => Ok(Start::Serve { listener, answer }),
+    let directory = record::directory(&config.run_dir, &invocation.flags.id);
+    if let Some(claim) = Claim::find(config, invocation) {
+        let listener = UnixListener::bind(&socket).map_err(io_error("bind socket", &socket))?;
+        if claim.hand_over(&listener).is_ok() {
+            return Ok(Start::Running(answer));
+        }
+        // The keeper went at the last moment: it takes one more start, as without it, once everything
+        // that the keeper had for this sandbox is gone.
+        let left = Record::read(&directory)
+            .map_err(io_error("read the sandbox's record in", &directory))?;
+        left.map_or(Ok(()), |record| teardown::undo(&config.run_dir, &record))?;
+        let _ = std::fs::remove_file(&socket);
     }
+    Record::begun(&invocation.flags.id, &invocation.flags.namespace, &socket)
+        .write(&directory)
+        .map_err(io_error("write the sandbox's record in", &directory))?;
+    let listener = UnixListener::bind(&socket).map_err(io_error("bind socket", &socket))?;
+    Ok(Start::Serve { listener, answer })
 }
 
 /// Writes the shim's address into the bundle, where containerd 1.7 looks for it when it is restarted.

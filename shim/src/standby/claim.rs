@@ -42,6 +42,8 @@ pub(crate) struct Terms {
     pub(crate) address: String,
     pub(crate) publish_binary: String,
     pub(crate) bundle: PathBuf,
+    /// Where containerd will call.
+    pub(crate) socket: PathBuf,
     pub(crate) ttrpc_address: String,
     pub(crate) debug: bool,
     /// Time since the host's boot at which containerd started the shim.

@@ -1,5 +1,6 @@
 //! The keeper's life: prepare a machine, wait, become a sandbox's shim.
 
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
@@ -94,10 +95,11 @@ pub fn run(config: Config, role: &str) -> Result<()> {
         ..Record::begun(&id, "", &socket)
     };
     record.write(&record::directory(&config.run_dir, &id))?;
-    let served = wait_and_serve(&config, &role, record);
+    let name = RefCell::new(id.clone());
+    let served = wait_and_serve(&config, &role, record, &name);
     if !matches!(served, Ok(true)) {
-        // It never became a sandbox's shim.
-        if let Some(record) = Record::read(&record::directory(&config.run_dir, &id))? {
+        // It never became a sandbox's shim, whoever's its machine is by now.
+        if let Some(record) = Record::read(&record::directory(&config.run_dir, &name.borrow()))? {
             teardown::undo(&config.run_dir, &record)?;
         }
     }
@@ -107,8 +109,13 @@ pub fn run(config: Config, role: &str) -> Result<()> {
     served.map(drop)
 }
 
-/// Whether it has become a sandbox's shim.
-fn wait_and_serve(config: &Config, role: &Role, record: Record) -> Result<bool> {
+/// Whether it has become a sandbox's shim. `name` is under which id its record lies.
+fn wait_and_serve(
+    config: &Config,
+    role: &Role,
+    record: Record,
+    name: &RefCell<String>,
+) -> Result<bool> {
     std::thread::sleep(DELAY);
     // One is prepared at a time.
     let lock = File::create(config.run_dir.join("standby.lock"))?;
@@ -119,7 +126,7 @@ fn wait_and_serve(config: &Config, role: &Role, record: Record) -> Result<bool> 
     fs::create_dir_all(folder(config, &role.class))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        match keep(config, role, record, turn).await? {
+        match keep(config, role, record, name, turn).await? {
             Some(start) => serve::serve(config.clone(), start).await.map(|()| true),
             None => Ok(false),
         }
@@ -131,6 +138,7 @@ async fn keep(
     config: &Config,
     role: &Role,
     mut record: Record,
+    name: &RefCell<String>,
     turn: Flock<File>,
 ) -> Result<Option<serve::Start>> {
     let (id, socket) = (record.id.clone(), record.socket.clone());
@@ -149,9 +157,10 @@ async fn keep(
         let target = record::directory(&config.run_dir, &terms.id);
         fs::rename(&directory, &target)
             .with_context(|| format!("rename {} to {}", directory.display(), target.display()))?;
-        // From here on it is the sandbox's: should both sides die now, it is found by this name.
-        let (id, namespace) = (terms.id.clone(), terms.namespace.clone());
-        Ok(Record { id, namespace, ..record.clone() }.write(&target)?)
+        // From here on it is the sandbox's: should either side or both die now, it is found by this name.
+        name.replace(terms.id.clone());
+        let Terms { id, namespace, socket, .. } = terms.clone();
+        Ok(Record { id, namespace, socket, ..record.clone() }.write(&target)?)
     });
     let Some((terms, listener)) = claimed.await? else { return Ok(None) };
     std::env::set_current_dir(&terms.bundle)?;

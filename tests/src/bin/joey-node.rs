@@ -133,7 +133,7 @@ fn up(version: Version) -> Result<()> {
     };
     println!("node is up: {}", node.cri.version()?);
     println!("  CRI socket  {}", node.socket().display());
-    println!("  handlers    joey, runc{}", sandboxed(version));
+    println!("  handlers    joey, joey-overlayfs, runc{}", sandboxed(version));
     println!("  images      {}", node.cri.images()?.join(", "));
     println!("  network     nsenter -t {} -n", node.holder());
     println!("  log         {}", node.dir().join("containerd.log").display());
