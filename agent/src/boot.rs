@@ -27,6 +27,8 @@ use crate::sys;
 pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup/joey";
 /// Where `xtask guest` puts the modules, with their order of loading in `order`.
 const MODULES: &str = "/lib/modules";
+/// Where `xtask guest` puts the blank of the pod's disk.
+const BLANK: &str = "/blank";
 /// Where the new root is built before it is moved over `/`.
 const NEW_ROOT: &str = "/newroot";
 /// Housekeeping that wakes an idle guest: compaction in advance, statistics every second.
@@ -106,7 +108,12 @@ const MOUNTS: &[Mount] = &[
 ];
 
 /// Brings the guest from the kernel's first user process to a system in which containers can run.
-pub(crate) fn boot() -> Result<(), BootError> {
+///
+/// Gives the blank of the pod's disk.
+pub(crate) fn boot() -> Result<Vec<u8>, BootError> {
+    let blank = fs::read(BLANK)
+        .and_then(|blank| fs::remove_file(BLANK).map(|()| blank))
+        .map_err(|source| BootError::File { path: BLANK.into(), source })?;
     let root = Path::new(NEW_ROOT);
     for entry in MOUNTS {
         let target = root.join(entry.target);
@@ -137,7 +144,7 @@ pub(crate) fn boot() -> Result<(), BootError> {
     if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.0, OPEN_FILES.1) {
         warning!("raising the limit of open files: {error}");
     }
-    Ok(())
+    Ok(blank)
 }
 
 fn make_directory(path: &Path) -> Result<(), BootError> {
@@ -182,7 +189,9 @@ fn enter_root(root: &Path) -> nix::Result<()> {
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)?;
     nix::unistd::chroot(".")?;
     nix::unistd::chdir("/")?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    // The pod's disk and volumes are mounted below when spares wait already.
+    mount(None::<&str>, "/run", None::<&str>, MsFlags::MS_SHARED, None::<&str>)
 }
 
 /// Lets children of the cgroup be limited by whatever this kernel can limit.

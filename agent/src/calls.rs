@@ -17,7 +17,7 @@ use crate::boot::CGROUP_ROOT;
 use crate::container::{Container, CreateRequest, Error as EngineError};
 use crate::containers::{ContainerEntry, Process};
 use crate::identity::phase;
-use crate::sandbox::{Sandbox, SandboxError, memory_bytes};
+use crate::sandbox::{Sandbox, SandboxError};
 use crate::storage::{self, SlotClaim};
 use crate::{streams, sys};
 
@@ -46,9 +46,12 @@ impl Sandbox {
         self.require_stage_of(id.as_str())?;
         let spec: Spec = parse_spec(&request.spec)?;
         let rootfs = request.rootfs.get_or_default();
-        let plan = storage::plan(rootfs, memory_bytes())?;
+        let mut plan = storage::plan(rootfs)?;
         let reservation = self.containers.reserve(id.as_str())?;
         let slots = SlotClaim::take(&self.slots, rootfs)?;
+        let writable = plan.layers.iter().any(|disk| disk.writable);
+        let layer = (!rootfs.read_only && !writable).then(|| self.disk.layer()).transpose()?;
+        plan.writable = layer.as_ref().map(|layer| layer.path().to_owned());
         let shared_pid = if shares_pid(&spec) { Some(self.pod_pid()?) } else { None };
         let (ends, io) = streams::prepare(&self.mux, request.stdio.get_or_default())?;
         let begin = sys::monotonic();
@@ -72,7 +75,13 @@ impl Sandbox {
         let pid = child.pid().as_raw().unsigned_abs();
         let init = Process::new(child, pumps);
         let events = self.events.clone();
-        reservation.keep(ContainerEntry::watched(id.as_str(), container, init, slots, events));
+        reservation.keep(ContainerEntry::watched(
+            id.as_str(),
+            container,
+            init,
+            (slots, layer),
+            events,
+        ));
         Ok(api::CreateContainerResponse { pid, phases, ..Default::default() })
     }
 

@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 use crate::container::{Container, Error as EngineError, Exec};
 use crate::events::Events;
 use crate::log::warning;
+use crate::pod_disk::Layer;
 use crate::reap::Child;
 use crate::sandbox::SandboxError;
 use crate::storage::SlotClaim;
@@ -75,6 +76,9 @@ impl ExecEntry {
     }
 }
 
+/// What a container's root file system is made of.
+type Root = (SlotClaim, Option<Layer>);
+
 /// A container.
 pub(crate) struct ContainerEntry {
     id: String,
@@ -85,7 +89,7 @@ pub(crate) struct ContainerEntry {
     execs: Mutex<HashMap<String, Option<Arc<ExecEntry>>>>,
     oom_kills: AtomicU64,
     oom_watch: Mutex<Option<JoinHandle<()>>>,
-    slots: Mutex<Option<SlotClaim>>,
+    root: Mutex<Option<Root>>,
     events: Events,
 }
 
@@ -163,7 +167,7 @@ impl ContainerEntry {
         id: &str,
         container: Container,
         init: Process,
-        slots: SlotClaim,
+        root: Root,
         events: Events,
     ) -> Arc<Self> {
         let entry = Arc::new(Self {
@@ -173,7 +177,7 @@ impl ContainerEntry {
             execs: Mutex::default(),
             oom_kills: AtomicU64::new(0),
             oom_watch: Mutex::default(),
-            slots: Mutex::new(Some(slots)),
+            root: Mutex::new(Some(root)),
             events,
         });
         let watched = Arc::clone(&entry);
@@ -282,6 +286,6 @@ impl ContainerEntry {
         if let Some(task) = lock(&self.oom_watch).take() {
             task.abort();
         }
-        lock(&self.slots).take();
+        lock(&self.root).take();
     }
 }

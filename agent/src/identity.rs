@@ -90,6 +90,7 @@ pub(crate) struct Prepared {
     random: File,
     machine_id: File,
     links: Links,
+    unique: bool,
 }
 
 impl Prepared {
@@ -106,7 +107,12 @@ impl Prepared {
         for (name, usual, _) in USUAL_SYSCTLS {
             set_sysctl(name, usual)?;
         }
-        Ok(Self { random, machine_id, links: Links::prepare()? })
+        Ok(Self { random, machine_id, links: Links::prepare()?, unique: false })
+    }
+
+    /// Whether what the kernel's generator gives is this clone's alone.
+    pub(crate) fn is_unique(&self) -> bool {
+        self.unique
     }
 
     /// What can wait until the pod has started.
@@ -118,7 +124,7 @@ impl Prepared {
     #[cfg(test)]
     pub(crate) fn nothing() -> Self {
         let null = || File::open("/dev/null").unwrap();
-        Self { random: null(), machine_id: null(), links: Links::none() }
+        Self { random: null(), machine_id: null(), links: Links::none(), unique: false }
     }
 
     /// Takes back what [`Self::assume`] gave and the next identity would not replace: to be called before
@@ -140,6 +146,7 @@ impl Prepared {
         let mut phases = Phases::default();
         phases.measure("clock", || set_clock(request.wall_clock_ns))?;
         phases.measure("entropy", || set_entropy(&self.random, &request.entropy))?;
+        self.unique = true;
         phases.measure("names", || set_names(&self.machine_id, request))?;
         // Before the sysctls, which may be an interface's.
         phases.measure("network", || Ok(self.links.apply(&request.network)?))?;

@@ -18,6 +18,7 @@ mod log;
 mod network;
 mod oom;
 mod paths;
+mod pod_disk;
 mod pod_pid;
 mod reap;
 mod rehearsal;
@@ -71,6 +72,9 @@ fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == rehearsal::ARGUMENT) {
         return rehearsal::main();
     }
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == pod_disk::REMOVE) {
+        return pod_disk::remove(std::env::args_os().nth(2));
+    }
     if std::process::id() != 1 {
         warning!("this program is the init process of a Joey guest; it does nothing elsewhere");
         return ExitCode::from(2);
@@ -99,7 +103,7 @@ fn end_machine() {
 }
 
 fn work() -> Result<(), AgentError> {
-    boot::boot()?;
+    let blank = boot::boot()?;
     let port = channel::open()?;
     if let Err(error) = sys::be_patient() {
         warning!("choosing the agent's scheduling: {error}");
@@ -109,16 +113,21 @@ fn work() -> Result<(), AgentError> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(serve(port, prepared))
+        .block_on(serve(port, prepared, blank))
 }
 
-async fn serve(port: OwnedFd, prepared: identity::Prepared) -> Result<(), AgentError> {
+async fn serve(
+    port: OwnedFd,
+    prepared: identity::Prepared,
+    blank: Vec<u8>,
+) -> Result<(), AgentError> {
     let (mux, driver) = Mux::new(fd_io::FdIo::new(port)?);
     let reaper = reap::Reaper::default();
     tokio::spawn(reaper.clone().run());
     let (events, queue) = events::Events::new();
     tokio::spawn(events::run(queue, mux.open(limits::STREAM_EVENTS)?));
-    let sandbox = Arc::new(sandbox::Sandbox::new(prepared, mux.clone(), reaper, events));
+    let disk = pod_disk::PodDisk::new(blank, reaper.clone());
+    let sandbox = Arc::new(sandbox::Sandbox::new(prepared, disk, mux.clone(), reaper, events));
     let cgroups = Path::new(boot::CGROUP_ROOT);
     container::prepare_device_policy(cgroups)?;
     sandbox.spares.fork(cgroups, SPARES)?;

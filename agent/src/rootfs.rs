@@ -1,13 +1,13 @@
 //! Mounts a container's root from its disks, inside the container's own process.
 //!
 //! ```text
-//! /run/joey/root = overlay( lower: the image layers, top first;  upper: a tmpfs of limited size )
+//! /run/joey/root = overlay( lower: the image layers, top first;  upper: a directory of the pod's disk )
 //! ```
 //!
 //! Runs in the forked child in its own private mount namespace, with which every mount here goes
-//! away. There is an upper layer even below a read-only root: mount points that the image lacks are
-//! made there, before the engine makes the root read-only. A single disk that may be written is the
-//! root itself.
+//! away. There is an upper layer even below a read-only root, in memory: mount points that the image
+//! lacks are made there, before the engine makes the root read-only. A single disk that may be written is
+//! the root itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,35 +15,29 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MsFlags, mount};
 
 use crate::container::Sources;
-use crate::sandbox::memory_bytes;
-use crate::storage::{self, LayerDisk, RootfsPlan};
+use crate::storage::{LayerDisk, RootfsPlan};
 use crate::volumes;
 
 const ROOT: &str = "/run/joey/root";
 const LAYERS: &str = "/run/joey/layers";
 const UPPER: &str = "/run/joey/upper";
 /// Enough for the mount points of a read-only root.
-const READ_ONLY_UPPER: u64 = 1 << 20;
+const READ_ONLY_UPPER: &str = "mode=755,size=1m";
 
 /// Roots of containers, from their disks; volumes, from the host's copies.
-pub(crate) const SOURCES: Sources =
-    Sources { prepare, root: mount_root, bind: volumes::bind_source };
-
-/// The usual writable layer.
-fn prepare() -> Result<(), String> {
-    upper(storage::default_writable_bytes(memory_bytes()))
-}
+pub(crate) const SOURCES: Sources = Sources { root: mount_root, bind: volumes::bind_source };
 
 fn mount_root(plan: &str) -> Result<PathBuf, String> {
     serde_json::from_str::<RootfsPlan>(plan).map_err(|error| error.to_string())?.mount()
 }
 
-/// Mounts an empty writable layer.
-fn upper(bytes: u64) -> Result<(), String> {
-    let options = format!("mode=755,size={bytes}");
-    attempt("tmpfs", &directory(UPPER)?, "tmpfs", MsFlags::empty(), &options)?;
-    directory(format!("{UPPER}/upper"))?;
-    directory(format!("{UPPER}/work")).map(drop)
+/// Mounts a layer for mount points alone.
+fn upper() -> Result<PathBuf, String> {
+    let upper = directory(UPPER)?;
+    attempt("tmpfs", &upper, "tmpfs", MsFlags::empty(), READ_ONLY_UPPER)?;
+    directory(upper.join("upper"))?;
+    directory(upper.join("work"))?;
+    Ok(upper)
 }
 
 impl RootfsPlan {
@@ -62,14 +56,14 @@ impl RootfsPlan {
             lower.push(index.to_string());
         }
         lower.reverse();
-        let bytes = if self.read_only { READ_ONLY_UPPER } else { self.writable_bytes };
-        if bytes != storage::default_writable_bytes(memory_bytes()) {
-            upper(bytes)?;
-        }
+        let upper = self.writable.clone().map_or_else(upper, Ok)?;
         // Relative names: the options of one mount have to fit into a page.
         std::env::set_current_dir(LAYERS).map_err(|error| format!("{LAYERS}: {error}"))?;
         let lower = lower.join(":");
-        let options = format!("lowerdir={lower},upperdir={UPPER}/upper,workdir={UPPER}/work");
+        let upper = upper.display();
+        // Volatile: what is written has to outlast the container, not the machine.
+        let options =
+            format!("lowerdir={lower},upperdir={upper}/upper,workdir={upper}/work,volatile");
         let result = attempt("overlay", &root, "overlay", MsFlags::empty(), &options);
         std::env::set_current_dir("/").map_err(|error| format!("/: {error}"))?;
         result.map(|()| root)

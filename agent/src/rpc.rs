@@ -61,6 +61,22 @@ impl api::Agent for Service {
         reply(self.0.rehearse(&request))
     }
 
+    async fn open_disk(
+        &self,
+        _: &TtrpcContext,
+        request: api::OpenDiskRequest,
+    ) -> ttrpc::Result<api::OpenDiskResponse> {
+        reply(self.0.open_disk(&request))
+    }
+
+    async fn rehearse_disk(
+        &self,
+        _: &TtrpcContext,
+        request: api::OpenDiskRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        done(self.0.rehearse_disk(&request))
+    }
+
     async fn copy_in(
         &self,
         _: &TtrpcContext,

@@ -25,6 +25,7 @@ use crate::containers::Containers;
 use crate::events::Events;
 use crate::identity::{IdentityError, Prepared};
 use crate::log::warning;
+use crate::pod_disk::{self, PodDisk};
 use crate::pod_pid::PodPidNamespace;
 use crate::reap::Reaper;
 use crate::rootfs::SOURCES;
@@ -159,6 +160,8 @@ pub(crate) struct Sandbox {
     /// Kept to the end: closing what was prepared would cost each clone more than it frees.
     prepared: Mutex<Prepared>,
     pod_pid: Mutex<Option<PodPidNamespace>>,
+    /// Where what containers write goes.
+    pub(crate) disk: PodDisk,
     /// Small files from the host.
     pub(crate) volumes: Volumes,
     /// First processes of containers to come.
@@ -177,12 +180,19 @@ pub(crate) struct Sandbox {
 
 impl Sandbox {
     /// A clone that is nobody yet.
-    pub(crate) fn new(prepared: Prepared, mux: Mux, reaper: Reaper, events: Events) -> Self {
+    pub(crate) fn new(
+        prepared: Prepared,
+        disk: PodDisk,
+        mux: Mux,
+        reaper: Reaper,
+        events: Events,
+    ) -> Self {
         Self {
             phase: Mutex::new(Phase::Fresh),
             prepared: Mutex::new(prepared),
             pod_pid: Mutex::default(),
-            volumes: Volumes::new(VOLUMES),
+            disk,
+            volumes: Volumes::new(VOLUMES, pod_disk::VOLUMES),
             spares: Spares::new(SOURCES),
             containers: Containers::default(),
             slots: SharedSlots::default(),
@@ -300,10 +310,40 @@ impl Sandbox {
         }
     }
 
+    /// Opens the pod's disk: in a machine that is nobody's too, once it has rehearsed an identity and with it
+    /// has entropy of its own.
+    pub(crate) fn open_disk(
+        &self,
+        request: &api::OpenDiskRequest,
+    ) -> Result<api::OpenDiskResponse, SandboxError> {
+        if !self.containers.is_empty() {
+            return Err(SandboxError::Invalid("the pod's disk comes before containers".to_owned()));
+        }
+        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        if !prepared.is_unique() {
+            return Err(SandboxError::NotStarted);
+        }
+        let phases = self.disk.open(request.slot, request.bytes)?;
+        Ok(api::OpenDiskResponse { phases, ..Default::default() })
+    }
+
+    /// Goes through [`Self::open_disk`] and back, under a key that is no secret.
+    pub(crate) fn rehearse_disk(&self, request: &api::OpenDiskRequest) -> Result<(), SandboxError> {
+        if *self.phase.lock().unwrap_or_else(PoisonError::into_inner) != Phase::Fresh {
+            return Err(SandboxError::Rehearsing);
+        }
+        Ok(self.disk.rehearse(request.slot, request.bytes)?)
+    }
+
     /// Puts files into a volume.
     pub(crate) fn copy_in(&self, request: &api::CopyInRequest) -> Result<(), SandboxError> {
         self.require_stage_of(&request.volume_id)?;
         let id = VolumeId::new(&request.volume_id)?;
+        let medium = request.medium.enum_value_or_default();
+        let new = self.volumes.place(&id, medium, request.size_bytes)?;
+        if request.if_missing && !new {
+            return Ok(());
+        }
         for entry in &request.entries {
             self.volumes.put(&id, entry)?;
         }
@@ -332,7 +372,8 @@ mod tests {
 
     fn sandbox() -> Sandbox {
         let (mux, _driver) = Mux::new(tokio::io::empty());
-        Sandbox::new(Prepared::nothing(), mux, Reaper::default(), Events::new().0)
+        let disk = PodDisk::new(Vec::new(), Reaper::default());
+        Sandbox::new(Prepared::nothing(), disk, mux, Reaper::default(), Events::new().0)
     }
 
     #[test]
@@ -349,6 +390,8 @@ mod tests {
         let error = sandbox.start(request).unwrap_err();
         assert_eq!(error.code(), Code::FAILED_PRECONDITION, "a failed clone stays failed");
         assert!(sandbox.require_started().is_err());
+        let error = sandbox.open_disk(&api::OpenDiskRequest::new()).unwrap_err();
+        assert!(matches!(error, SandboxError::NotStarted), "no key before there is entropy");
     }
 
     #[test]

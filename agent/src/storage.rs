@@ -58,10 +58,8 @@ pub(crate) struct LayerDisk {
 pub(crate) struct RootfsPlan {
     /// Lowest first.
     pub(crate) layers: Vec<LayerDisk>,
-    /// No writable layer on top.
-    pub(crate) read_only: bool,
-    /// Limit of the writable layer.
-    pub(crate) writable_bytes: u64,
+    /// Directory of the writable layer on top; none: what is made in the root is not for the container.
+    pub(crate) writable: Option<PathBuf>,
 }
 
 /// Why a container cannot have its root.
@@ -91,6 +89,18 @@ pub(crate) enum StorageError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The pod's writable disk cannot be used.
+    #[error("the pod's writable disk (slot {slot}, {}): {step}: {source}", device.display())]
+    PodDisk {
+        /// The slot.
+        slot: u32,
+        /// Its device node, or the directory.
+        device: PathBuf,
+        /// What failed.
+        step: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
 }
 
 /// Slots in use, each with the number of containers on it.
@@ -105,7 +115,7 @@ pub(crate) struct Slots {
 }
 
 /// Devices of slots: /dev/vda is slot 0.
-fn device(slot: u32) -> Result<PathBuf, StorageError> {
+pub(crate) fn device(slot: u32) -> Result<PathBuf, StorageError> {
     match u8::try_from(slot) {
         Ok(slot) if u32::from(slot) < DISK_SLOTS => {
             Ok(PathBuf::from(format!("/dev/vd{}", char::from(b'a' + slot))))
@@ -125,13 +135,8 @@ pub(crate) fn count_slots() -> u32 {
     u32::try_from(disks.count()).unwrap_or(u32::MAX)
 }
 
-/// Limit of a writable layer for which the host names none.
-pub(crate) fn default_writable_bytes(memory_bytes: u64) -> u64 {
-    memory_bytes / 2
-}
-
-/// Checks the request, purely.
-pub(crate) fn plan(rootfs: &api::Rootfs, memory_bytes: u64) -> Result<RootfsPlan, StorageError> {
+/// Checks the request, purely. The writable layer is still to be made.
+pub(crate) fn plan(rootfs: &api::Rootfs) -> Result<RootfsPlan, StorageError> {
     let invalid = |problem: String| Err(StorageError::Invalid(problem));
     if rootfs.layers.is_empty() {
         return invalid("it has no disk".to_owned());
@@ -156,11 +161,7 @@ pub(crate) fn plan(rootfs: &api::Rootfs, memory_bytes: u64) -> Result<RootfsPlan
         }
         layers.push(LayerDisk { device, file_system, writable: disk.writable });
     }
-    let writable_bytes = match rootfs.writable_bytes {
-        0 => default_writable_bytes(memory_bytes),
-        bytes => bytes,
-    };
-    Ok(RootfsPlan { layers, read_only: rootfs.read_only, writable_bytes })
+    Ok(RootfsPlan { layers, writable: None })
 }
 
 /// How a disk is checked, if it is.
@@ -311,9 +312,8 @@ mod tests {
     }
 
     #[test]
-    fn plans_layers_in_order_with_a_default_limit() {
-        let plan = plan(&rootfs(&[(0, "erofs", false), (3, "erofs", false)]), 1000).unwrap();
-        assert_eq!(plan.writable_bytes, 500);
+    fn plans_layers_in_order() {
+        let plan = plan(&rootfs(&[(0, "erofs", false), (3, "erofs", false)])).unwrap();
         let devices: Vec<_> = plan.layers.iter().map(|layer| layer.device.as_path()).collect();
         assert_eq!(devices, [Path::new("/dev/vda"), Path::new("/dev/vdd")]);
     }
@@ -329,7 +329,7 @@ mod tests {
             &[(0, "ext4", true), (1, "erofs", false)],
             &[(0, "erofs", false), (0, "erofs", false)],
         ] {
-            assert!(plan(&rootfs(disks), 1).is_err(), "{disks:?}");
+            assert!(plan(&rootfs(disks)).is_err(), "{disks:?}");
         }
     }
 

@@ -81,6 +81,52 @@ pub(crate) fn flush_block_device(device: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::ioctl(device.as_raw_fd(), BLK_FLUSH_BUFFERS as _, 0) }).map(drop)
 }
 
+/// The kernel's `struct fsxattr` (`linux/fs.h`).
+#[repr(C)]
+struct FsXattr {
+    flags: u32,
+    extent_size: u32,
+    extents: u32,
+    project: u32,
+    cow_extent_size: u32,
+    padding: [u8; 8],
+}
+
+/// Makes a directory, and what will be made in it, count for a project (`FS_IOC_FSSETXATTR`).
+pub(crate) fn set_project(directory: BorrowedFd<'_>, project: u32) -> io::Result<()> {
+    /// `_IOW('X', 32, struct fsxattr)`.
+    const SET: libc::c_ulong = 0x401c_5820;
+    /// `FS_XFLAG_PROJINHERIT`.
+    const INHERIT: u32 = 0x200;
+    let attributes = FsXattr {
+        flags: INHERIT,
+        extent_size: 0,
+        extents: 0,
+        project,
+        cow_extent_size: 0,
+        padding: [0; 8],
+    };
+    // SAFETY: the structure is the kernel's and lives through the call.
+    check(unsafe { libc::ioctl(directory.as_raw_fd(), SET as _, &attributes) }).map(drop)
+}
+
+/// Sets the most bytes that a project may use on a file system, by its device (quotactl(2)).
+pub(crate) fn limit_project(device: &Path, project: u32, bytes: u64) -> io::Result<()> {
+    const PROJECT: libc::c_int = 2;
+    /// Units of limits are 1 KiB.
+    const UNIT: u64 = 1024;
+    let device = std::ffi::CString::new(device.as_os_str().as_encoded_bytes())?;
+    // SAFETY: the structure is plain numbers, for all of which zero is valid.
+    let mut limits: libc::dqblk = unsafe { std::mem::zeroed() };
+    limits.dqb_bhardlimit = bytes / UNIT;
+    limits.dqb_valid = libc::QIF_BLIMITS;
+    let command = libc::QCMD(libc::Q_SETQUOTA, PROJECT);
+    let id = libc::c_int::try_from(project).map_err(io::Error::other)?;
+    let pointer = std::ptr::from_mut(&mut limits).cast();
+    // SAFETY: the path is NUL-terminated and the structure lives through the call.
+    check(unsafe { libc::quotactl(command, device.as_ptr(), id, pointer) }).map(drop)
+}
+
 /// A call to the device mapper; `buffer` is a `struct dm_ioctl` and what follows it.
 pub(crate) fn device_mapper(
     control: BorrowedFd<'_>,

@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 
 use joey_protocol::ids::VolumeId;
 use joey_protocol::{api, limits};
+use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, fchmod};
 
-use crate::paths;
+use crate::{paths, pod_disk};
 
 /// Where volumes lie.
 pub(crate) const VOLUMES: &str = "/run/joey/volumes";
@@ -32,11 +33,9 @@ pub(crate) fn bind_source(source: &Path) -> Result<PathBuf, String> {
     }
     let Some(id) = text.strip_prefix(VOLUME_SOURCE) else { return Ok(source.to_owned()) };
     let id = VolumeId::new(id).map_err(|error| error.to_string())?;
-    let path = Path::new(VOLUMES).join(id.as_str());
-    match path.exists() {
-        true => Ok(path),
-        false => Err(format!("volume {id} was not copied into the guest")),
-    }
+    let places = [VOLUMES, pod_disk::VOLUMES].map(|place| Path::new(place).join(id.as_str()));
+    let there = places.into_iter().find(|path| path.exists());
+    there.ok_or_else(|| format!("volume {id} was not copied into the guest"))
 }
 /// Largest file that may be copied in: it lives in guest memory.
 const FILE_MAX: u64 = 64 << 20;
@@ -70,12 +69,46 @@ pub(crate) enum VolumeError {
 #[derive(Debug)]
 pub(crate) struct Volumes {
     root: PathBuf,
+    disk: PathBuf,
 }
 
 impl Volumes {
-    /// Volumes below `root`, which exists.
-    pub(crate) fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+    /// Volumes below `root`, which exists, and below `disk`, which will.
+    pub(crate) fn new(root: impl Into<PathBuf>, disk: impl Into<PathBuf>) -> Self {
+        Self { root: root.into(), disk: disk.into() }
+    }
+
+    /// Makes the place of a volume that needs one of its own. Gives whether the volume is new.
+    pub(crate) fn place(
+        &self,
+        id: &VolumeId,
+        medium: api::Medium,
+        bytes: u64,
+    ) -> Result<bool, VolumeError> {
+        let make = || match medium {
+            api::Medium::MEMORY => Ok(!self.root.join(id.as_str()).exists()),
+            api::Medium::DISK => make_directory(&self.disk.join(id.as_str())),
+            api::Medium::OWN_MEMORY => {
+                let path = self.root.join(id.as_str());
+                if !make_directory(&path)? {
+                    return Ok(false);
+                }
+                let options = if bytes == 0 { String::new() } else { format!("size={bytes}") };
+                let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+                mount(Some("tmpfs"), &path, Some("tmpfs"), flags, Some(options.as_str()))?;
+                Ok(true)
+            }
+        };
+        make().map_err(|source: io::Error| VolumeError::File {
+            volume: id.to_string(),
+            path: String::new(),
+            source,
+        })
+    }
+
+    /// The directory in which this volume lies, or will.
+    fn place_of(&self, id: &VolumeId) -> &Path {
+        if self.disk.join(id.as_str()).exists() { &self.disk } else { &self.root }
     }
 
     /// Takes a volume that is one file away.
@@ -121,10 +154,8 @@ impl Volumes {
         let inner = Path::new(id.as_str()).join(path);
         // Joining an empty path adds a slash, which would name a directory.
         let inner = if entry.path.is_empty() { Path::new(id.as_str()) } else { inner.as_path() };
-        if entry.if_missing && self.root.join(inner).symlink_metadata().is_ok() {
-            return Ok(());
-        }
-        self.write(inner, kind, entry).map_err(|source| VolumeError::File {
+        let root = self.place_of(id);
+        self.write(root, inner, kind, entry).map_err(|source| VolumeError::File {
             volume: id.to_string(),
             path: entry.path.clone(),
             source,
@@ -144,8 +175,8 @@ impl Volumes {
         }
     }
 
-    fn write(&self, path: &Path, kind: u32, entry: &api::FileEntry) -> io::Result<()> {
-        let root = File::open(&self.root)?;
+    fn write(&self, root: &Path, path: &Path, kind: u32, entry: &api::FileEntry) -> io::Result<()> {
+        let root = File::open(root)?;
         let (parent, name) = paths::make_parents(root.as_fd(), path)?;
         let directory = parent.as_fd();
         let file = match kind {
@@ -218,6 +249,14 @@ impl Volumes {
     }
 }
 
+/// Whether it was missing.
+fn make_directory(path: &Path) -> io::Result<bool> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        made => made.map(|()| true),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -235,7 +274,7 @@ mod tests {
     fn a_swap_is_one_event_and_what_is_gone_goes() {
         use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
         let root = tempfile::tempdir().unwrap();
-        let volumes = Volumes::new(root.path());
+        let volumes = Volumes::new(root.path(), root.path().join("disk"));
         let id = VolumeId::new("v1").unwrap();
         volumes.put(&id, &entry("..1/key", libc::S_IFREG | 0o640, b"old", 0)).unwrap();
         volumes.put(&id, &entry("..data", libc::S_IFLNK, b"..1", 0)).unwrap();
@@ -256,18 +295,19 @@ mod tests {
         for path in ["..2/key", "", "..", "/v1"] {
             assert!(volumes.put(&id, &gone(path)).is_err(), "{path}");
         }
-        let mut kept = entry("", libc::S_IFDIR | 0o777, b"", 0);
-        kept.if_missing = true;
-        let mode = || fs::metadata(root.path().join("v1")).unwrap().permissions().mode();
-        let before = mode();
-        volumes.put(&id, &kept).unwrap();
-        assert_eq!(mode(), before);
+        assert!(!volumes.place(&id, api::Medium::MEMORY, 0).unwrap(), "it is there");
+        fs::create_dir(root.path().join("disk")).unwrap();
+        let own = VolumeId::new("v2").unwrap();
+        assert!(volumes.place(&own, api::Medium::DISK, 0).unwrap());
+        assert!(!volumes.place(&own, api::Medium::DISK, 0).unwrap(), "the next container's");
+        volumes.put(&own, &entry("key", libc::S_IFREG | 0o640, b"", 0)).unwrap();
+        assert!(root.path().join("disk/v2/key").exists());
     }
 
     #[test]
     fn files_directories_links_and_pieces() {
         let root = tempfile::tempdir().unwrap();
-        let volumes = Volumes::new(root.path());
+        let volumes = Volumes::new(root.path(), root.path().join("disk"));
         let id = VolumeId::new("v1").unwrap();
         volumes.put(&id, &entry("", libc::S_IFDIR | 0o711, b"", 0)).unwrap();
         volumes.put(&id, &entry("..2024/key", libc::S_IFREG | 0o640, b"hello ", 0)).unwrap();
@@ -285,7 +325,7 @@ mod tests {
     #[test]
     fn a_volume_can_be_one_file() {
         let root = tempfile::tempdir().unwrap();
-        let volumes = Volumes::new(root.path());
+        let volumes = Volumes::new(root.path(), root.path().join("disk"));
         let id = VolumeId::new("hosts").unwrap();
         volumes.put(&id, &entry("", libc::S_IFREG | 0o644, b"127.0.0.1", 0)).unwrap();
         assert_eq!(volumes.read(&id, "", 0).unwrap(), b"127.0.0.1");
@@ -295,7 +335,7 @@ mod tests {
     #[test]
     fn refuses_ways_out_and_special_files() {
         let root = tempfile::tempdir().unwrap();
-        let volumes = Volumes::new(root.path());
+        let volumes = Volumes::new(root.path(), root.path().join("disk"));
         let id = VolumeId::new("v").unwrap();
         for path in ["../x", "/etc/passwd", "a/../../b"] {
             assert!(volumes.put(&id, &entry(path, libc::S_IFREG, b"", 0)).is_err());

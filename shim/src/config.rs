@@ -14,6 +14,10 @@ use serde::Deserialize;
 /// Where the file is when nobody says otherwise.
 pub const DEFAULT_FILE: &str = "/etc/joey/config.toml";
 
+/// Sizes that a writable disk can have: the smallest is that of the blank in the guest image, the largest
+/// what its tables have room for.
+pub const DISK_MIB: std::ops::RangeInclusive<u64> = 256..=256 * 1024;
+
 /// Environment variable that names another file.
 pub const CONFIG: &str = "JOEY_CONFIG";
 
@@ -64,6 +68,9 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// What does not: sockets, logs and records of running sandboxes.
     pub run_dir: PathBuf,
+    /// Where the sandboxes' writable disks are, files without a name; `None`: `state_dir/disks`, see
+    /// [`Config::disk_dir`].
+    pub disk_dir: Option<PathBuf>,
     /// Kernel and initramfs of the guest; `None`: `state_dir/guest`, see [`Config::guest_dir`].
     pub guest_dir: Option<PathBuf>,
     /// QEMU; `None`: searched for.
@@ -84,6 +91,8 @@ pub struct Config {
     pub default_vcpus: u32,
     /// Memory of a pod that asks for nothing, guest overhead not counted.
     pub default_memory_mib: u32,
+    /// Size of the writable disk of a pod that asks for nothing. Only what is written takes room.
+    pub default_disk_mib: u64,
     /// Added to a pod's memory for the guest's kernel and agent.
     pub guest_overhead_mib: u32,
     /// vCPU counts a sandbox can have, ascending.
@@ -104,6 +113,7 @@ impl Default for Config {
         Self {
             state_dir: "/var/lib/joey".into(),
             run_dir: "/run/joey".into(),
+            disk_dir: None,
             guest_dir: None,
             qemu: None,
             bpf_dir: "/sys/fs/bpf/joey".into(),
@@ -114,6 +124,7 @@ impl Default for Config {
             image_cache_mib: 20 * 1024,
             default_vcpus: 1,
             default_memory_mib: 128,
+            default_disk_mib: 10 * 1024,
             guest_overhead_mib: 64,
             template_vcpus: vec![1, 2, 4, 8],
             template_memory_mib: vec![128, 256, 512, 1024, 2048, 4096, 8192, 16384],
@@ -162,6 +173,11 @@ impl Config {
         self.guest_dir.clone().unwrap_or_else(|| self.state_dir.join("guest"))
     }
 
+    /// Where the files behind writable disks are made.
+    pub fn disk_dir(&self) -> PathBuf {
+        self.disk_dir.clone().unwrap_or_else(|| self.state_dir.join("disks"))
+    }
+
     /// The operator's tool, which does the heavy once-per-node work.
     pub fn joey(&self) -> io::Result<PathBuf> {
         match &self.joey {
@@ -203,6 +219,7 @@ impl Config {
             ("state_dir", Some(&self.state_dir)),
             ("run_dir", Some(&self.run_dir)),
             ("bpf_dir", Some(&self.bpf_dir)),
+            ("disk_dir", self.disk_dir.as_ref()),
             ("guest_dir", self.guest_dir.as_ref()),
             ("qemu", self.qemu.as_ref()),
             ("joey", self.joey.as_ref()),
@@ -230,6 +247,10 @@ impl Config {
         {
             let reason = "with guest_overhead_mib added must fit the largest template";
             return refuse("default_memory_mib", self.default_memory_mib, reason);
+        }
+        if !DISK_MIB.contains(&self.default_disk_mib) {
+            let reason = "must be 256 to 262144";
+            return refuse("default_disk_mib", self.default_disk_mib, reason);
         }
         let end = self.jail_first_id.checked_add(self.jail_ids);
         if self.jail_first_id == 0 || self.jail_ids == 0 || end.is_none() {

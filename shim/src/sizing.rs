@@ -8,12 +8,16 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{Config, DISK_MIB};
 
 /// Annotation: vCPUs, a whole number.
 pub const VCPUS: &str = "io.joey.vcpus";
 /// Annotation: memory of the pod, as `512Mi` or `2Gi`.
 pub const MEMORY: &str = "io.joey.memory";
+/// Annotation: size of the pod's writable disk, as `512Mi` or `20Gi`.
+pub const DISK: &str = "io.joey.disk";
+/// All of them.
+const KNOWN: [&str; 3] = [VCPUS, MEMORY, DISK];
 const PREFIX: &str = "io.joey.";
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -44,11 +48,20 @@ pub struct SizingError {
 /// Sizes a sandbox from its annotations.
 pub fn size(config: &Config, notes: &HashMap<String, String>) -> Result<Sizing, SizingError> {
     for (name, value) in notes {
-        if name.starts_with(PREFIX) && name != VCPUS && name != MEMORY {
-            return Err(bad(name, value, format!("unknown; known are {VCPUS} and {MEMORY}")));
+        if name.starts_with(PREFIX) && !KNOWN.contains(&name.as_str()) {
+            return Err(bad(name, value, format!("unknown; known are {}", KNOWN.join(", "))));
         }
     }
     Ok(Sizing { vcpus: vcpus(config, notes)?, memory_mib: memory(config, notes)? })
+}
+
+/// Size of a sandbox's writable disk, in MiB.
+pub fn disk_mib(config: &Config, notes: &HashMap<String, String>) -> Result<u64, SizingError> {
+    let Some(value) = notes.get(DISK) else { return Ok(config.default_disk_mib) };
+    let (least, most) = (DISK_MIB.start(), DISK_MIB.end() / 1024);
+    mib(value).filter(|mib| DISK_MIB.contains(mib)).ok_or_else(|| {
+        bad(DISK, value, format!("must be like 512Mi or 20Gi, from {least}Mi to {most}Gi"))
+    })
 }
 
 fn vcpus(config: &Config, notes: &HashMap<String, String>) -> Result<u32, SizingError> {
@@ -133,6 +146,20 @@ mod tests {
         assert_eq!(sized(&[(CPU_QUOTA, "150000"), (CPU_PERIOD, "100000")]), Ok((2, 256)));
         assert_eq!(sized(&[(CPU_QUOTA, "-1"), (CPU_SHARES, "2")]), Ok((1, 256)));
         assert_eq!(sized(&[(CRI_MEMORY, "67108864")]), Ok((1, 128)));
+    }
+
+    #[test]
+    fn disks() {
+        let sized = |value: &str| {
+            let notes = HashMap::from([(DISK.to_owned(), value.to_owned())]);
+            disk_mib(&Config::default(), &notes).map_err(|error| error.to_string())
+        };
+        assert_eq!(disk_mib(&Config::default(), &HashMap::new()).unwrap(), 10 * 1024);
+        assert_eq!(sized("20Gi"), Ok(20 * 1024));
+        for value in ["255Mi", "257Gi", "20G", "-1Gi", ""] {
+            let error = sized(value).unwrap_err();
+            assert!(error.contains(DISK) && error.contains(value), "{error}");
+        }
     }
 
     #[test]

@@ -29,8 +29,6 @@ use super::{Cgroup, Error, init};
 /// mount namespace, with which every mount goes away.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sources {
-    /// What can be done before the container is known.
-    pub(crate) prepare: fn() -> Result<(), String>,
     /// Mounts the root that the text describes and gives the mount point.
     pub(crate) root: fn(&str) -> Result<PathBuf, String>,
     /// The path in the guest that a bind mount's source means.
@@ -157,6 +155,7 @@ fn run(child: Child, sources: Sources) {
     // Without an order the agent has given up.
     let Some(length) = child.link.wait_for_order() else { return };
     let ordered = prepared.and_then(|prepared| {
+        propagate(MsFlags::MS_PRIVATE)?;
         let (order, spec) = read(child.extra, length)?;
         stdio::keep(order.io.pipes())
             .map_err(|error| Error::failed(format!("arranging standard streams: {error}")))?;
@@ -171,10 +170,14 @@ fn prepare(sources: Sources) -> Result<Prepared, Error> {
     // Here, not in clone: its root is then the container's cgroup, not the agent's.
     unshare(CloneFlags::CLONE_NEWCGROUP)
         .map_err(|error| failed("making a cgroup namespace", error.to_string()))?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-        .map_err(|error| failed("making the mounts private", error.to_string()))?;
-    (sources.prepare)().map_err(|why| failed("preparing a root file system", why))?;
+    // What the pod gets while this waits, its disk, is seen here too.
+    propagate(MsFlags::MS_SLAVE)?;
     Ok(Prepared { sources, usual: Usual::make() })
+}
+
+fn propagate(how: MsFlags) -> Result<(), Error> {
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | how, None::<&str>)
+        .map_err(|error| Error::failed(format!("making the mounts its own: {error}")))
 }
 
 fn read(file: Option<OwnedFd>, length: usize) -> Result<(Order, Spec), Error> {

@@ -27,8 +27,7 @@ struct Bundle {
     directory: tempfile::TempDir,
 }
 
-const SOURCES: Sources =
-    Sources { prepare: || Ok(()), root: bind_root, bind: |path| Ok(path.to_owned()) };
+const SOURCES: Sources = Sources { root: bind_root, bind: |path| Ok(path.to_owned()) };
 
 fn bind_root(path: &str) -> Result<PathBuf, String> {
     mount(Some(path), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)

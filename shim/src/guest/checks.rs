@@ -37,6 +37,10 @@ pub(super) fn start_sandbox(reply: &api::StartSandboxResponse) -> Checked {
     phases(&reply.phases)
 }
 
+pub(super) fn opened(reply: &api::OpenDiskResponse) -> Checked {
+    phases(&reply.phases)
+}
+
 pub(super) fn created(reply: &api::CreateContainerResponse) -> Checked {
     phases(&reply.phases)
 }

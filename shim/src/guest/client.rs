@@ -180,6 +180,10 @@ impl Client {
         checks::start_sandbox
     }
     call! {
+        /// Makes a disk the pod's own.
+        open_disk(OpenDiskRequest) -> OpenDiskResponse, OPEN_DISK, checks::opened
+    }
+    call! {
         /// Puts files into a volume.
         copy_in(CopyInRequest), COPY
     }

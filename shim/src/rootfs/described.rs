@@ -61,7 +61,11 @@ pub fn open(path: &Path) -> Result<Image, RootfsError> {
     let root_hash = hash(&described.root_hash)
         .ok_or_else(|| wrong(format!("root_hash {:?} is no SHA-256", described.root_hash)))?;
     let folder = path.parent().unwrap_or(Path::new("/"));
-    let mut disk = Disk { files: Vec::new(), extents: Vec::with_capacity(described.extents.len()) };
+    let mut disk = Disk {
+        files: Vec::new(),
+        extents: Vec::with_capacity(described.extents.len()),
+        ephemeral: false,
+    };
     let mut opened = HashMap::new();
     for part in described.extents {
         let file = match opened.get(&part.file) {

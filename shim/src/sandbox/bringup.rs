@@ -20,7 +20,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::disks::Disks;
 use super::record::ProcessId;
-use super::{Guest, Handle, Progress, SandboxError, plan, teardown};
+use super::{Guest, Handle, PodDisk, Progress, SandboxError, plan, teardown};
 use crate::guest::GuestChannel;
 use crate::host::cgroup;
 use crate::host::net::{self, Wire};
@@ -79,6 +79,7 @@ struct Wired {
     /// The machine, if one has waited.
     machine: Option<Machine>,
     sizing: Sizing,
+    disk_mib: u64,
     cgroups: Vec<PathBuf>,
 }
 
@@ -87,12 +88,15 @@ struct Machine {
     vm: Arc<dyn Vm>,
     channel: GuestChannel,
     disks: Arc<Disks>,
+    /// The pod's own, if it has it already.
+    disk: Option<PodDisk>,
 }
 
 /// The pod's VM runs.
 struct Launched {
     wire: Option<Wire>,
     machine: Machine,
+    disk_mib: u64,
 }
 
 impl Handle {
@@ -182,6 +186,8 @@ impl Handle {
         let refuse =
             |error: &dyn std::fmt::Display| SandboxError::Refused(format!("sandbox {id}: {error}"));
         let sizing = sizing::size(config, &wanted.annotations).map_err(|error| refuse(&error))?;
+        let disk_mib =
+            sizing::disk_mib(config, &wanted.annotations).map_err(|error| refuse(&error))?;
         let on_host = wanted.netns.as_deref().is_some_and(net::is_host_netns);
         let netns = match &wanted.netns {
             _ if on_host || wanted.host_network => {
@@ -207,12 +213,12 @@ impl Handle {
         let standby = self.standby(sizing);
         let (machine, tap) = match standby {
             None => (None, None),
-            Some(Standby { vm, channel, disks, tap, .. }) => {
+            Some(Standby { vm, channel, disks, disk, tap, .. }) => {
                 let pid = u32::try_from(vm.pid()).unwrap_or(0);
                 cgroup::put(pid, &cgroups).map_err(|error| {
                     SandboxError::host(id, "put the VMM into the pod's cgroup", error)
                 })?;
-                (Some(Machine { vm, channel, disks }), Some(tap))
+                (Some(Machine { vm, channel, disks, disk: Some(disk) }), Some(tap))
             }
         };
         self.0.timeline.shim();
@@ -222,7 +228,7 @@ impl Handle {
                 |error| SandboxError::host(id, "join the pod's network to its VM", error),
             )?;
         self.0.timeline.host("wire", "", start);
-        Ok(Wired { wire, machine, sizing, cgroups })
+        Ok(Wired { wire, machine, sizing, disk_mib, cgroups })
     }
 
     /// The VMM, cloned or booted or in reserve, and the channel to its agent.
@@ -233,7 +239,8 @@ impl Handle {
             self.table().vmm_pid = pid;
             self.record(|record| record.cloned = Some(true))?;
             self.0.timeline.mark("standby", "");
-            return Ok(Launched { wire: wired.wire, machine });
+            let Wired { wire, disk_mib, .. } = wired;
+            return Ok(Launched { wire, machine, disk_mib });
         }
         let fail = |what| move |error: &dyn std::fmt::Display| SandboxError::host(id, what, error);
         let procs =
@@ -280,14 +287,15 @@ impl Handle {
                 .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
             self.0.timeline.host("kernel", "", start);
         }
-        let machine = Machine { vm, channel, disks: Arc::default() };
-        Ok(Launched { wire: wired.wire, machine })
+        let machine = Machine { vm, channel, disks: Arc::default(), disk: None };
+        Ok(Launched { wire: wired.wire, machine, disk_mib: wired.disk_mib })
     }
 
     /// Makes the clone itself. Nothing of it is optional.
     async fn identify(&self, wanted: &Wanted, launched: Launched) -> Result<Guest, SandboxError> {
         let id = &self.0.boot.id;
-        let Launched { wire, machine: Machine { vm, channel, disks } } = launched;
+        let Launched { wire, machine, disk_mib } = launched;
+        let Machine { vm, channel, disks, disk } = machine;
         let mut secret = [0_u8; ENTROPY_BYTES + MACHINE_ID_BYTES];
         crate::sys::random(&mut secret)
             .map_err(|error| SandboxError::host(id, "read the host's entropy", error))?;
@@ -318,6 +326,15 @@ impl Handle {
             .map_err(|error| SandboxError::host(id, "open the pod's network to its VM", error))?;
         self.record(|record| record.machine_id = hex(machine_id))?;
         let guest = Guest { client: channel.client, streams: channel.streams, vm, disks };
+        if disk.is_none_or(|disk| disk.mib() != disk_mib) {
+            let start = Instant::now();
+            let directory = self.0.config.disk_dir();
+            let (_, phases) = PodDisk::open(&guest, &directory, disk_mib, disk)
+                .await
+                .map_err(|error| SandboxError::Refused(format!("sandbox {id}: {error}")))?;
+            self.0.timeline.host("pod-disk", "", start);
+            self.note_phases("", &phases);
+        }
         self.watch(guest.clone(), channel.events, channel.lost);
         Ok(guest)
     }

@@ -202,8 +202,8 @@ async fn prepare(config: &Config, sizing: Sizing, id: &str, directory: &Path) ->
         vm: vm.clone(),
         disks: disks.clone(),
     };
-    rehearse(&guest, &mut channel.events, &config.guest_dir()).await?;
-    Ok(Standby { sizing, vm, channel, disks, tap })
+    let disk = rehearse(config, &guest, &mut channel.events).await?;
+    Ok(Standby { sizing, vm, channel, disks, disk, tap })
 }
 
 /// Waits for a claim.

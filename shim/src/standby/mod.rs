@@ -30,7 +30,7 @@ pub(crate) use self::keeper::replenish;
 use crate::config::Config;
 use crate::guest::GuestChannel;
 use crate::host::net::ParkedTap;
-use crate::sandbox::Disks;
+use crate::sandbox::{Disks, PodDisk};
 use crate::sizing::Sizing;
 use crate::vmm::Vm;
 use crate::vmm::template::TemplateStore;
@@ -44,6 +44,7 @@ pub(crate) struct Standby {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) channel: GuestChannel,
     pub(crate) disks: Arc<Disks>,
+    pub(crate) disk: PodDisk,
     pub(crate) tap: ParkedTap,
 }
 

@@ -1,7 +1,6 @@
 //! A sandbox's start and one container's life in a machine that is nobody's, by the same calls that a
 //! pod takes. Nothing of it is left.
 
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
@@ -11,9 +10,10 @@ use joey_protocol::limits::{ENTROPY_BYTES, MACHINE_ID_BYTES, PROTOCOL_VERSION};
 use joey_protocol::mux::MuxStream;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+use crate::config::Config;
 use crate::guest::{Event, Events};
 use crate::rootfs::{FileSystem, described};
-use crate::sandbox::Guest;
+use crate::sandbox::{Guest, PodDisk};
 
 /// A container as CRI asks for one, as the guest is given it.
 const SPEC: &[u8] = include_bytes!("rehearsal.json");
@@ -22,12 +22,18 @@ const EXEC: &str = "exec";
 /// What the program says when it runs.
 const READY: &[u8] = b"ready\n";
 
-/// Runs the container and an exec in it to their ends. Nothing of them is left.
-pub(super) async fn rehearse(guest: &Guest, events: &mut Events, guest_dir: &Path) -> Result<()> {
+/// Runs the container and an exec in it to their ends. Nothing of them is left but the pod's disk, empty.
+pub(super) async fn rehearse(
+    config: &Config,
+    guest: &Guest,
+    events: &mut Events,
+) -> Result<PodDisk> {
     // A disk as joey-snapshotter describes them, so that all of its way is rehearsed.
-    let image = described::open(&guest_dir.join("rehearsal.json"))?;
+    let image = described::open(&config.guest_dir().join("rehearsal.json"))?;
     let verity = image.verity.as_ref().map(api::Verity::from);
     guest.client.rehearse_sandbox(&identity()?).await.context("rehearsing a sandbox's start")?;
+    let (pod_disk, _) =
+        PodDisk::open(guest, &config.disk_dir(), config.default_disk_mib, None).await?;
     let slot = guest.disks.attach(guest.vm.as_ref(), image).await?;
     let disk = api::Disk {
         slot,
@@ -37,7 +43,8 @@ pub(super) async fn rehearse(guest: &Guest, events: &mut Events, guest_dir: &Pat
     };
     let played = play(guest, events, disk).await;
     guest.disks.release(guest.vm.as_ref(), slot).await;
-    played.context("rehearsing a container's start")
+    played.context("rehearsing a container's start")?;
+    Ok(pod_disk)
 }
 
 /// What a pod with an address of each kind is told, in ranges that are nobody's (RFC 5737, RFC 3849).

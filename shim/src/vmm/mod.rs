@@ -87,6 +87,8 @@ pub struct Disk {
     pub files: Vec<OwnedFd>,
     /// Parts of the files that make up the disk; none: the only file as it is.
     pub extents: Vec<Extent>,
+    /// Whether its content need not outlast the machine: nothing is ever synced.
+    pub ephemeral: bool,
 }
 
 /// Bytes of a file, as part of a disk. All numbers are multiples of 512.
@@ -102,7 +104,7 @@ pub struct Extent {
 
 impl From<OwnedFd> for Disk {
     fn from(file: OwnedFd) -> Self {
-        Self { files: vec![file], extents: Vec::new() }
+        Self { files: vec![file], extents: Vec::new(), ephemeral: false }
     }
 }
 

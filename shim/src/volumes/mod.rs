@@ -89,9 +89,9 @@ pub(crate) async fn copy_in(
             }
             Source::Empty(path) => {
                 let meta = fs::metadata(path).map_err(sender.read_error(path))?;
-                let mut entry = entry(Path::new(""), &meta, Vec::new());
-                entry.if_missing = true;
-                sender.push(Path::new(""), entry).await?;
+                (sender.medium, sender.size_bytes) =
+                    medium(path).map_err(sender.read_error(path))?;
+                sender.push(Path::new(""), entry(Path::new(""), &meta, Vec::new())).await?;
             }
         }
         sender.flush().await?;
@@ -99,9 +99,23 @@ pub(crate) async fn copy_in(
     Ok(published)
 }
 
+/// Where an emptyDir is kept in the guest: as the kubelet has it on the host, which mounts a tmpfs for
+/// `medium: Memory`, as large as its `sizeLimit`.
+fn medium(path: &Path) -> io::Result<(api::Medium, u64)> {
+    let found = nix::sys::statfs::statfs(path)?;
+    if found.filesystem_type() != nix::sys::statfs::TMPFS_MAGIC {
+        return Ok((api::Medium::DISK, 0));
+    }
+    let block = u64::try_from(found.block_size()).unwrap_or(0);
+    Ok((api::Medium::OWN_MEMORY, found.blocks().saturating_mul(block)))
+}
+
 struct Sender<'a> {
     client: &'a Client,
     volume: &'a Volume,
+    /// Where a volume that lives in the guest alone is kept there, and its limit.
+    medium: api::Medium,
+    size_bytes: u64,
     pending: Vec<api::FileEntry>,
     bytes: usize,
     total: u64,
@@ -110,7 +124,16 @@ struct Sender<'a> {
 
 impl<'a> Sender<'a> {
     fn new(client: &'a Client, volume: &'a Volume) -> Self {
-        Self { client, volume, pending: Vec::new(), bytes: 0, total: 0, count: 0 }
+        Self {
+            client,
+            volume,
+            medium: api::Medium::MEMORY,
+            size_bytes: 0,
+            pending: Vec::new(),
+            bytes: 0,
+            total: 0,
+            count: 0,
+        }
     }
 
     fn read_error(&self, path: &Path) -> impl FnOnce(io::Error) -> VolumeError + use<> {
@@ -201,6 +224,9 @@ impl<'a> Sender<'a> {
         let request = api::CopyInRequest {
             volume_id: self.volume.id.clone(),
             entries: std::mem::take(&mut self.pending),
+            medium: self.medium.into(),
+            size_bytes: self.size_bytes,
+            if_missing: self.medium != api::Medium::MEMORY,
             ..Default::default()
         };
         self.bytes = 0;

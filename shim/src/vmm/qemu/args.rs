@@ -6,13 +6,14 @@ use std::path::Path;
 use serde_json::json;
 
 /// Version of the machine's layout; part of a template's key.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 /// Disks the machine has; `/dev/vda` is slot 0.
 pub const DISK_SLOTS: u32 = 16;
 /// The last slots can be written, the others only read: a guest learns that once, when it boots.
 pub const WRITABLE_SLOTS: u32 = 4;
-/// Size of an empty slot.
-const EMPTY_BYTES: u64 = 64 << 30;
+/// Size of an empty slot: no disk is larger, so that one is never cut off by a guest that has not heard of
+/// it yet.
+const EMPTY_BYTES: u64 = *crate::config::DISK_MIB.end() << 20;
 /// MAC the template boots with; each sandbox sets its own.
 const TEMPLATE_MAC: &str = "02:00:00:00:00:01";
 /// Descriptors as the VMM's process finds them.
@@ -99,7 +100,11 @@ pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
     for slot in 0..DISK_SLOTS {
         // A node of its own: one within another goes when the other gets another file.
         add(&["-blockdev", &empty(slot).to_string(), "-blockdev", &empty_slot(slot).to_string()]);
-        let share = if slot_is_writable(slot) { "" } else { ",share-rw=on" };
+        // A guest is told of an error: a machine that stops instead would wait for ever.
+        let share = match slot_is_writable(slot) {
+            true => ",rerror=report,werror=report",
+            false => ",share-rw=on",
+        };
         add(&[
             "-device",
             &format!(
@@ -165,7 +170,7 @@ fn empty(slot: u32) -> serde_json::Value {
 fn empty_slot(slot: u32) -> serde_json::Value {
     json!({
         "driver": "raw", "node-name": format!("slot{slot}"), "read-only": !slot_is_writable(slot),
-        "file": format!("empty{slot}"),
+        "discard": "unmap", "file": format!("empty{slot}"),
     })
 }
 

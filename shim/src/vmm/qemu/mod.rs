@@ -190,7 +190,7 @@ impl QemuVm {
 
     async fn swap(&self, slot: u32, file: &str) -> Result<(), QmpError> {
         let node = json!({"options": [{
-            "driver": "raw", "node-name": format!("slot{slot}"),
+            "driver": "raw", "node-name": format!("slot{slot}"), "discard": "unmap",
             "read-only": !slot_is_writable(slot), "file": file,
         }]});
         self.qmp.lock().await.execute("blockdev-reopen", node).await.map(drop)
@@ -261,8 +261,8 @@ async fn add_node(
     let options = if disk.extents.is_empty() {
         let filename = format!("/dev/fdset/{}", fdset(slot, 0));
         json!({
-            "driver": "file", "node-name": node, "read-only": read_only,
-            "filename": filename, "locking": "off",
+            "driver": "file", "node-name": node, "read-only": read_only, "discard": "unmap",
+            "filename": filename, "locking": "off", "cache": {"no-flush": disk.ephemeral},
         })
     } else {
         let number = u32::try_from(disk.files.len()).unwrap_or(SETS);

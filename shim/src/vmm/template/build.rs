@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::time::Duration;
@@ -11,20 +11,26 @@ use std::time::Duration;
 use joey_protocol::mux::Mux;
 use joey_protocol::{api, limits};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::time::timeout;
 
 use super::{
     KERNEL, MANIFEST, MEMORY, Manifest, STATE, Template, TemplateError, TemplateStore, file_error,
     record,
 };
-use crate::vmm::qemu::args::Mode;
+use crate::config::DISK_MIB;
+use crate::vmm::qemu::args::{DISK_SLOTS, Mode};
 use crate::vmm::qemu::{QemuVm, kernel_stub};
-use crate::vmm::{Paths, Phases, Vm as _, VmSpec, VmmError, prepare};
+use crate::vmm::{Disk, Paths, Phases, Vm as _, VmSpec, VmmError, prepare};
 
 /// After the agent answered, how long the guest gets to come to rest before it is stopped. Kernels put
 /// work off for seconds after their boot; what is pending then, every clone has to do in its first
 /// second: with 2 s a clone's first container took a third longer than with 8 s.
 const REST: Duration = Duration::from_secs(8);
+
+/// The disk that the guest opens once: a slot for writable disks, the smallest size there is.
+const TRIAL_SLOT: u32 = DISK_SLOTS - 1;
+const TRIAL_BYTES: u64 = *DISK_MIB.start() << 20;
 
 impl TemplateStore<'_> {
     /// Builds the template for a machine of this size unless a good one is there. Of several
@@ -116,12 +122,16 @@ impl TemplateStore<'_> {
         // Open until the state is saved: a guest that saw its host go would end in every clone.
         let _connected =
             channel.as_fd().try_clone_to_owned().map_err(VmmError::io("keeping the channel"))?;
+        // A disk as every sandbox will have one, to be opened once.
+        let disk = Disk { ephemeral: true, ..Disk::from(trial().map_err(VmmError::io("a disk"))?) };
+        vm.attach_disk(TRIAL_SLOT, &disk, false).await?;
         let greeting = greet(channel);
         let answered = tokio::select! {
             answered = greeting => answered,
             how = vm.exited() => Err(format!("the VMM ended: {how}")),
         };
         answered.map_err(|what| TemplateError::Agent { key: key.to_owned(), what, console })?;
+        vm.detach_disk(TRIAL_SLOT).await?;
         vm.save(target.into()).await?;
         vm.kill();
         vm.exited().await;
@@ -157,7 +167,14 @@ impl TemplateStore<'_> {
     }
 }
 
-/// Waits until the agent answers and the guest is at rest.
+/// An empty disk in memory.
+fn trial() -> io::Result<OwnedFd> {
+    let file = File::from(memfd_create(c"trial", MFdFlags::MFD_CLOEXEC)?);
+    file.set_len(TRIAL_BYTES)?;
+    Ok(file.into())
+}
+
+/// Waits until the agent answers, has opened a disk and the guest is at rest.
 async fn greet(channel: tokio::net::UnixStream) -> Result<(), String> {
     let (mux, driver) = Mux::connect(channel);
     let calls = mux.open(limits::STREAM_RPC).map_err(|error| error.to_string())?;
@@ -169,6 +186,16 @@ async fn greet(channel: tokio::net::UnixStream) -> Result<(), String> {
     let asking = async {
         match timeout(limits::deadline::HELLO_COLD, hello).await {
             Ok(Ok(_)) => {
+                let request = api::OpenDiskRequest {
+                    slot: TRIAL_SLOT,
+                    bytes: TRIAL_BYTES,
+                    ..Default::default()
+                };
+                let rehearsed = agent.rehearse_disk(ttrpc::context::Context::default(), &request);
+                timeout(limits::deadline::OPEN_DISK, rehearsed)
+                    .await
+                    .map_err(|_| "it does not open a disk in time".to_owned())?
+                    .map_err(|error| error.to_string())?;
                 tokio::time::sleep(REST).await;
                 Ok(())
             }
