@@ -24,8 +24,13 @@ const DEV_CREATE: u8 = 3;
 const DEV_REMOVE: u8 = 4;
 const DEV_SUSPEND: u8 = 6;
 const TABLE_LOAD: u8 = 9;
+const TARGET_MESSAGE: u8 = 14;
 
 const READ_ONLY: u32 = 1 << 0;
+/// Suspend, where the call without it resumes.
+const SUSPEND: u32 = 1 << 1;
+/// There is nothing that a suspended device would have to wait for.
+const SKIP_FREEZE: u32 = 1 << 10;
 /// The kernel forgets its copy of the parameters.
 const SECURE_DATA: u32 = 1 << 15;
 /// The device's number is the caller's choice.
@@ -40,37 +45,43 @@ pub(crate) struct Verity {
     pub(crate) data_blocks: u64,
 }
 
-/// dm-crypt's parameters for a whole disk.
-pub(crate) struct Crypt {
-    /// Of AES-256 in XTS mode.
-    pub(crate) key: [u8; 64],
-    /// Size of the disk.
-    pub(crate) bytes: u64,
-}
+/// The key of dm-crypt's device over a disk: AES-256 in XTS mode.
+pub(crate) struct Key(pub(crate) [u8; 64]);
 
-impl Crypt {
+impl Key {
     /// `Documentation/admin-guide/device-mapper/dm-crypt.rst`. The work is done where the request is made:
     /// there are few processors, and no other's cache is warmer.
     fn parameters(&self, disk: &Path) -> String {
-        let (disk, key) = (disk.display(), hex(&self.key));
+        let (disk, key) = (disk.display(), hex(&self.0));
         format!(
             "aes-xts-plain64 {key} 0 {disk} 0 4 allow_discards sector_size:4096 no_read_workqueue \
              no_write_workqueue"
         )
     }
 
-    /// Makes the device over `disk`, which is in `slot`.
-    pub(crate) fn create(&self, slot: u32, disk: &Path) -> io::Result<()> {
-        let sectors = self.bytes / 4096 * 8;
+    /// Makes the device over `bytes` of `disk`, which is in `slot`.
+    pub(crate) fn create(&self, slot: u32, disk: &Path, bytes: u64) -> io::Result<()> {
+        let sectors = bytes / 4096 * 8;
         create(slot, SECURE_DATA, &target("crypt", sectors, &self.parameters(disk)))
+    }
+
+    /// Puts this key in the place of the one that the device had, which nobody may have open.
+    pub(crate) fn replace(&self, slot: u32) -> io::Result<()> {
+        let control = OpenOptions::new().read(true).write(true).open(CONTROL)?;
+        // `struct dm_target_msg`: the sector that the target is found by, and the text.
+        let mut message = 0_u64.to_ne_bytes().to_vec();
+        message.extend_from_slice(format!("key set {}\0", hex(&self.0)).as_bytes());
+        call(&control, DEV_SUSPEND, slot, SUSPEND | SKIP_FREEZE, &[])?;
+        let set = call(&control, TARGET_MESSAGE, slot, SECURE_DATA, &message);
+        call(&control, DEV_SUSPEND, slot, 0, &[]).and(set)
     }
 }
 
-impl Drop for Crypt {
+impl Drop for Key {
     fn drop(&mut self) {
         // What the kernel knows is enough; `black_box` keeps this from being optimised away.
-        self.key = [0; 64];
-        std::hint::black_box(&self.key);
+        self.0 = [0; 64];
+        std::hint::black_box(&self.0);
     }
 }
 

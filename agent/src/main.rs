@@ -62,6 +62,8 @@ enum AgentError {
     Stream(#[from] OpenError),
     #[error("the calls: {0}")]
     Calls(#[from] ttrpc::Error),
+    #[error("preparing the pod's disk: {0}")]
+    Disk(#[from] storage::StorageError),
     #[error("preparing containers: {0}")]
     Spares(#[from] container::Error),
     #[error("the agent has {0} threads; it may only fork with one")]
@@ -127,6 +129,7 @@ async fn serve(
     let (events, queue) = events::Events::new();
     tokio::spawn(events::run(queue, mux.open(limits::STREAM_EVENTS)?));
     let disk = pod_disk::PodDisk::new(blank, reaper.clone());
+    disk.prepare()?;
     let sandbox = Arc::new(sandbox::Sandbox::new(prepared, disk, mux.clone(), reaper, events));
     let cgroups = Path::new(boot::CGROUP_ROOT);
     container::prepare_device_policy(cgroups)?;

@@ -27,9 +27,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use joey_protocol::api;
+use joey_protocol::limits::{MAX_POD_DISK, POD_DISK};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::device_mapper::{self, Crypt};
+use crate::device_mapper::{self, Key};
 use crate::identity::phase;
 use crate::log::warning;
 use crate::reap::Reaper;
@@ -66,7 +67,8 @@ const OPTIONS: &str = "discard,noinit_itable,no_prefetch_block_bitmaps,nobarrier
 pub(crate) struct PodDisk {
     /// An empty file system's blocks that are not zero: for each its number (u64, little endian) and bytes.
     blank: Vec<u8>,
-    open: Mutex<Option<u32>>,
+    /// Bytes that an open one has room for.
+    open: Mutex<Option<u64>>,
     made: AtomicU32,
     reaper: Reaper,
 }
@@ -84,34 +86,34 @@ impl PodDisk {
         Self { blank, open: Mutex::default(), made: AtomicU32::new(FIRST_PROJECT), reaper }
     }
 
+    /// Puts the cipher over the slot of the pod's disk, which is empty yet, for every clone to set its key.
+    pub(crate) fn prepare(&self) -> Result<(), StorageError> {
+        let device = storage::device(POD_DISK)?;
+        let made = new_key().and_then(|key| key.create(POD_DISK, &device, MAX_POD_DISK));
+        made.map_err(failed("encrypting it"))
+    }
+
     /// Goes through [`Self::open`] and back, so that clones find what it takes in their memory.
-    pub(crate) fn rehearse(&self, slot: u32, bytes: u64) -> Result<(), StorageError> {
-        self.open(slot, bytes)?;
+    pub(crate) fn rehearse(&self, bytes: u64) -> Result<(), StorageError> {
+        self.open(bytes)?;
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         Self::close(&mut open)
     }
 
     /// Closes what is open.
-    fn close(open: &mut Option<u32>) -> Result<(), StorageError> {
-        let Some(slot) = *open else { return Ok(()) };
-        let closed = umount2(DISK, MntFlags::empty()).map_err(io::Error::from);
-        closed.and_then(|()| device_mapper::remove(slot)).map_err(|source| {
-            let device = device_mapper::node(slot);
-            StorageError::PodDisk { slot, device, step: "closing the former disk", source }
-        })?;
-        *open = None;
+    fn close(open: &mut Option<u64>) -> Result<(), StorageError> {
+        if open.is_some() {
+            umount2(DISK, MntFlags::empty())
+                .map_err(|error| failed("closing the former one")(error.into()))?;
+            *open = None;
+        }
         Ok(())
     }
 
-    /// Makes the disk in `slot` the pod's, in place of one that was opened before. Nothing may be in use of
-    /// that one. Its size comes from the host: the kernel may not have heard yet that the slot is not
-    /// empty, and as large as one, any more.
-    pub(crate) fn open(&self, slot: u32, bytes: u64) -> Result<Vec<api::Phase>, StorageError> {
-        let device = storage::device(slot)?;
-        let failed = |step: &'static str| {
-            let device = device.clone();
-            move |source: io::Error| StorageError::PodDisk { slot, device, step, source }
-        };
+    /// Makes the disk that is in the slot now the pod's, empty and under a new key, in place of one that was
+    /// open before. Nothing may be in use of that one. Its size comes from the host: the kernel may not
+    /// have heard yet that the slot is not empty, and as large as one, any more.
+    pub(crate) fn open(&self, bytes: u64) -> Result<Vec<api::Phase>, StorageError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         Self::close(&mut open)?;
         let mut phases = Vec::new();
@@ -121,19 +123,17 @@ impl PodDisk {
             phases.push(phase(name, now.saturating_sub(last)));
             last = now;
         };
-        let mut crypt = Crypt { key: [0; 64], bytes };
-        File::open("/dev/urandom")
-            .and_then(|mut random| random.read_exact(&mut crypt.key))
-            .map_err(failed("drawing its key"))?;
-        crypt.create(slot, &device).map_err(failed("encrypting it"))?;
-        *open = Some(slot);
-        done("disk-crypt");
-        let mapped = device_mapper::node(slot);
+        new_key().and_then(|key| key.replace(POD_DISK)).map_err(failed("setting its key"))?;
+        done("disk-key");
+        let mapped = device_mapper::node(POD_DISK);
         self.format(&mapped, bytes / GROUP).map_err(failed("writing an empty file system"))?;
         done("disk-format");
         fs::create_dir_all(DISK).map_err(failed("making the mount point"))?;
         mount(Some(&mapped), DISK, Some("ext4"), MsFlags::MS_NODEV, Some(OPTIONS))
             .map_err(|error| failed("mounting it")(error.into()))?;
+        let empty = nix::sys::statvfs::statvfs(DISK)
+            .map_err(|error| failed("asking for its size")(error.into()))?;
+        *open = Some(empty.blocks_free() * empty.fragment_size());
         for path in [LAYERS, VOLUMES] {
             fs::create_dir(path).map_err(failed("making its directories"))?;
         }
@@ -161,32 +161,32 @@ impl PodDisk {
 
     /// Makes an empty writable layer, which may fill the disk but counts what it uses.
     pub(crate) fn layer(&self) -> Result<Layer, StorageError> {
-        let Some(slot) = *self.open.lock().unwrap_or_else(PoisonError::into_inner) else {
-            return Err(StorageError::Invalid("the pod's disk is not open".to_owned()));
-        };
+        let room = *self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let room =
+            room.ok_or_else(|| StorageError::Invalid("the pod's disk is not open".to_owned()))?;
         let project = self.made.fetch_add(1, Ordering::Relaxed);
         let path = Path::new(LAYERS).join(project.to_string());
         let make = || {
             fs::create_dir(&path)?;
             let directory = File::open(&path)?;
             sys::set_project(directory.as_fd(), project)?;
-            let limit = nix::sys::statvfs::fstatvfs(&directory)?;
-            sys::limit_project(
-                &device_mapper::node(slot),
-                project,
-                limit.blocks() * limit.fragment_size(),
-            )?;
+            sys::limit_project(&device_mapper::node(POD_DISK), project, room)?;
             fs::create_dir(path.join("upper"))?;
             fs::create_dir(path.join("work"))
         };
-        let made = make().map_err(|source| StorageError::PodDisk {
-            slot,
-            device: path.clone(),
-            step: "making a writable layer",
-            source,
-        });
+        let made = make().map_err(failed("making a writable layer"));
         made.map(|()| Layer { path, reaper: self.reaper.clone() })
     }
+}
+
+fn failed(step: &'static str) -> impl FnOnce(io::Error) -> StorageError {
+    move |source| StorageError::PodDisk { step, source }
+}
+
+fn new_key() -> io::Result<Key> {
+    let mut key = Key([0; 64]);
+    File::open("/dev/urandom")?.read_exact(&mut key.0)?;
+    Ok(key)
 }
 
 /// Makes the superblock in block 0 that of a file system of so many block groups.

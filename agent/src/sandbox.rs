@@ -323,7 +323,7 @@ impl Sandbox {
         if !prepared.is_unique() {
             return Err(SandboxError::NotStarted);
         }
-        let phases = self.disk.open(request.slot, request.bytes)?;
+        let phases = self.disk.open(request.bytes)?;
         Ok(api::OpenDiskResponse { phases, ..Default::default() })
     }
 
@@ -332,7 +332,7 @@ impl Sandbox {
         if *self.phase.lock().unwrap_or_else(PoisonError::into_inner) != Phase::Fresh {
             return Err(SandboxError::Rehearsing);
         }
-        Ok(self.disk.rehearse(request.slot, request.bytes)?)
+        Ok(self.disk.rehearse(request.bytes)?)
     }
 
     /// Puts files into a volume.

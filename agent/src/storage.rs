@@ -15,13 +15,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use joey_protocol::api;
+use joey_protocol::limits::DISK_SLOTS;
 use serde::{Deserialize, Serialize};
 
 use crate::device_mapper::{self, Verity};
 use crate::sys;
-
-/// Slots that a template has: /dev/vda to /dev/vdp.
-const DISK_SLOTS: u32 = 16;
 
 /// A file system that a disk may carry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,12 +88,8 @@ pub(crate) enum StorageError {
         source: io::Error,
     },
     /// The pod's writable disk cannot be used.
-    #[error("the pod's writable disk (slot {slot}, {}): {step}: {source}", device.display())]
+    #[error("the pod's writable disk: {step}: {source}")]
     PodDisk {
-        /// The slot.
-        slot: u32,
-        /// Its device node, or the directory.
-        device: PathBuf,
         /// What failed.
         step: &'static str,
         /// The kernel's answer.

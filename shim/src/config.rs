@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use joey_protocol::limits::MAX_POD_DISK;
 use protobuf::CodedInputStream;
 use serde::Deserialize;
 
@@ -16,7 +17,7 @@ pub const DEFAULT_FILE: &str = "/etc/joey/config.toml";
 
 /// Sizes that a writable disk can have: the smallest is that of the blank in the guest image, the largest
 /// what its tables have room for.
-pub const DISK_MIB: std::ops::RangeInclusive<u64> = 256..=256 * 1024;
+pub const DISK_MIB: std::ops::RangeInclusive<u64> = 256..=MAX_POD_DISK >> 20;
 
 /// Environment variable that names another file.
 pub const CONFIG: &str = "JOEY_CONFIG";

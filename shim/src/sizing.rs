@@ -55,13 +55,19 @@ pub fn size(config: &Config, notes: &HashMap<String, String>) -> Result<Sizing, 
     Ok(Sizing { vcpus: vcpus(config, notes)?, memory_mib: memory(config, notes)? })
 }
 
+/// A writable disk consists of whole block groups of its file system.
+const DISK_STEP_MIB: u64 = 128;
+
 /// Size of a sandbox's writable disk, in MiB.
 pub fn disk_mib(config: &Config, notes: &HashMap<String, String>) -> Result<u64, SizingError> {
-    let Some(value) = notes.get(DISK) else { return Ok(config.default_disk_mib) };
     let (least, most) = (DISK_MIB.start(), DISK_MIB.end() / 1024);
-    mib(value).filter(|mib| DISK_MIB.contains(mib)).ok_or_else(|| {
-        bad(DISK, value, format!("must be like 512Mi or 20Gi, from {least}Mi to {most}Gi"))
-    })
+    let wanted = match notes.get(DISK) {
+        None => config.default_disk_mib,
+        Some(value) => mib(value).filter(|mib| DISK_MIB.contains(mib)).ok_or_else(|| {
+            bad(DISK, value, format!("must be like 512Mi or 20Gi, from {least}Mi to {most}Gi"))
+        })?,
+    };
+    Ok(wanted.next_multiple_of(DISK_STEP_MIB))
 }
 
 fn vcpus(config: &Config, notes: &HashMap<String, String>) -> Result<u32, SizingError> {
@@ -156,6 +162,7 @@ mod tests {
         };
         assert_eq!(disk_mib(&Config::default(), &HashMap::new()).unwrap(), 10 * 1024);
         assert_eq!(sized("20Gi"), Ok(20 * 1024));
+        assert_eq!(sized("257Mi"), Ok(384));
         for value in ["255Mi", "257Gi", "20G", "-1Gi", ""] {
             let error = sized(value).unwrap_err();
             assert!(error.contains(DISK) && error.contains(value), "{error}");

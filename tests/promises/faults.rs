@@ -65,7 +65,7 @@ fn vmm_hangs(ctx: &Context<'_>) -> Result<()> {
 }
 
 /// The VMM is the shim's child.
-fn vmm(ctx: &Context<'_>, pod: &Pod<'_>) -> Result<u32> {
+pub fn vmm(ctx: &Context<'_>, pod: &Pod<'_>) -> Result<u32> {
     let shim = find(ctx, "containerd-shim-", &pod.id)?;
     let mut processes = ctx.node.processes().into_iter();
     let child = processes.find(|(pid, _)| traces::parent(*pid) == Some(shim));

@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout)]
 
 mod context;
+mod disk;
 mod faults;
 mod identity;
 mod input;
@@ -73,6 +74,7 @@ fn tests() -> Vec<Test> {
     [
         lifecycle::TESTS,
         storage::TESTS,
+        disk::TESTS,
         volumes::TESTS,
         io::TESTS,
         limits::TESTS,

@@ -19,7 +19,12 @@ pub const TESTS: &[Test] = &[
 /// How long the kubelet's users wait for a change, once the kubelet has made it.
 const PROMPT: Duration = Duration::from_secs(2);
 
-fn mounted(mut config: ContainerConfig, at: &str, host: &Path, readonly: bool) -> ContainerConfig {
+pub fn mounted(
+    mut config: ContainerConfig,
+    at: &str,
+    host: &Path,
+    readonly: bool,
+) -> ContainerConfig {
     config.mounts.push(Mount {
         container_path: at.into(),
         host_path: host.display().to_string(),
@@ -30,7 +35,7 @@ fn mounted(mut config: ContainerConfig, at: &str, host: &Path, readonly: bool) -
 }
 
 /// The kubelet's folder for a volume of a pod.
-fn volume(ctx: &Context<'_>, plugin: &str, name: &str) -> Result<PathBuf> {
+pub fn volume(ctx: &Context<'_>, plugin: &str, name: &str) -> Result<PathBuf> {
     let number = pod::serial();
     let plugin = format!("kubelet/pods/{number}/volumes/kubernetes.io~{plugin}");
     let folder = ctx.node.dir().join(plugin).join(name);
@@ -70,7 +75,7 @@ fn empty_dir(ctx: &Context<'_>) -> Result<()> {
 }
 
 /// Publishes files as the kubelet's AtomicWriter does.
-fn publish(folder: &Path, version: u32, files: &[(&str, &str)]) -> Result<()> {
+pub fn publish(folder: &Path, version: u32, files: &[(&str, &str)]) -> Result<()> {
     let time = format!("..2026_01_01_{version}");
     let old = fs::read_link(folder.join("..data"));
     fs::create_dir(folder.join(&time))?;

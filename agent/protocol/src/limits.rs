@@ -13,6 +13,13 @@ pub const ENTROPY_BYTES: usize = 64;
 /// Length of `StartSandboxRequest.machine_id`.
 pub const MACHINE_ID_BYTES: usize = 16;
 
+/// Disks that the machine has: /dev/vda is slot 0.
+pub const DISK_SLOTS: u32 = 16;
+/// The slot of the pod's writable disk.
+pub const POD_DISK: u32 = DISK_SLOTS - 1;
+/// The largest that disk can be, and what a slot says of its size while it is empty.
+pub const MAX_POD_DISK: u64 = 256 << 30;
+
 /// Channel stream of the calls (ttrpc).
 pub const STREAM_RPC: u32 = 0;
 /// Channel stream of the events, guest to host.

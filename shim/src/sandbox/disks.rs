@@ -3,21 +3,19 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
+use joey_protocol::limits::POD_DISK;
 use tokio::sync::Mutex as AsyncMutex;
 
 use crate::rootfs::Image;
 use crate::vmm::qemu::args::slot_is_writable;
-use crate::vmm::{Disk, Vm, VmmError};
-
-/// Slots that a template has: /dev/vda to /dev/vdp in the guest.
-pub(crate) const SLOTS: u32 = 16;
+use crate::vmm::{Vm, VmmError};
 
 /// Why an image is not attached.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// All are in use.
     #[error(
-        "all {SLOTS} disk slots of the sandbox are in use; a pod can use that many images at once"
+        "all {POD_DISK} disk slots for images of the sandbox are in use; a pod can use that many images at once"
     )]
     Full,
     /// The VMM refuses.
@@ -29,16 +27,11 @@ pub enum DiskError {
 struct Used {
     key: String,
     users: usize,
-    /// Holds the image's lock for as long as the guest may read it; none: the pod's own disk.
-    _image: Option<Image>,
+    /// Holds the image's lock for as long as the guest may read it.
+    _image: Image,
 }
 
-fn free(used: &HashMap<u32, Used>, writable: bool) -> Result<u32, DiskError> {
-    let free = |slot: &u32| slot_is_writable(*slot) == writable && !used.contains_key(slot);
-    (0..SLOTS).find(free).ok_or(DiskError::Full)
-}
-
-/// The slots of one VM.
+/// The slots of one VM, but for that of the pod's own disk.
 #[derive(Debug, Default)]
 pub(crate) struct Disks {
     used: Mutex<HashMap<u32, Used>>,
@@ -57,21 +50,13 @@ impl Disks {
                 used.users += 1;
                 return Ok(*slot);
             }
-            free(&used, image.writable)?
+            let free =
+                |slot: &u32| slot_is_writable(*slot) == image.writable && !used.contains_key(slot);
+            (0..POD_DISK).find(free).ok_or(DiskError::Full)?
         };
         vm.attach_disk(slot, &image.disk, !image.writable).await?;
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        used.insert(slot, Used { key: image.key.clone(), users: 1, _image: Some(image) });
-        Ok(slot)
-    }
-
-    /// Attaches a disk that is nobody else's. Gives the slot.
-    pub(crate) async fn attach_own(&self, vm: &dyn Vm, disk: &Disk) -> Result<u32, DiskError> {
-        let _swap = self.swap.lock().await;
-        let slot = free(&self.used.lock().unwrap_or_else(PoisonError::into_inner), true)?;
-        vm.attach_disk(slot, disk, false).await?;
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        used.insert(slot, Used { key: String::new(), users: 1, _image: None });
+        used.insert(slot, Used { key: image.key.clone(), users: 1, _image: image });
         Ok(slot)
     }
 

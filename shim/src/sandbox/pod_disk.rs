@@ -10,11 +10,11 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use joey_protocol::api;
+use joey_protocol::limits::POD_DISK;
 
 use super::Guest;
-use super::disks::DiskError;
 use crate::guest::GuestError;
-use crate::vmm::Disk;
+use crate::vmm::{Disk, VmmError};
 
 /// Why the pod has no disk.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +33,7 @@ pub enum PodDiskError {
     },
     /// The VMM does not take it.
     #[error("the pod's writable disk: {0}")]
-    Attach(#[from] DiskError),
+    Attach(#[from] VmmError),
     /// The guest does not take it.
     #[error("the pod's writable disk: {0}")]
     Guest(#[from] GuestError),
@@ -42,12 +42,11 @@ pub enum PodDiskError {
 /// The disk that a machine has.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PodDisk {
-    slot: u32,
     mib: u64,
 }
 
 impl PodDisk {
-    /// Gives the guest a new, empty disk in place of `former`.
+    /// Gives the guest a disk of this size, empty, in place of `former`.
     pub(crate) async fn open(
         guest: &Guest,
         directory: &Path,
@@ -55,18 +54,20 @@ impl PodDisk {
         former: Option<Self>,
     ) -> Result<(Self, Vec<api::Phase>), PodDiskError> {
         let bytes = mib << 20;
-        let file = nameless(directory, bytes).map_err(|source| {
-            let directory = directory.to_owned();
-            PodDiskError::File { directory, mib, source }
-        })?;
-        let disk = Disk { ephemeral: true, ..Disk::from(file) };
-        let slot = guest.disks.attach_own(guest.vm.as_ref(), &disk).await?;
-        let request = api::OpenDiskRequest { slot, bytes, ..Default::default() };
-        let opened = guest.client.open_disk(&request).await?;
-        if let Some(former) = former {
-            guest.disks.release(guest.vm.as_ref(), former.slot).await;
+        if former.is_some() {
+            // What there was of it, an empty file system, is noise under the next key.
+            guest.vm.resize_disk(POD_DISK, bytes).await?;
+        } else {
+            let file = nameless(directory, bytes).map_err(|source| {
+                let directory = directory.to_owned();
+                PodDiskError::File { directory, mib, source }
+            })?;
+            let disk = Disk { ephemeral: true, ..Disk::from(file) };
+            guest.vm.attach_disk(POD_DISK, &disk, false).await?;
         }
-        Ok((Self { slot, mib }, opened.phases))
+        let request = api::OpenDiskRequest { bytes, ..Default::default() };
+        let opened = guest.client.open_disk(&request).await?;
+        Ok((Self { mib }, opened.phases))
     }
 
     /// Its size.

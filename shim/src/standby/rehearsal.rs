@@ -1,6 +1,7 @@
 //! A sandbox's start and one container's life in a machine that is nobody's, by the same calls that a
 //! pod takes. Nothing of it is left.
 
+use std::collections::HashMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
@@ -14,6 +15,7 @@ use crate::config::Config;
 use crate::guest::{Event, Events};
 use crate::rootfs::{FileSystem, described};
 use crate::sandbox::{Guest, PodDisk};
+use crate::sizing;
 
 /// A container as CRI asks for one, as the guest is given it.
 const SPEC: &[u8] = include_bytes!("rehearsal.json");
@@ -32,8 +34,8 @@ pub(super) async fn rehearse(
     let image = described::open(&config.guest_dir().join("rehearsal.json"))?;
     let verity = image.verity.as_ref().map(api::Verity::from);
     guest.client.rehearse_sandbox(&identity()?).await.context("rehearsing a sandbox's start")?;
-    let (pod_disk, _) =
-        PodDisk::open(guest, &config.disk_dir(), config.default_disk_mib, None).await?;
+    let mib = sizing::disk_mib(config, &HashMap::new())?;
+    let (pod_disk, _) = PodDisk::open(guest, &config.disk_dir(), mib, None).await?;
     let slot = guest.disks.attach(guest.vm.as_ref(), image).await?;
     let disk = api::Disk {
         slot,

@@ -99,6 +99,11 @@ impl Vm for FakeVm {
         Box::pin(async { Ok(()) })
     }
 
+    fn resize_disk(&self, slot: u32, bytes: u64) -> BoxFuture<'_, Result<(), VmmError>> {
+        self.note(format!("resize {slot} {bytes}"));
+        Box::pin(async { Ok(()) })
+    }
+
     fn pause(&self) -> BoxFuture<'_, Result<(), VmmError>> {
         self.note("pause".to_owned());
         Box::pin(async { Ok(()) })

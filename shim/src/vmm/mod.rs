@@ -124,6 +124,8 @@ pub trait Vm: Send + Sync {
     ) -> BoxFuture<'a, Result<(), VmmError>>;
     /// Empties a slot; succeeds if it is empty.
     fn detach_disk(&self, slot: u32) -> BoxFuture<'_, Result<(), VmmError>>;
+    /// Gives the writable disk in a slot another size.
+    fn resize_disk(&self, slot: u32, bytes: u64) -> BoxFuture<'_, Result<(), VmmError>>;
     /// Stops the processors.
     fn pause(&self) -> BoxFuture<'_, Result<(), VmmError>>;
     /// Lets them run again.

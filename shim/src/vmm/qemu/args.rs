@@ -3,17 +3,16 @@
 
 use std::path::Path;
 
+use joey_protocol::limits::{DISK_SLOTS, MAX_POD_DISK};
 use serde_json::json;
 
 /// Version of the machine's layout; part of a template's key.
 pub const LAYOUT: u32 = 4;
-/// Disks the machine has; `/dev/vda` is slot 0.
-pub const DISK_SLOTS: u32 = 16;
 /// The last slots can be written, the others only read: a guest learns that once, when it boots.
 pub const WRITABLE_SLOTS: u32 = 4;
 /// Size of an empty slot: no disk is larger, so that one is never cut off by a guest that has not heard of
 /// it yet.
-const EMPTY_BYTES: u64 = *crate::config::DISK_MIB.end() << 20;
+const EMPTY_BYTES: u64 = MAX_POD_DISK;
 /// MAC the template boots with; each sandbox sets its own.
 const TEMPLATE_MAC: &str = "02:00:00:00:00:01";
 /// Descriptors as the VMM's process finds them.

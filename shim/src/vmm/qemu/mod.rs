@@ -14,6 +14,7 @@ use std::sync::Mutex as SyncMutex;
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
+use joey_protocol::limits::DISK_SLOTS;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -25,7 +26,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
 
-use self::args::{DISK_SLOTS, slot_is_writable};
+use self::args::slot_is_writable;
 use self::qmp::{Qmp, QmpError};
 pub(crate) use self::spawn::Launch;
 use super::error::VmmError;
@@ -232,6 +233,12 @@ impl QemuVm {
         Ok(())
     }
 
+    async fn resize(&self, slot: u32, bytes: u64) -> Result<(), VmmError> {
+        let arguments = json!({"node-name": format!("slot{slot}"), "size": bytes});
+        self.qmp.lock().await.execute("block_resize", arguments).await?;
+        Ok(())
+    }
+
     async fn delete_node(&self, node: &str) -> Result<(), QmpError> {
         let arguments = json!({"node-name": node});
         self.qmp.lock().await.execute("blockdev-del", arguments).await.map(drop)
@@ -386,6 +393,10 @@ impl Vm for QemuVm {
 
     fn detach_disk(&self, slot: u32) -> BoxFuture<'_, Result<(), VmmError>> {
         Box::pin(self.detach(slot))
+    }
+
+    fn resize_disk(&self, slot: u32, bytes: u64) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(self.resize(slot, bytes))
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<(), VmmError>> {

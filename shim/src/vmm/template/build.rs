@@ -19,7 +19,7 @@ use super::{
     record,
 };
 use crate::config::DISK_MIB;
-use crate::vmm::qemu::args::{DISK_SLOTS, Mode};
+use crate::vmm::qemu::args::Mode;
 use crate::vmm::qemu::{QemuVm, kernel_stub};
 use crate::vmm::{Disk, Paths, Phases, Vm as _, VmSpec, VmmError, prepare};
 
@@ -28,8 +28,7 @@ use crate::vmm::{Disk, Paths, Phases, Vm as _, VmSpec, VmmError, prepare};
 /// second: with 2 s a clone's first container took a third longer than with 8 s.
 const REST: Duration = Duration::from_secs(8);
 
-/// The disk that the guest opens once: a slot for writable disks, the smallest size there is.
-const TRIAL_SLOT: u32 = DISK_SLOTS - 1;
+/// How much of it the guest uses in the disk that it opens once: the smallest there is.
 const TRIAL_BYTES: u64 = *DISK_MIB.start() << 20;
 
 impl TemplateStore<'_> {
@@ -124,14 +123,14 @@ impl TemplateStore<'_> {
             channel.as_fd().try_clone_to_owned().map_err(VmmError::io("keeping the channel"))?;
         // A disk as every sandbox will have one, to be opened once.
         let disk = Disk { ephemeral: true, ..Disk::from(trial().map_err(VmmError::io("a disk"))?) };
-        vm.attach_disk(TRIAL_SLOT, &disk, false).await?;
+        vm.attach_disk(limits::POD_DISK, &disk, false).await?;
         let greeting = greet(channel);
         let answered = tokio::select! {
             answered = greeting => answered,
             how = vm.exited() => Err(format!("the VMM ended: {how}")),
         };
         answered.map_err(|what| TemplateError::Agent { key: key.to_owned(), what, console })?;
-        vm.detach_disk(TRIAL_SLOT).await?;
+        vm.detach_disk(limits::POD_DISK).await?;
         vm.save(target.into()).await?;
         vm.kill();
         vm.exited().await;
@@ -167,10 +166,10 @@ impl TemplateStore<'_> {
     }
 }
 
-/// An empty disk in memory.
+/// An empty disk in memory, as long as an empty slot: the guest may not have read the slot's length yet.
 fn trial() -> io::Result<OwnedFd> {
     let file = File::from(memfd_create(c"trial", MFdFlags::MFD_CLOEXEC)?);
-    file.set_len(TRIAL_BYTES)?;
+    file.set_len(limits::MAX_POD_DISK)?;
     Ok(file.into())
 }
 
@@ -186,11 +185,7 @@ async fn greet(channel: tokio::net::UnixStream) -> Result<(), String> {
     let asking = async {
         match timeout(limits::deadline::HELLO_COLD, hello).await {
             Ok(Ok(_)) => {
-                let request = api::OpenDiskRequest {
-                    slot: TRIAL_SLOT,
-                    bytes: TRIAL_BYTES,
-                    ..Default::default()
-                };
+                let request = api::OpenDiskRequest { bytes: TRIAL_BYTES, ..Default::default() };
                 let rehearsed = agent.rehearse_disk(ttrpc::context::Context::default(), &request);
                 timeout(limits::deadline::OPEN_DISK, rehearsed)
                     .await

@@ -1,0 +1,160 @@
+//! The pod's writable disk: encrypted by the guest, limited, and gone with the pod.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use joey_tests::pod::{self, Pod};
+
+use crate::context::{Context, Test, holds, same};
+use crate::faults;
+use crate::volumes::{mounted, publish, volume};
+
+pub const TESTS: &[Test] = &[
+    Test { name: "disk::full_is_the_pods_alone", run: full_is_the_pods_alone },
+    Test { name: "disk::layers_come_and_go", run: layers_come_and_go },
+    Test { name: "disk::memory_has_its_limit", run: memory_has_its_limit },
+    Test { name: "disk::host_sees_nothing", run: host_sees_nothing },
+];
+
+/// Removal waits a while, since the pod is most often gone by then.
+const SOON: Duration = Duration::from_secs(20);
+const MIB: u64 = 1 << 20;
+
+fn pod<'a>(ctx: &Context<'a>, disk: &str) -> Result<Pod<'a>> {
+    let mut config = pod::config(ctx.node, "disk");
+    config.annotations.insert("io.joey.disk".into(), disk.into());
+    Pod::run_with(ctx.node, ctx.handler, config)
+}
+
+/// The file behind a pod's disk, as only the VMM has it open.
+fn behind(ctx: &Context<'_>, pod: &Pod<'_>) -> Result<PathBuf> {
+    let vmm = faults::vmm(ctx, pod)?;
+    let open = fs::read_dir(format!("/proc/{vmm}/fd"))?.flatten().map(|entry| entry.path());
+    let disk = |path: &PathBuf| {
+        let target = fs::read_link(path).unwrap_or_default();
+        let target = target.to_string_lossy().into_owned();
+        target.contains("/joey/disks/") && target.ends_with(" (deleted)")
+    };
+    open.into_iter().find(disk).context("the VMM has no nameless file open")
+}
+
+/// Waits until no more than so much of the host's disk is used.
+fn shrinks(ctx: &Context<'_>, pod: &Pod<'_>, bytes: u64) -> Result<()> {
+    let (file, begun) = (behind(ctx, pod)?, Instant::now());
+    loop {
+        let used = fs::metadata(&file)?.blocks() * 512;
+        if used <= bytes {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < SOON, "{used} bytes are used, not {bytes}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn full_is_the_pods_alone(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = pod(ctx, "256Mi")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    let full = container.sh("dd if=/dev/zero of=/big bs=1M 2>&1; df -m / | tail -1")?.text();
+    holds("said", &full, "No space left on device")?;
+    let file = behind(ctx, &pod)?;
+    same("size of the host's file", fs::metadata(&file)?.len(), 256 * MIB)?;
+    let other = ctx.pod("neighbour")?;
+    same("a neighbour", other.script("echo x > /x; cat /x")?.text(), "x")?;
+    other.remove()?;
+    same("still runs", container.sh("rm /big; echo x > /x; cat /x")?.text(), "x")?;
+    shrinks(ctx, &pod, 32 * MIB)?;
+    same(
+        "again",
+        container.sh("dd if=/dev/zero of=/big bs=1M count=100 2>/dev/null; echo $?")?.text(),
+        "0",
+    )?;
+    pod.remove()
+}
+
+fn layers_come_and_go(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = pod(ctx, "1Gi")?;
+    let script = "ls /big 2>/dev/null; dd if=/dev/zero of=/big bs=1M count=60 2>/dev/null; sync; df -m / | awk 'END { print $3 }'";
+    for round in 0..3 {
+        let used = pod.finish(&pod::script("c", script))?.text();
+        let used: u64 = used.parse().with_context(|| format!("round {round}: {used:?}"))?;
+        ensure!((60..70).contains(&used), "round {round}: a new layer uses {used} MiB");
+        shrinks(ctx, &pod, 32 * MIB)?;
+    }
+    pod.remove()
+}
+
+fn memory_has_its_limit(ctx: &Context<'_>) -> Result<()> {
+    let folder = volume(ctx, "empty-dir", "memory")?;
+    // As the kubelet does for `medium: Memory` with a sizeLimit.
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "tmpfs", "-o", "size=8m,mode=1777", "tmpfs"]).arg(&folder);
+    ctx.node.run_inside(mount)?;
+    let pod = ctx.pod("memory")?;
+    let script = "dd if=/dev/zero of=/m/big bs=1M count=16 2>&1; stat -c %a /m; df -k /m | tail -1";
+    let container = mounted(pod::script("c", script), "/m", &folder, false);
+    let said = pod.finish(&container)?.text();
+    holds("said", &said, "No space left on device")?;
+    holds("mode", &said, "1777")?;
+    holds("size", &said, "8192")?;
+    let later =
+        mounted(pod::script("d", "ls -l /m | awk 'END { print $5 }'"), "/m", &folder, false);
+    same("outlives a container", pod.finish(&later)?.text(), (8 * MIB).to_string())?;
+    pod.remove()?;
+    let mut unmount = Command::new("umount");
+    unmount.arg(&folder);
+    ctx.node.run_inside(unmount).map(drop)
+}
+
+fn host_sees_nothing(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    // What is searched for is never said: the container turns it round.
+    let (turned, secret) = ("4d8a1c77e90b3f52-rekram", "c41f77a80e9d-terces");
+    let [marker, secret_marker] =
+        [turned, secret].map(|text| text.chars().rev().collect::<String>());
+    let scratch = volume(ctx, "empty-dir", "scratch")?;
+    let folder = volume(ctx, "secret", "key")?;
+    publish(&folder, 1, &[("key", &secret_marker)])?;
+    let pod = pod(ctx, "256Mi")?;
+    let container = mounted(pod::script("c", "sleep 1000"), "/scratch", &scratch, false);
+    let container = pod.start(&mounted(container, "/key", &folder, true))?;
+    let script = format!(
+        "M=$(echo {turned} | rev); for f in /in-layer /scratch/in-volume /dev/shm/in-memory; do \
+         for i in $(seq 2000); do echo \"$M $i\"; done > $f; cat /key/key >> $f; done; sync; \
+         sed -n '$p' /scratch/in-volume"
+    );
+    holds("the container's copy", &container.sh(&script)?.text(), &secret_marker)?;
+    let disk = behind(ctx, &pod)?;
+    ensure!(fs::metadata(&disk)?.blocks() > 0, "nothing was written to {}", disk.display());
+    // The kubelet's own copy shows that the search finds what is there.
+    let found = search(ctx, &secret_marker, &[folder])?;
+    ensure!(!found.is_empty(), "the search does not work");
+    let mut places = vec![disk, "/run/containerd".into()];
+    for entry in fs::read_dir(ctx.node.dir())?.flatten() {
+        if entry.file_name() != "kubelet" {
+            places.push(entry.path());
+        }
+    }
+    for text in [&marker, &secret_marker] {
+        same("files with it", search(ctx, text, &places)?, String::new())?;
+    }
+    pod.remove()
+}
+
+/// The files with this text in them.
+fn search(ctx: &Context<'_>, text: &str, places: &[PathBuf]) -> Result<String> {
+    let mut grep = Command::new("grep");
+    grep.args(["-r", "--files-with-matches", "--text", "--fixed-strings", "--devices=skip"]);
+    grep.args(["--no-messages", "--", text]).args(places);
+    let output = ctx.node.run_inside(grep)?;
+    // 1: found nothing; 2: some file, such as one that went meanwhile, could not be read.
+    match output.status.code() {
+        Some(0..=2) => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        _ => bail!("grep: {}", output.status),
+    }
+}
