@@ -25,6 +25,7 @@ mod rehearsal;
 mod rootfs;
 mod rpc;
 mod sandbox;
+mod share;
 mod storage;
 mod streams;
 mod sys;

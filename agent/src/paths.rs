@@ -5,10 +5,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
-use nix::fcntl::AtFlags;
-use nix::sys::stat::{Mode, mkdirat};
+use nix::fcntl::{AtFlags, OFlag, open};
+use nix::sys::stat::{FchmodatFlags, Mode, fchmodat, mkdirat};
 
 use crate::sys;
 
@@ -26,6 +26,36 @@ pub(crate) fn is_inside(path: &Path) -> bool {
         && text.len() < PATH_MAX
         && !text.contains(&0)
         && path.components().all(|part| matches!(part, Component::Normal(_)))
+}
+
+/// Opens a file or directory of the guest as a place only.
+pub(crate) fn open_path(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?)
+}
+
+/// Opens a part of a volume as a place only. Links lead where they lead inside the volume. What is missing is
+/// made, as directories of the volume's mode: so the kubelet does for a `subPath`.
+pub(crate) fn part(volume: OwnedFd, path: &Path) -> io::Result<OwnedFd> {
+    if !is_inside(path) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let place = |path: &Path| sys::open_below(volume.as_fd(), path, libc::O_PATH, 0, READING);
+    let mode = Mode::from_bits_truncate(nix::sys::stat::fstat(&volume)?.st_mode & 0o777);
+    let mut done = PathBuf::new();
+    let mut above = volume.try_clone()?;
+    for name in path {
+        done.push(name);
+        above = match place(&done) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                mkdirat(&above, name, mode)?;
+                fchmodat(&above, name, mode, FchmodatFlags::FollowSymlink)?;
+                place(&done)?
+            }
+            found => found?,
+        };
+    }
+    Ok(above)
 }
 
 /// Opens the directory that holds `path`, making what is missing, and gives its last name.

@@ -85,6 +85,14 @@ impl api::Agent for Service {
         done(self.0.copy_in(&request))
     }
 
+    async fn share_files(
+        &self,
+        _: &TtrpcContext,
+        request: api::ShareFilesRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        done(self.0.share_files(&request))
+    }
+
     async fn read_file(
         &self,
         _: &TtrpcContext,

@@ -29,6 +29,7 @@ use crate::pod_disk::{self, PodDisk};
 use crate::pod_pid::PodPidNamespace;
 use crate::reap::Reaper;
 use crate::rootfs::SOURCES;
+use crate::share::{self, ShareError};
 use crate::storage::{self, SharedSlots, StorageError};
 use crate::streams::StdioError;
 use crate::volumes::{VOLUMES, VolumeError, Volumes};
@@ -60,6 +61,9 @@ pub(crate) enum SandboxError {
     /// A file could not be put or read.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// Files of the host are not shared.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// The request cannot be followed.
     #[error("{0}")]
     Invalid(String),
@@ -128,7 +132,10 @@ impl SandboxError {
             Self::Resize(error) if error.kind() == io::ErrorKind::InvalidInput => {
                 Code::FAILED_PRECONDITION
             }
-            Self::Stdio(StdioError::File(_)) => Code::INTERNAL,
+            Self::Stdio(StdioError::File(_)) | Self::Share(ShareError::Mount { .. }) => {
+                Code::INTERNAL
+            }
+            Self::Share(_) => Code::INVALID_ARGUMENT,
             Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Engine(error) => match error.kind {
                 Kind::Invalid => Code::INVALID_ARGUMENT,
@@ -333,6 +340,13 @@ impl Sandbox {
             return Err(SandboxError::Rehearsing);
         }
         Ok(self.disk.rehearse(request.bytes)?)
+    }
+
+    /// Mounts files of the host.
+    pub(crate) fn share_files(&self, request: &api::ShareFilesRequest) -> Result<(), SandboxError> {
+        self.require_started()?;
+        let id = VolumeId::new(&request.volume_id)?;
+        Ok(share::mount_share(&self.mux, &id, request.stream)?)
     }
 
     /// Puts files into a volume.

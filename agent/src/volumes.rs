@@ -6,17 +6,17 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use joey_protocol::ids::VolumeId;
+use joey_protocol::ids::{SHARED, VolumeId};
 use joey_protocol::{api, limits};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, fchmod};
 
-use crate::{paths, pod_disk};
+use crate::{paths, pod_disk, share};
 
 /// Where volumes lie.
 pub(crate) const VOLUMES: &str = "/run/joey/volumes";
@@ -25,18 +25,34 @@ const VOLUME_SOURCE: &str = "joey-volume:";
 /// How a mount's source names the pod's shared memory.
 const SHM_SOURCE: &str = "joey-shm:";
 
-/// The path that a bind mount's source means.
-pub(crate) fn bind_source(source: &Path) -> Result<PathBuf, String> {
-    let Some(text) = source.to_str() else { return Ok(source.to_owned()) };
+/// Opens what a bind mount's source means (`O_PATH`): a path of the guest, or a volume and perhaps a path
+/// below it, which is made if it is missing (subPath).
+pub(crate) fn bind_source(source: &Path) -> Result<OwnedFd, String> {
+    let failed = |error: io::Error| format!("{source:?}: {error}");
+    let text = source.to_str().unwrap_or_default();
     if text == SHM_SOURCE {
-        return Ok("/dev/shm".into());
+        return paths::open_path(Path::new("/dev/shm")).map_err(failed);
     }
-    let Some(id) = text.strip_prefix(VOLUME_SOURCE) else { return Ok(source.to_owned()) };
+    let Some(named) = text.strip_prefix(VOLUME_SOURCE) else {
+        if !source.is_absolute() {
+            return Err(format!("source {source:?} is not an absolute path"));
+        }
+        return paths::open_path(source).map_err(failed);
+    };
+    let (id, below) = named.split_once('/').unwrap_or((named, ""));
     let id = VolumeId::new(id).map_err(|error| error.to_string())?;
     let places = [VOLUMES, pod_disk::VOLUMES].map(|place| Path::new(place).join(id.as_str()));
-    let there = places.into_iter().find(|path| path.exists());
-    there.ok_or_else(|| format!("volume {id} was not copied into the guest"))
+    let shared = Path::new(share::SHARES).join(id.as_str());
+    let shared = shared.exists().then(|| shared.join(SHARED));
+    let volume = places.into_iter().find(|path| path.exists()).or(shared);
+    let volume = volume.ok_or_else(|| format!("volume {id} is not in the guest"))?;
+    let volume = paths::open_path(&volume).map_err(failed)?;
+    match below {
+        "" => Ok(volume),
+        below => paths::part(volume, Path::new(below)).map_err(failed),
+    }
 }
+
 /// Largest file that may be copied in: it lives in guest memory.
 const FILE_MAX: u64 = 64 << 20;
 

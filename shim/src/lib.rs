@@ -11,6 +11,7 @@ pub mod log;
 pub mod rootfs;
 pub mod sandbox;
 pub mod serve;
+pub mod share;
 pub mod sizing;
 pub mod standby;
 pub mod stdio;

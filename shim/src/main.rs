@@ -1,7 +1,7 @@
 //! `containerd-shim-joey-v2`: one process per pod.
 //!
 //! Dispatches containerd's three calls: `-info`, `start` (which forks the server, or finds a keeper),
-//! `delete`; and its own, which makes it a keeper.
+//! `delete`; and its own, which make it a keeper or a server of shared files.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use joey_shim::bootstrap::{self, Invocation, Start};
 use joey_shim::standby::keeper;
-use joey_shim::{config, serve, sys};
+use joey_shim::{config, serve, share, sys};
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
@@ -29,6 +29,11 @@ fn run(args: &[OsString]) -> Result<()> {
         && action == keeper::ACTION
     {
         return keeper::run(config::Config::load(None)?, &role.to_string_lossy());
+    }
+    if let [action, args @ ..] = args
+        && action == share::ACTION
+    {
+        return share::serve(args);
     }
     let invocation = Invocation::read(args)?;
     if invocation.flags.version {

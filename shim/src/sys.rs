@@ -222,6 +222,44 @@ pub(crate) fn drop_bounding(capability: u64) -> nix::Result<()> {
     nix::Error::result(result).map(drop)
 }
 
+/// From now on a change of the user id leaves the capabilities as they are (`SECBIT_NO_SETUID_FIXUP`).
+pub(crate) fn keep_capabilities_with_user() -> nix::Result<()> {
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: a system call on numbers.
+    let result = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0) };
+    nix::Error::result(result).map(drop)
+}
+
+/// Closes every descriptor from this number on, in a process that owns none of them yet.
+pub(crate) fn close_from(first: libc::c_uint) -> io::Result<()> {
+    // SAFETY: the caller has nothing open that anything relies on.
+    let result = unsafe { libc::close_range(first, libc::c_uint::MAX, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes a mount and those below it read-only (mount_setattr(2)).
+pub(crate) fn make_read_only(path: &std::path::Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_encoded_bytes())?;
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is NUL-terminated, and the kernel reads as much of the structure as it is told.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Writes to a descriptor by its number, in a forked child that placed it there.
 pub(crate) fn write_raw(fd: RawFd, bytes: &[u8]) {
     // SAFETY: the buffer is valid for its length; a bad descriptor is an error nobody could be told.

@@ -17,6 +17,7 @@ mod limits;
 mod network;
 mod restart;
 mod security;
+mod share;
 mod standby;
 mod storage;
 mod tasks;
@@ -75,6 +76,7 @@ fn tests() -> Vec<Test> {
         lifecycle::TESTS,
         storage::TESTS,
         disk::TESTS,
+        share::TESTS,
         volumes::TESTS,
         io::TESTS,
         limits::TESTS,

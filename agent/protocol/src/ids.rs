@@ -10,6 +10,9 @@ use std::str::FromStr;
 /// host's own program, by which a waiting machine comes to know the way of a container's start.
 pub const REHEARSAL: &str = "rehearsal";
 
+/// What is shared with the guest has this name in the root of the share's mount.
+pub const SHARED: &str = "shared";
+
 /// containerd's bound.
 pub const MAX_ID: usize = 76;
 /// How much of a refused name an error shows.

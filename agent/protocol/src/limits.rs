@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 /// Version of everything in this crate. Raised with any change that the other side can notice.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Length of `StartSandboxRequest.entropy`: fills the kernel's pool (512 bits).
 pub const ENTROPY_BYTES: usize = 64;
@@ -72,6 +72,8 @@ pub mod deadline {
     pub const START_SANDBOX: Duration = Duration::from_secs(30);
     /// `OpenDisk`.
     pub const OPEN_DISK: Duration = Duration::from_secs(30);
+    /// `ShareFiles`.
+    pub const SHARE: Duration = Duration::from_secs(30);
     /// `CopyIn` and `ReadFile`, each message.
     pub const COPY: Duration = Duration::from_secs(30);
     /// `CreateContainer` and `CreateExec`: mounts disks.

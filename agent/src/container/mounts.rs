@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use oci_spec::runtime::Mount;
 
@@ -28,7 +28,7 @@ pub(crate) fn mount_all(
     root: BorrowedFd<'_>,
     mounts: &[Mount],
     usual: &mut Usual,
-    bind_source: fn(&Path) -> Result<PathBuf, String>,
+    bind_source: fn(&Path) -> Result<OwnedFd, String>,
 ) -> Result<bool, Error> {
     let mut read_only_dev = false;
     for mount in mounts {
@@ -85,14 +85,10 @@ fn bind_mount(
     root: BorrowedFd<'_>,
     mount: &Mount,
     options: &Options,
-    bind_source: fn(&Path) -> Result<PathBuf, String>,
+    bind_source: fn(&Path) -> Result<OwnedFd, String>,
 ) -> Result<(), Error> {
     let source = mount.source().as_deref().unwrap_or(Path::new(""));
-    let source = bind_source(source).map_err(|why| bad(mount, why))?;
-    if !source.is_absolute() {
-        return Err(bad(mount, format!("source {source:?} is not an absolute path")));
-    }
-    let opened = open_path(&source).map_err(|error| bad(mount, format!("{source:?}: {error}")))?;
+    let opened = bind_source(source).map_err(|why| bad(mount, why))?;
     let is_directory = File::from(opened.try_clone().map_err(|error| bad(mount, error))?)
         .metadata()
         .map_err(|error| bad(mount, format!("{source:?}: {error}")))?
@@ -102,12 +98,6 @@ fn bind_mount(
     let copy = sys::clone_tree(opened.as_fd(), Path::new(""), options.recursive)
         .map_err(|error| bad(mount, format!("binding {source:?}: {error}")))?;
     finish(mount, copy.as_fd(), options, target.as_fd())
-}
-
-fn open_path(path: &Path) -> io::Result<OwnedFd> {
-    use nix::fcntl::{OFlag, open};
-    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-    Ok(open(path, flags, nix::sys::stat::Mode::empty())?)
 }
 
 /// The file systems that nearly every container mounts, made beforehand and not yet in any place.

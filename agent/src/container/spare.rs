@@ -32,7 +32,7 @@ pub(crate) struct Sources {
     /// Mounts the root that the text describes and gives the mount point.
     pub(crate) root: fn(&str) -> Result<PathBuf, String>,
     /// The path in the guest that a bind mount's source means.
-    pub(crate) bind: fn(&Path) -> Result<PathBuf, String>,
+    pub(crate) bind: fn(&Path) -> Result<OwnedFd, String>,
 }
 
 /// What a spare is told to become; the specification follows as it came from the host.

@@ -27,7 +27,7 @@ struct Bundle {
     directory: tempfile::TempDir,
 }
 
-const SOURCES: Sources = Sources { root: bind_root, bind: |path| Ok(path.to_owned()) };
+const SOURCES: Sources = Sources { root: bind_root, bind: crate::volumes::bind_source };
 
 fn bind_root(path: &str) -> Result<PathBuf, String> {
     mount(Some(path), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)

@@ -188,6 +188,10 @@ impl Client {
         copy_in(CopyInRequest), COPY
     }
     call! {
+        /// Mounts files that the host serves.
+        share_files(ShareFilesRequest), SHARE
+    }
+    call! {
         /// Creates a container up to its first instruction.
         create_container(CreateContainerRequest) -> CreateContainerResponse, CREATE, checks::created
     }

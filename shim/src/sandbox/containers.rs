@@ -12,7 +12,7 @@ use joey_protocol::api;
 use joey_protocol::ids::ContainerId;
 use oci_spec::runtime::Spec;
 
-use super::plan::{self, Plan, Volume};
+use super::plan::{self, Plan, Source, Volume};
 use super::state::{self, Exit, Operation, Process, Status};
 use super::{CreateTask, Deleted, Guest, Handle, KILLED, SandboxError, SandboxEvent, StdioPaths};
 use crate::stdio::{Copies, DRAIN, Stdio};
@@ -138,6 +138,12 @@ impl Handle {
         }
         self.0.timeline.host("disk", id, start);
         let start = Instant::now();
+        for volume in &plan.volumes {
+            if let Source::Shared(shared) = &volume.source {
+                let opened = self.0.shares.open(&guest, volume, shared).await;
+                opened.map_err(|error| SandboxError::host(id, "share files of the host", error))?;
+            }
+        }
         let published = volumes::copy_in(&guest.client, &plan.volumes)
             .await
             .map_err(|error| SandboxError::host(id, "copy files into the guest", error))?;
@@ -167,7 +173,7 @@ impl Handle {
     fn plan(&self, id: &str, spec: &Spec) -> Result<Plan, SandboxError> {
         let vmm_pid = self.table().vmm_pid;
         let pod_files = self.0.pod_files.lock().unwrap_or_else(PoisonError::into_inner);
-        let facts = plan::Facts { vmm_pid, pod_files: &pod_files, look: &look };
+        let facts = plan::Facts { vmm_pid, pod_files: &pod_files, look: &look, mounted: &mounted };
         Plan::new(spec, &facts)
             .map_err(|refusal| SandboxError::Refused(format!("container {id}: {refusal}")))
     }
@@ -329,6 +335,26 @@ fn look(path: &Path) -> plan::Kind {
         Ok(_) => plan::Kind::Special,
         Err(_) => plan::Kind::Missing,
     }
+}
+
+/// Which path of its file system is mounted at a path (proc_pid_mountinfo(5)).
+fn mounted(path: &Path) -> Option<PathBuf> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let of = |line: &str| {
+        let mut fields = line.split(' ').skip(3);
+        let (root, place) = (fields.next()?, fields.next()?);
+        (Path::new(&unescape(place)) == path).then(|| PathBuf::from(unescape(root)))
+    };
+    // The last one covers the others.
+    table.lines().rev().find_map(of)
+}
+
+/// Blanks, tabs, line ends and backslashes are three octal digits there.
+fn unescape(field: &str) -> String {
+    ["\\040", "\\011", "\\012", "\\134"]
+        .iter()
+        .zip([" ", "\t", "\n", "\\"])
+        .fold(field.to_owned(), |text, (code, character)| text.replace(code, character))
 }
 
 /// What is said of a deleted process; one that never ran has no exit of its own.

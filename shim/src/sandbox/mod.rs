@@ -14,6 +14,7 @@
 mod bringup;
 mod containers;
 mod disks;
+mod kubelet;
 pub mod lifecycle;
 pub mod orphans;
 pub mod plan;
@@ -48,6 +49,7 @@ pub use self::types::{
 };
 use crate::config::Config;
 use crate::guest::{Client, Streams};
+use crate::share::Shares;
 use crate::standby::Standby;
 use crate::vmm::Vm;
 
@@ -115,6 +117,8 @@ struct Sandbox {
     ended: channel::Sender<Option<Exit>>,
     /// The bring-up, to be ended with the sandbox.
     starting: Mutex<Option<JoinHandle<()>>>,
+    /// What the guest sees of the host's files.
+    shares: Shares,
     /// Held while the sandbox's traces are removed.
     undoing: AsyncMutex<()>,
     /// Set when the shim is to leave.
@@ -159,6 +163,7 @@ impl Handle {
             created_at: SystemTime::now(),
             ended: channel::Sender::new(None),
             starting: Mutex::default(),
+            shares: Shares::default(),
             undoing: AsyncMutex::default(),
             leave: channel::Sender::new(false),
             boot,

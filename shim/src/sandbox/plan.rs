@@ -10,6 +10,8 @@ use joey_protocol::limits::MAX_SPEC;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use sha2::{Digest as _, Sha256};
 
+use super::kubelet::{self, Origin};
+
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// What the kubelet reads of a termination message (its MaxContainerTerminationMessageLength).
 const TERMINATION_MESSAGE: u64 = 4096;
@@ -42,6 +44,8 @@ pub struct Facts<'a> {
     pub pod_files: &'a BTreeMap<String, Vec<u8>>,
     /// Tells what a path of the host is, following links.
     pub look: &'a dyn Fn(&Path) -> Kind,
+    /// Tells which path of its file system is mounted at a path.
+    pub mounted: &'a dyn Fn(&Path) -> Option<PathBuf>,
 }
 
 /// Where a volume's content comes from.
@@ -51,11 +55,24 @@ pub enum Source {
     Host(PathBuf),
     /// Given here.
     Inline(Vec<u8>),
+    /// A file or directory of the host, live.
+    Shared(Shared),
     /// An empty directory in the guest, of owner and mode as this one of the host, which stays empty.
     Empty(PathBuf),
 }
 
-/// Content that is copied into the guest before the container is created.
+/// What a share serves.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Shared {
+    /// The file or directory, with everything mounted below it.
+    pub path: PathBuf,
+    /// Whether the guest may not write, whatever it tries.
+    pub read_only: bool,
+    /// Whether the guest sees what the host mounts below it later (`HostToContainer`).
+    pub live_mounts: bool,
+}
+
+/// Content that the guest gets before the container is created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
     /// Its name in the guest: the same for the same source, so that a restarted container does not
@@ -201,22 +218,33 @@ impl Plan {
             }
             return Err(refuse("mount", shown, format!("file system {typ:?} is not supported")));
         }
-        let volume = self.volume(&source, &destination, has("ro"), facts)?;
-        mount.set_source(Some(volume.mount_source()));
+        if has("idmap") || has("ridmap") {
+            return Err(refuse("mount", shown, "ID-mapped mounts are not available in a VM pod"));
+        }
+        let Some((volume, below)) = self.volume(&source, &destination, &has, facts)? else {
+            return Ok(());
+        };
+        let mut inside = volume.mount_source().into_os_string();
+        if below != Path::new("") {
+            inside.push("/");
+            inside.push(below);
+        }
+        mount.set_source(Some(inside.into()));
         if !self.volumes.iter().any(|known| known.id == volume.id) {
             self.volumes.push(volume);
         }
         Ok(())
     }
 
-    /// Decides how the content of a bind mount gets into the guest.
+    /// Decides how the content of a bind mount gets into the guest: as which volume, and which part of it.
+    /// Nothing if it is the guest's own.
     fn volume(
         &mut self,
         source: &Path,
         destination: &Path,
-        read_only: bool,
+        has: &dyn Fn(&str) -> bool,
         facts: &Facts<'_>,
-    ) -> Result<Volume, Refusal> {
+    ) -> Result<Option<(Volume, PathBuf)>, Refusal> {
         let shown = format!("{} (from {})", destination.display(), source.display());
         let no = |reason: &str| Err(refuse("mount", &shown, reason));
         let pod_file = destination.to_str().filter(|path| POD_FILES.contains(path));
@@ -225,21 +253,24 @@ impl Plan {
             source,
             destination: destination.to_owned(),
         };
-        let host = || volume(source, Source::Host(source.to_owned()));
-        if let Some(name) = empty_dir_of_subpath(source, facts) {
-            return no(&format!("a subPath of the emptyDir {name:?} is not supported yet"));
-        }
-        match ((facts.look)(source), pod_file) {
-            (Kind::Directory, _) if is_empty_dir(source) => {
-                Ok(volume(source, Source::Empty(source.to_owned())))
+        let whole = |volume| Ok(Some((volume, PathBuf::new())));
+        let copied = || whole(volume(source, Source::Host(source.to_owned())));
+        let kind = (facts.look)(source);
+        match (kubelet::origin(source, destination, facts), kind, pod_file) {
+            (Origin::Kernel, _, _) => Ok(None),
+            (Origin::EmptyDir { folder, below }, Kind::Directory, _) => {
+                Ok(Some((volume(&folder, Source::Empty(folder.clone())), below)))
             }
-            (Kind::File, Some(_)) => Ok(host()),
-            (Kind::Missing, Some(path)) if facts.pod_files.contains_key(path) => {
-                Ok(volume(Path::new(path), Source::Inline(facts.pod_files[path].clone())))
+            (_, Kind::File, Some(_)) => copied(),
+            (_, Kind::Missing, Some(path)) if facts.pod_files.contains_key(path) => {
+                whole(volume(Path::new(path), Source::Inline(facts.pod_files[path].clone())))
             }
-            (Kind::Missing, _) => no("its source does not exist on the host"),
-            (Kind::File | Kind::Directory, _) if read_only => Ok(host()),
-            (Kind::File, None) if is_termination_log(source, destination) => {
+            (_, Kind::Missing, _) => no("its source does not exist on the host"),
+            (_, Kind::Special, _) => {
+                no("sockets, FIFOs and devices of the host cannot be shared with a virtual machine")
+            }
+            (Origin::Published, _, _) => copied(),
+            (Origin::TerminationLog, Kind::File, _) if !has("ro") => {
                 // The kubelet names the file anew at each restart; its directory stays.
                 let stable = source.parent().unwrap_or(source).join("termination-log");
                 let volume = volume(&stable, Source::Host(source.to_owned()));
@@ -248,15 +279,20 @@ impl Plan {
                     host: source.to_owned(),
                     limit: TERMINATION_MESSAGE,
                 });
-                Ok(volume)
-            }
-            (Kind::Special, _) => {
-                no("sockets, FIFOs and devices of the host cannot be shared with a virtual machine")
+                whole(volume)
             }
             _ => {
-                no("writable host files and directories (hostPath and other writable volumes but \
-                     emptyDir) are not supported yet: mount it readOnly, or keep the data in an \
-                     emptyDir")
+                let shared = Shared {
+                    path: source.to_owned(),
+                    read_only: has("ro"),
+                    live_mounts: has("rslave") || has("slave"),
+                };
+                // One share for each way of sharing: what is read-only is so on the host's side.
+                let mut name = source.as_os_str().to_owned();
+                for (word, given) in [("\0ro", shared.read_only), ("\0live", shared.live_mounts)] {
+                    name.push(if given { word } else { "" });
+                }
+                whole(volume(Path::new(&name), Source::Shared(shared)))
             }
         }
     }
@@ -268,42 +304,11 @@ fn is_pod_shm(source: &Path) -> bool {
     source.ends_with("shm") && source.components().all(|part| part.as_os_str() != "volumes")
 }
 
-/// Where the kubelet keeps emptyDirs below a pod's `volumes`.
-const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
-
-/// The kubelet's folder for an emptyDir: `…/pods/<uid>/volumes/kubernetes.io~empty-dir/<name>`.
-fn is_empty_dir(source: &Path) -> bool {
-    let parent = source.parent();
-    parent.is_some_and(|parent| parent.ends_with(Path::new("volumes").join(EMPTY_DIR)))
-}
-
-/// The emptyDir of which the kubelet has mounted a part on the host:
-/// `…/pods/<uid>/volume-subpaths/<volume>/<container>/<index>`.
-fn empty_dir_of_subpath(source: &Path, facts: &Facts<'_>) -> Option<String> {
-    let volume = source.parent()?.parent()?;
-    let pod = volume.parent().filter(|above| above.ends_with("volume-subpaths"))?.parent()?;
-    let name = volume.file_name()?;
-    let folder = pod.join("volumes").join(EMPTY_DIR).join(name);
-    let found = (facts.look)(&folder) == Kind::Directory;
-    found.then(|| name.to_string_lossy().into_owned())
-}
-
 /// Name of the volume for a source: short, valid, the same each time.
 fn volume_id(source: &Path) -> String {
     use std::os::unix::ffi::OsStrExt as _;
     let hash = Sha256::digest(source.as_os_str().as_bytes());
     hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// The kubelet's file for the termination message: `…/containers/<name>/<8 hex digits>`, wherever
-/// the pod wants it mounted.
-fn is_termination_log(source: &Path, destination: &Path) -> bool {
-    let name = source.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let above = source.parent().and_then(Path::parent).and_then(Path::file_name);
-    let by_kubelet = name.len() == 8
-        && name.bytes().all(|byte| byte.is_ascii_hexdigit())
-        && above.is_some_and(|above| above == "containers");
-    by_kubelet || destination == Path::new("/dev/termination-log")
 }
 
 fn check_hooks(spec: &Spec) -> Result<(), Refusal> {
@@ -435,7 +440,8 @@ mod tests {
             Some(path) if path.ends_with("dir") => Kind::Directory,
             _ => Kind::File,
         };
-        Plan::new(spec, &Facts { vmm_pid: 7, pod_files: &files, look: &look })
+        let mounted = |_: &Path| Some(PathBuf::from("/sub"));
+        Plan::new(spec, &Facts { vmm_pid: 7, pod_files: &files, look: &look, mounted: &mounted })
     }
 
     fn error(mounts: Value) -> String {
@@ -450,7 +456,7 @@ mod tests {
             bind("/etc/hosts", "/gone/hosts", &["rbind", "rprivate", "rw"]),
             bind("/etc/resolv.conf", "/x/resolv.conf", &["rbind", "rw"]),
             bind("/dev/log", "/kubelet/pods/u/containers/app/0a1b2c3d", &["rbind", "rw"]),
-            bind("/config", "/kubelet/dir", &["rbind", "ro"]),
+            bind("/config", "/pods/u/volumes/kubernetes.io~secret/dir", &["rbind", "ro"]),
         ]));
         let plan = plan(&spec).unwrap();
         assert!(plan.read_only_root);
@@ -479,11 +485,45 @@ mod tests {
             let plan = plan(&spec(json!([bind("/cache", source, &["rbind", mode])]))).unwrap();
             assert_eq!(plan.volumes[0].source, Source::Empty(source.into()));
         }
-        let part = "/kubelet/pods/u/volume-subpaths/cache-dir/app/0";
-        let refused = error(json!([bind("/part", part, &["rbind", "ro"])]));
-        assert!(refused.contains("cache-dir") && refused.contains("subPath"), "{refused}");
-        let other = "/kubelet/pods/u/volume-subpaths/config-map/app/0";
-        assert!(plan(&spec(json!([bind("/part", other, &["rbind", "ro"])]))).is_ok());
+        let part = "/kubelet/pods/u/volume-subpaths/cache-dir/app/0-dir";
+        let plan = plan(&spec(json!([bind("/part", part, &["rbind", "ro"])]))).unwrap();
+        assert_eq!(plan.volumes[0].source, Source::Empty(source.into()));
+        let sent: Spec = serde_json::from_slice(&plan.spec).unwrap();
+        let mount = sent.mounts().iter().flatten().next().unwrap();
+        assert!(mount.source().as_ref().unwrap().ends_with("sub"), "{mount:?}");
+    }
+
+    #[test]
+    fn what_is_the_hosts_is_shared_live_each_way_apart() {
+        let kubelet = "/kubelet/pods/u/volumes/kubernetes.io~configmap/settings-dir";
+        let plan = plan(&spec(json!([
+            bind("/a", "/host/dir", &["rbind", "rprivate", "rw"]),
+            bind("/b", "/host/dir", &["rbind", "rprivate", "ro"]),
+            bind("/c", "/host/dir", &["rbind", "rslave", "rw"]),
+            bind("/d", "/host/dir", &["rbind", "rprivate", "rw"]),
+            bind("/e", "/host/file", &["rbind", "rprivate", "ro"]),
+            bind("/f", kubelet, &["rbind", "rprivate", "ro"]),
+            bind("/g", "/dev/fuse", &["rbind", "rprivate", "rw"]),
+        ])))
+        .unwrap();
+        let shared = |path: &str, read_only, live_mounts| {
+            Source::Shared(Shared { path: path.into(), read_only, live_mounts })
+        };
+        let sources: Vec<_> = plan.volumes.iter().map(|volume| volume.source.clone()).collect();
+        assert_eq!(
+            sources[..5],
+            [
+                shared("/host/dir", false, false),
+                shared("/host/dir", true, false),
+                shared("/host/dir", false, true),
+                shared("/host/file", true, false),
+                Source::Host(kubelet.into()),
+            ]
+        );
+        let sent: Spec = serde_json::from_slice(&plan.spec).unwrap();
+        let source = |n: usize| sent.mounts().as_ref().unwrap()[n].source().clone().unwrap();
+        assert_eq!(source(0), source(3));
+        assert_eq!(source(6), Path::new("/dev/fuse"), "the guest's");
     }
 
     #[test]
@@ -498,8 +538,6 @@ mod tests {
 
     #[test]
     fn what_a_vm_cannot_have_is_refused_by_name() {
-        let writable = error(json!([bind("/data", "/host/dir", &["rbind", "rw"])]));
-        assert!(writable.contains("/data (from /host/dir)"), "{writable}");
         let socket = error(json!([bind("/s", "/run/docker.sock", &["rbind", "ro"])]));
         assert!(socket.contains("/run/docker.sock"), "{socket}");
         let shared = error(json!([bind("/m", "/host/dir", &["rbind", "rshared"])]));

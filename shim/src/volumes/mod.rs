@@ -87,6 +87,8 @@ pub(crate) async fn copy_in(
                 published.extend(found.map(|found| (volume.clone(), found)));
                 sender.tree(path).await?;
             }
+            // Not copied.
+            Source::Shared(_) => {}
             Source::Empty(path) => {
                 let meta = fs::metadata(path).map_err(sender.read_error(path))?;
                 (sender.medium, sender.size_bytes) =

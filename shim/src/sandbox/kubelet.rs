@@ -1,0 +1,146 @@
+//! The kubelet's folders on the host: what kind of volume a mount's source is.
+//!
+//! ```text
+//! …/pods/UID/volumes/kubernetes.io~PLUGIN/NAME           a volume
+//! …/pods/UID/volume-subpaths/NAME/CONTAINER/INDEX        a part of one (subPath), mounted there
+//! …/pods/UID/containers/CONTAINER/xxxxxxxx               a termination message
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use super::plan::{Facts, Kind};
+
+const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+/// Volumes whose content the kubelet writes itself.
+const PUBLISHED: [&str; 4] = [
+    "kubernetes.io~configmap",
+    "kubernetes.io~secret",
+    "kubernetes.io~projected",
+    "kubernetes.io~downward-api",
+];
+
+/// What a path of the host is to the kubelet.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// An emptyDir, and the path below it that is meant.
+    EmptyDir { folder: PathBuf, below: PathBuf },
+    /// Content that the kubelet has written: configMap, secret, downwardAPI, projected.
+    Published,
+    /// The file for a container's last words.
+    TerminationLog,
+    /// The node's own devices, processes and kernel, of which a virtual machine has its own.
+    Kernel,
+    /// Anything else of the host.
+    Other,
+}
+
+/// Tells what `source` is, which is mounted at `destination`.
+pub(super) fn origin(source: &Path, destination: &Path, facts: &Facts<'_>) -> Origin {
+    if ["/dev", "/proc", "/sys"].iter().any(|root| source.starts_with(root)) {
+        return Origin::Kernel;
+    }
+    if is_termination_log(source, destination) {
+        return Origin::TerminationLog;
+    }
+    let plugin = |folder: &Path| folder.parent().and_then(Path::file_name).map(ToOwned::to_owned);
+    let in_volumes =
+        |folder: &Path| folder.ancestors().nth(2).is_some_and(|it| it.ends_with("volumes"));
+    if in_volumes(source) {
+        return match plugin(source) {
+            Some(name) if name == EMPTY_DIR => {
+                Origin::EmptyDir { folder: source.to_owned(), below: PathBuf::new() }
+            }
+            Some(name) if PUBLISHED.iter().any(|known| name == *known) => Origin::Published,
+            _ => Origin::Other,
+        };
+    }
+    let Some((volumes, name)) = volume_of_part(source) else { return Origin::Other };
+    let folder = |plugin: &str| Some(volumes.join(plugin).join(&name));
+    let there = |folder: &PathBuf| (facts.look)(folder) == Kind::Directory;
+    if let Some(folder) = folder(EMPTY_DIR).filter(there) {
+        let below = (facts.mounted)(source).map_or_else(PathBuf::new, |root| below(&root, &name));
+        return Origin::EmptyDir { folder, below };
+    }
+    match PUBLISHED.iter().filter_map(|plugin| folder(plugin)).any(|folder| there(&folder)) {
+        true => Origin::Published,
+        false => Origin::Other,
+    }
+}
+
+/// For a part of a volume that the kubelet has mounted: the pod's `volumes` and the volume's name.
+fn volume_of_part(source: &Path) -> Option<(PathBuf, PathBuf)> {
+    let volume = source.parent()?.parent()?;
+    let pod = volume.parent().filter(|above| above.ends_with("volume-subpaths"))?.parent()?;
+    Some((pod.join("volumes"), volume.file_name()?.into()))
+}
+
+/// The path below an emptyDir, from the path in its file system: of the host's disk, or of a tmpfs that is
+/// the emptyDir itself.
+fn below(root: &Path, name: &Path) -> PathBuf {
+    let ancestors = root.ancestors();
+    let folder = ancestors.filter(|it| it.ends_with(Path::new(EMPTY_DIR).join(name))).last();
+    let folder = folder.unwrap_or(Path::new("/"));
+    root.strip_prefix(folder).unwrap_or(Path::new("")).to_owned()
+}
+
+/// The kubelet's file for the termination message, wherever the pod wants it mounted.
+fn is_termination_log(source: &Path, destination: &Path) -> bool {
+    let name = source.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let above = source.parent().and_then(Path::parent).and_then(Path::file_name);
+    let by_kubelet = name.len() == 8
+        && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+        && above.is_some_and(|above| above == "containers");
+    by_kubelet || destination == Path::new("/dev/termination-log")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn of(source: &str) -> Origin {
+        let look = |path: &Path| match path.to_str() {
+            Some(path) if path.ends_with("empty-dir/cache") => Kind::Directory,
+            Some(path) if path.ends_with("configmap/settings") => Kind::Directory,
+            _ => Kind::Missing,
+        };
+        let mounted = |path: &Path| {
+            let part = "kubelet/pods/u/volumes/kubernetes.io~empty-dir/cache/a/b";
+            Some(PathBuf::from(if path.ends_with("0") {
+                format!("/disk/{part}")
+            } else {
+                "/a".into()
+            }))
+        };
+        let files = BTreeMap::new();
+        let facts = Facts { vmm_pid: 1, pod_files: &files, look: &look, mounted: &mounted };
+        origin(Path::new(source), Path::new("/x"), &facts)
+    }
+
+    #[test]
+    fn the_kubelets_folders_are_known() {
+        let pod = "/var/lib/kubelet/pods/u";
+        let volume =
+            |plugin: &str, name: &str| of(&format!("{pod}/volumes/kubernetes.io~{plugin}/{name}"));
+        let empty = |below: &str| Origin::EmptyDir {
+            folder: format!("{pod}/volumes/kubernetes.io~empty-dir/cache").into(),
+            below: below.into(),
+        };
+        assert_eq!(volume("empty-dir", "cache"), empty(""));
+        for plugin in ["configmap", "secret", "projected", "downward-api"] {
+            assert_eq!(volume(plugin, "v"), Origin::Published, "{plugin}");
+        }
+        assert_eq!(volume("csi", "v"), Origin::Other);
+        assert_eq!(volume("csi", "v/mount"), Origin::Other);
+        let part =
+            |name: &str, index: u32| of(&format!("{pod}/volume-subpaths/{name}/app/{index}"));
+        assert_eq!(part("cache", 0), empty("a/b"));
+        assert_eq!(part("cache", 1), empty("a"), "in a tmpfs");
+        assert_eq!(part("settings", 0), Origin::Published);
+        assert_eq!(part("disk", 0), Origin::Other);
+        assert_eq!(of("/dev/fuse"), Origin::Kernel);
+        assert_eq!(of("/devices"), Origin::Other);
+        assert_eq!(of(&format!("{pod}/containers/app/0a1b2c3d")), Origin::TerminationLog);
+    }
+}

@@ -1,0 +1,214 @@
+//! The process that answers for one share.
+//!
+//! Its mount namespace holds a read-only root with one entry, [`SHARED`]: what is shared. Whatever a guest
+//! asks, the kernel resolves names below that. Of root's capabilities it keeps those over files, without
+//! making devices: the guest's kernel decides who may do what (`default_permissions`), as it knows the
+//! containers' groups; here is only stored whose file it is.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use caps::{CapSet, Capability, CapsHashSet};
+use fuse_backend_rs::abi::fuse_abi::FsOptions;
+use fuse_backend_rs::api::server::Server;
+use fuse_backend_rs::api::{Vfs, VfsOptions};
+use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
+use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader};
+use joey_protocol::ids::SHARED;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{MsgFlags, recv, send};
+use nix::unistd::{chdir, pivot_root};
+
+use super::{MESSAGE, READY};
+use crate::sandbox::plan::Shared;
+use crate::sys;
+
+/// The shim's argument that makes it such a process.
+pub const ACTION: &str = "share";
+/// A place that every host has, covered in this process's namespace alone.
+const ROOT: &str = "/run";
+/// Requests that are answered at once.
+const THREADS: usize = 4;
+const NONE: Option<&str> = None;
+
+const KEPT: [Capability; 7] = [
+    Capability::CAP_CHOWN,
+    Capability::CAP_DAC_OVERRIDE,
+    Capability::CAP_DAC_READ_SEARCH,
+    Capability::CAP_FOWNER,
+    Capability::CAP_FSETID,
+    Capability::CAP_SETGID,
+    Capability::CAP_SETUID,
+];
+
+/// What the guest's kernel may do. It keeps nothing of names and attributes for the next call, and of content
+/// only while the file is unchanged.
+const OPTIONS: [FsOptions; 8] = [
+    FsOptions::ASYNC_READ,
+    FsOptions::PARALLEL_DIROPS,
+    FsOptions::BIG_WRITES,
+    FsOptions::AUTO_INVAL_DATA,
+    FsOptions::ATOMIC_O_TRUNC,
+    FsOptions::DO_READDIRPLUS,
+    FsOptions::READDIRPLUS_AUTO,
+    FsOptions::HANDLE_KILLPRIV_V2,
+];
+
+/// Serves what the arguments name to the socket that is standard input, until its end.
+///
+/// # Errors
+/// It cannot be served; the socket's other end is told, too.
+pub fn serve(args: &[OsString]) -> Result<()> {
+    let stdin = io::stdin();
+    let socket = stdin.as_fd();
+    let served = prepare(args);
+    let said =
+        served.as_ref().map_or_else(|error| format!("{error:#}").into_bytes(), |_| READY.into());
+    send(socket.as_raw_fd(), &said, MsgFlags::MSG_NOSIGNAL)?;
+    let server = served?;
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| answer(&server, socket));
+        }
+    });
+    Ok(())
+}
+
+fn prepare(args: &[OsString]) -> Result<Server<Vfs>> {
+    let shared = Shared::parse(args).context("these are not the arguments of a share")?;
+    let config = Config {
+        // Live: another's change shows at once.
+        attr_timeout: Duration::ZERO,
+        entry_timeout: Duration::ZERO,
+        cache_policy: CachePolicy::Auto,
+        xattr: true,
+        killpriv_v2: true,
+        do_import: false,
+        root_dir: "/".to_owned(),
+        ..Config::default()
+    };
+    sys::close_from(3).context("close what was inherited")?;
+    raise_limit().context("raise the limit of open files")?;
+    // It opens /proc/self/fd, which will be gone.
+    let files = PassthroughFs::<()>::new(config).context("open /proc/self/fd")?;
+    confine(&shared)?;
+    give_up_privileges().context("give up capabilities")?;
+    files.import().context("open the share's root")?;
+    let out_opts = OPTIONS.into_iter().collect();
+    let options = VfsOptions {
+        out_opts,
+        no_open: false,
+        no_opendir: false,
+        no_writeback: true,
+        killpriv_v2: true,
+        ..VfsOptions::default()
+    };
+    let vfs = Vfs::new(options);
+    vfs.mount(Box::new(files), "/").map_err(|error| anyhow!("mount the share: {error:?}"))?;
+    Ok(Server::new(vfs))
+}
+
+/// The guest's kernel has an open file here for everything that it remembers.
+fn raise_limit() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+}
+
+/// Leaves of the host's files nothing but what is shared.
+fn confine(shared: &Shared) -> Result<()> {
+    let namespaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC;
+    unshare(namespaces).context("leave the host's namespaces")?;
+    let propagation =
+        MsFlags::MS_REC | if shared.live_mounts { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
+    mount(NONE, "/", NONE, propagation, NONE).context("make mounts its own")?;
+    // Held before its place may be covered.
+    let mut source = fs::OpenOptions::new();
+    source.read(true).custom_flags(libc::O_PATH);
+    let source = source.open(&shared.path).context("open it")?;
+    mount(Some("joey"), ROOT, Some("tmpfs"), MsFlags::MS_NODEV, Some("mode=755,size=64k"))
+        .context("make an empty root")?;
+    let entry = Path::new(ROOT).join(SHARED);
+    match source.metadata().context("look at it")?.is_dir() {
+        true => fs::create_dir(&entry),
+        false => File::create(&entry).map(drop),
+    }
+    .context("make its place")?;
+    let path = format!("/proc/self/fd/{}", source.as_raw_fd());
+    mount(Some(path.as_str()), &entry, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
+        .context("mount it")?;
+    if shared.read_only {
+        sys::make_read_only(&entry).context("make it read-only")?;
+    }
+    let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
+    mount(NONE, ROOT, NONE, read_only, NONE).context("make the root read-only")?;
+    drop(source);
+    chdir(ROOT)
+        .and_then(|()| pivot_root(".", "."))
+        .and_then(|()| umount2(".", MntFlags::MNT_DETACH))
+        .and_then(|()| chdir("/"))
+        .context("enter its root")
+}
+
+/// Changes of its user id, which decide whose a new file is, take no capability away.
+fn give_up_privileges() -> Result<()> {
+    sys::keep_capabilities_with_user()?;
+    let kept: CapsHashSet = KEPT.into_iter().collect();
+    for capability in caps::all() {
+        if !kept.contains(&capability) && caps::has_cap(None, CapSet::Bounding, capability)? {
+            caps::drop(None, CapSet::Bounding, capability)?;
+        }
+    }
+    caps::clear(None, CapSet::Inheritable)?;
+    let held = caps::read(None, CapSet::Permitted)?;
+    let left: CapsHashSet = held.intersection(&kept).copied().collect();
+    caps::set(None, CapSet::Effective, &left)?;
+    caps::set(None, CapSet::Permitted, &left)?;
+    Ok(nix::sys::prctl::set_no_new_privs()?)
+}
+
+/// Answers one request after another.
+fn answer(server: &Server<Vfs>, socket: BorrowedFd<'_>) {
+    let (mut request, mut reply) = (vec![0; MESSAGE], vec![0; MESSAGE]);
+    loop {
+        let length = match recv(socket.as_raw_fd(), &mut request, MsgFlags::empty()) {
+            Ok(0) | Err(nix::Error::ECONNRESET) => return,
+            Ok(length) => length,
+            Err(nix::Error::EINTR) => continue,
+            Err(_) => return,
+        };
+        let Some(request) = request.get_mut(..length) else { return };
+        let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request));
+        let writer = FuseDevWriter::new(socket.as_raw_fd(), &mut reply);
+        let (Ok(reader), Ok(writer)) = (reader, writer) else { return };
+        // What a guest asks wrongly is its own loss: it has got an error for it, or nothing.
+        let _ = server.handle_message(reader, writer.into(), None, None);
+    }
+}
+
+impl Shared {
+    /// What follows the path in the server's arguments.
+    pub(super) fn words(&self) -> [&'static str; 2] {
+        let mode = if self.read_only { "ro" } else { "rw" };
+        [mode, if self.live_mounts { "live" } else { "private" }]
+    }
+
+    fn parse(args: &[OsString]) -> Result<Self> {
+        let [path, words @ ..] = args else { bail!("no path") };
+        for (read_only, live_mounts) in [(false, false), (false, true), (true, false), (true, true)]
+        {
+            let shared = Self { path: path.into(), read_only, live_mounts };
+            if words.iter().eq(shared.words().iter()) {
+                return Ok(shared);
+            }
+        }
+        bail!("{words:?}")
+    }
+}

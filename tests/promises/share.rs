@@ -1,0 +1,264 @@
+//! Files of the host that a pod sees live.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use joey_tests::pod::{self, Pod};
+use k8s_cri::v1::{Int64Value, MountPropagation};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::context::{Context, Test, holds, refused, same};
+use crate::volumes::{mounted, volume};
+
+pub const TESTS: &[Test] = &[
+    Test { name: "share::both_sides_see_each_other", run: both_sides_see_each_other },
+    Test { name: "share::owners_and_groups", run: owners_and_groups },
+    Test { name: "share::read_only_is_the_hosts_word", run: read_only_is_the_hosts_word },
+    Test { name: "share::large_and_many", run: large_and_many },
+    Test { name: "share::one_file", run: one_file },
+    Test { name: "share::later_mounts", run: later_mounts },
+    Test { name: "share::server_is_confined_and_may_die", run: server_is_confined_and_may_die },
+    Test { name: "share::kernel_paths_are_the_guests", run: kernel_paths_are_the_guests },
+    Test { name: "share::sub_path_of_an_empty_dir", run: sub_path_of_an_empty_dir },
+];
+
+/// A directory of the host.
+fn directory(ctx: &Context<'_>) -> Result<PathBuf> {
+    let path = ctx.node.dir().join(format!("host-path-{}", pod::serial()));
+    fs::create_dir_all(&path)?;
+    Ok(path)
+}
+
+fn both_sides_see_each_other(ctx: &Context<'_>) -> Result<()> {
+    let folder = directory(ctx)?;
+    fs::write(folder.join("ours"), "host")?;
+    symlink("/etc/hostname", folder.join("link"))?;
+    let pod = ctx.pod("live")?;
+    let container = pod.start(&mounted(pod::script("c", "sleep 1000"), "/data", &folder, false))?;
+    let other = pod.start(&mounted(pod::script("o", "sleep 1000"), "/other", &folder, false))?;
+    same("the host's file", container.sh("cat /data/ours")?.text(), "host")?;
+    container.sh("echo guest > /data/theirs; mkdir -p /data/a/b; echo deep > /data/a/b/c")?;
+    same("on the host", fs::read_to_string(folder.join("theirs"))?.as_str(), "guest\n")?;
+    same("below", fs::read_to_string(folder.join("a/b/c"))?.as_str(), "deep\n")?;
+    same("in another container", other.sh("cat /other/theirs")?.text(), "guest")?;
+    fs::write(folder.join("ours"), "changed on the host")?;
+    fs::rename(folder.join("theirs"), folder.join("moved"))?;
+    let script = "cat /data/ours; echo; ls /data | tr '\\n' ' '";
+    same("at once", container.sh(script)?.text(), "changed on the host\na link moved ours")?;
+    let script = "cd /data; ln moved again; mv ours a/ours; rm link; stat -c %h moved; \
+                  exec 3<>moved; rm moved again; echo still >&3; ls";
+    same("renames and links", container.sh(script)?.text(), "2\na")?;
+    same("renamed", fs::read_to_string(folder.join("a/ours"))?.as_str(), "changed on the host")?;
+    ensure!(!folder.join("moved").exists(), "removed in the guest");
+    let script = "cd /data; echo 12345 > f; truncate -s 3 f; echo x >> f; cat f; \
+                  touch -d '2001-02-03 04:05:06' f; mkfifo p; (echo through > p &) ; cat p";
+    same("files", container.sh(script)?.text(), "123x\nthrough")?;
+    same("time", fs::metadata(folder.join("f"))?.mtime(), 981_173_106)?;
+    let link = "ln -s /etc/hostname /data/out; cat /data/out";
+    same("links are the guest's", container.sh(link)?.text(), "live")?;
+    if ctx.handler != "runc" {
+        let device = container.sh("mknod /data/disk b 8 0 2>&1; echo $?")?;
+        holds("no device on the host", &device.text(), "Operation not permitted")?;
+    }
+    pod.remove()
+}
+
+fn owners_and_groups(ctx: &Context<'_>) -> Result<()> {
+    let folder = directory(ctx)?;
+    // As the kubelet leaves a volume of a pod with fsGroup 2000.
+    chown(&folder, Some(0), Some(2000))?;
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o2770))?;
+    let pod = ctx.pod("owners")?;
+    let mut config = mounted(pod::script("c", "sleep 1000"), "/data", &folder, false);
+    let security = pod::security(&mut config);
+    security.run_as_user = Some(Int64Value { value: 1000 });
+    security.supplemental_groups = vec![2000];
+    let container = pod.start(&config)?;
+    let made = container.sh("echo x > /data/f; mkdir /data/d; stat -c %u:%g:%a /data/f; id -G")?;
+    holds("made", &made.text(), "1000:2000:644")?;
+    let meta = fs::metadata(folder.join("f"))?;
+    same("owner on the host", (meta.uid(), meta.gid()), (1000, 2000))?;
+    let meta = fs::metadata(folder.join("d"))?;
+    same("directory", (meta.uid(), meta.gid(), meta.mode() & 0o7777), (1000, 2000, 0o2755))?;
+    fs::write(folder.join("secret"), "x")?;
+    fs::set_permissions(folder.join("secret"), fs::Permissions::from_mode(0o600))?;
+    let read = container.sh("cat /data/secret 2>&1")?;
+    holds("root's file", &read.text(), "Permission denied")?;
+    let root = pod.start(&mounted(pod::script("r", "sleep 1000"), "/data", &folder, false))?;
+    let script = "cat /data/secret; chown 5:6 /data/secret; chmod 4711 /data/secret; stat -c %u:%g:%a /data/secret";
+    same("as root", root.sh(script)?.text(), "x5:6:4711")?;
+    pod.remove()
+}
+
+fn read_only_is_the_hosts_word(ctx: &Context<'_>) -> Result<()> {
+    let folder = directory(ctx)?;
+    fs::write(folder.join("f"), "host")?;
+    let mut config = pod::config(ctx.node, "readonly");
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default().privileged = true;
+    let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
+    let mut config = mounted(pod::script("c", "sleep 1000"), "/data", &folder, true);
+    pod::security(&mut config).privileged = true;
+    let container = pod.start(&config)?;
+    let plain = container.sh("cat /data/f; echo x 2>&1 > /data/f; echo $?")?;
+    holds("as mounted", &plain.text(), "host")?;
+    holds("as mounted", &plain.text(), "1")?;
+    ctx.only_joey()?;
+    let forced = "mount -o remount,rw,bind /data; echo x > /data/f; rm /data/f; echo x > /data/g";
+    holds("by force", &container.sh(&format!("{{ {forced}; }} 2>&1"))?.text(), "Read-only file")?;
+    same("on the host", fs::read_to_string(folder.join("f"))?.as_str(), "host")?;
+    fs::write(folder.join("f"), "live")?;
+    same("live", container.sh("cat /data/f")?.text(), "live")?;
+    pod.remove()
+}
+
+fn large_and_many(ctx: &Context<'_>) -> Result<()> {
+    let folder = directory(ctx)?;
+    let pod = ctx.pod("large")?;
+    let container = pod.start(&mounted(pod::script("c", "sleep 1000"), "/data", &folder, false))?;
+    let script = "dd if=/dev/urandom of=/data/big bs=1M count=8 2>/dev/null; sha256sum < /data/big";
+    let guest = container.sh(script)?.text();
+    let host = Command::new("sha256sum").arg(folder.join("big")).output()?;
+    let host = String::from_utf8(host.stdout)?;
+    same("content", guest.split(' ').next(), host.split(' ').next())?;
+    let script = "cd /data; for n in 1 2 3 4; do (for m in $(seq 50); do echo $n-$m > f$n-$m; done) & done; \
+                  wait; ls | wc -l; cat f* | sort -u | wc -l; rm f*; ls | wc -l";
+    same("many", container.sh(script)?.text(), "201\n200\n1")?;
+    for number in 0..1000 {
+        fs::write(folder.join(format!("host-{number}")), "")?;
+    }
+    same("listed", container.sh("ls /data | wc -l")?.text(), "1001")?;
+    pod.remove()
+}
+
+fn one_file(ctx: &Context<'_>) -> Result<()> {
+    let folder = directory(ctx)?;
+    fs::write(folder.join("f"), "one")?;
+    fs::write(folder.join("hidden"), "")?;
+    let pod = ctx.pod("file")?;
+    let config = mounted(pod::script("c", "sleep 1000"), "/data/f", &folder.join("f"), false);
+    let container = pod.start(&config)?;
+    let script = "cat /data/f; echo two > /data/f; ls /data";
+    same("alone", container.sh(script)?.text(), "onef")?;
+    same("on the host", fs::read_to_string(folder.join("f"))?.as_str(), "two\n")?;
+    fs::write(folder.join("f"), "three")?;
+    same("live", container.sh("cat /data/f")?.text(), "three")?;
+    pod.remove()
+}
+
+fn later_mounts(ctx: &Context<'_>) -> Result<()> {
+    let folder = directory(ctx)?;
+    let below = folder.join("below");
+    fs::create_dir(&below)?;
+    let inside = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(args);
+        ctx.node.run_inside(command)
+    };
+    let path = folder.display().to_string();
+    inside("mount", &["--bind", &path, &path])?;
+    inside("mount", &["--make-shared", &path])?;
+    let pod = ctx.pod("later")?;
+    let mut config = mounted(pod::script("c", "sleep 1000"), "/data", &folder, false);
+    for mount in &mut config.mounts {
+        mount.propagation = MountPropagation::PropagationHostToContainer.into();
+    }
+    let container = pod.start(&config)?;
+    let below = below.display().to_string();
+    inside("mount", &["-t", "tmpfs", "-o", "size=1m", "later", &below])?;
+    inside("sh", &["-c", &format!("echo later > {below}/f")])?;
+    let seen = container.sh("cat /data/below/f")?.text();
+    // A plain one finds it busy: the guest's kernel remembers what it has seen.
+    inside("umount", &["-l", &below])?;
+    same("seen", seen.as_str(), "later")?;
+    same("gone", container.sh("ls /data/below")?.text(), "")?;
+    let done = pod.remove();
+    inside("umount", &[&path])?;
+    done
+}
+
+/// The processes that serve a directory of the host.
+fn servers(path: &str) -> Vec<u32> {
+    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let numbers = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let serves = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+        words.get(1) == Some(&b"share".as_slice()) && words.get(2) == Some(&path.as_bytes())
+    };
+    numbers.filter(serves).collect()
+}
+
+fn server_is_confined_and_may_die(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let folder = directory(ctx)?;
+    fs::write(folder.join("f"), "x")?;
+    let pod = ctx.pod("served")?;
+    let container = pod.start(&mounted(pod::script("c", "sleep 1000"), "/data", &folder, false))?;
+    let path = folder.display().to_string();
+    let found = servers(&path);
+    let [server] = found[..] else { anyhow::bail!("servers: {found:?}") };
+    let root: Vec<_> = fs::read_dir(format!("/proc/{server}/root"))?.flatten().collect();
+    same("its root", root.len(), 1)?;
+    same("its root", root[0].file_name().to_str(), Some("shared"))?;
+    let status = fs::read_to_string(format!("/proc/{server}/status"))?;
+    holds("privileges", &status, "NoNewPrivs:\t1")?;
+    // CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID.
+    holds("capabilities", &status, "CapBnd:\t00000000000000df")?;
+    holds("capabilities", &status, "CapEff:\t00000000000000df")?;
+    kill(Pid::from_raw(server.cast_signed()), Signal::SIGKILL)?;
+    let lost = container.sh("for n in $(seq 50); do cat /data/f 2>&1 || break; sleep 0.1; done")?;
+    ensure!(lost.text().contains("not connected") || lost.text().contains("abort"), "{lost:?}");
+    same("the pod goes on", container.sh("echo on")?.text(), "on")?;
+    pod.remove()?;
+    same("servers left", servers(&path).len(), 0)
+}
+
+fn kernel_paths_are_the_guests(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = ctx.pod("kernel")?;
+    let config = mounted(pod::script("c", "sleep 1000"), "/host-sys", "/sys".as_ref(), true);
+    let container = pod.start(&mounted(config, "/host-dev", "/dev".as_ref(), false))?;
+    let script = "ls /host-dev | grep -c vd; ls /host-sys | grep -c kernel";
+    same("the guest's", container.sh(script)?.text(), "16\n1")?;
+    pod.remove()
+}
+
+fn sub_path_of_an_empty_dir(ctx: &Context<'_>) -> Result<()> {
+    let folder = volume(ctx, "empty-dir", "work")?;
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777))?;
+    // As the kubelet does for `subPath: a/b`.
+    let pods = folder.ancestors().nth(3).context("the pod's folder")?.to_owned();
+    let (part, target) = (folder.join("a/b"), pods.join("volume-subpaths/work/c/0"));
+    fs::create_dir_all(&part)?;
+    fs::create_dir_all(&target)?;
+    let mut bind = Command::new("mount");
+    bind.arg("--bind").arg(&part).arg(&target);
+    ctx.node.run_inside(bind)?;
+    let pod = ctx.pod("subpath")?;
+    let whole = pod.start(&mounted(pod::script("w", "sleep 1000"), "/all", &folder, false))?;
+    let config = mounted(pod::script("c", "sleep 1000"), "/part", &target, false);
+    let container = pod.start(&config)?;
+    container.sh("echo x > /part/f")?;
+    same("the same file", whole.sh("cat /all/a/b/f")?.text(), "x")?;
+    whole.sh("mkdir /all/d; mv /all/a /all/d/; ln -s d/a /all/a; ln -s /etc /all/d/a/b/out")?;
+    let later = mounted(pod::script("l", "cat /part/f; ls /all"), "/part", &target, false);
+    let later = mounted(later, "/all", &folder, false);
+    same("through a link inside", pod.finish(&later)?.text(), "x\na\nd")?;
+    whole.sh("rm /all/a; ln -s /proc /all/a")?;
+    let config = mounted(pod::script("e", "ls /part"), "/part", &target, false);
+    if ctx.handler != "runc" {
+        refused("not out of the volume", pod.finish(&config), "File exists")?;
+    }
+    container.remove(Duration::ZERO)?;
+    let done = pod.remove();
+    let mut unmount = Command::new("umount");
+    unmount.arg(&target);
+    ctx.node.run_inside(unmount)?;
+    done
+}
