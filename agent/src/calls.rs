@@ -19,7 +19,7 @@ use crate::containers::{ContainerEntry, Process};
 use crate::identity::phase;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::storage::{self, SlotClaim};
-use crate::{streams, sys};
+use crate::{streams, sys, volumes};
 
 /// Longest signal number of Linux.
 const SIGNAL_MAX: u32 = 64;
@@ -46,12 +46,16 @@ impl Sandbox {
         self.require_stage_of(id.as_str())?;
         let spec: Spec = parse_spec(&request.spec)?;
         let rootfs = request.rootfs.get_or_default();
-        let mut plan = storage::plan(rootfs)?;
+        let mut plan = storage::plan(rootfs, &request.volumes)?;
         let reservation = self.containers.reserve(id.as_str())?;
-        let slots = SlotClaim::take(&self.slots, rootfs)?;
+        let volumes = request.volumes.iter().filter_map(|volume| volume.disk.as_ref());
+        let disks: Vec<_> = rootfs.layers.iter().chain(volumes).collect();
+        let slots = SlotClaim::take(&self.slots, &disks)?;
         let writable = plan.layers.iter().any(|disk| disk.writable);
-        let layer = (!rootfs.read_only && !writable).then(|| self.disk.layer()).transpose()?;
-        plan.writable = layer.as_ref().map(|layer| layer.path().to_owned());
+        let wanted = !rootfs.read_only || volumes::has_scratch(&spec);
+        let layer = (wanted && !writable).then(|| self.disk.layer()).transpose()?;
+        let path = layer.as_ref().map(|layer| layer.path().to_owned());
+        (plan.writable, plan.scratch) = if rootfs.read_only { (None, path) } else { (path, None) };
         let shared_pid = if shares_pid(&spec) { Some(self.pod_pid()?) } else { None };
         let (ends, io) = streams::prepare(&self.mux, request.stdio.get_or_default())?;
         let begin = sys::monotonic();

@@ -9,18 +9,27 @@
 //! lacks are made there, before the engine makes the root read-only. A single disk that may be written is
 //! the root itself.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
+use joey_protocol::ids::VolumeId;
 use nix::mount::{MsFlags, mount};
+use nix::sys::stat::fstat;
 
 use crate::container::Sources;
 use crate::storage::{LayerDisk, RootfsPlan};
-use crate::volumes;
+use crate::{paths, volumes};
 
 const ROOT: &str = "/run/joey/root";
 const LAYERS: &str = "/run/joey/layers";
 const UPPER: &str = "/run/joey/upper";
+/// Writable layers at single places, each with `upper`, `work` and the whole, `root`.
+const SCRATCH: &str = "/run/joey/scratch";
+/// Disks of volumes, by their names.
+const DISKS: &str = "/run/joey/disks";
 /// Enough for the mount points of a read-only root.
 const READ_ONLY_UPPER: &str = "mode=755,size=1m";
 
@@ -43,6 +52,13 @@ fn upper() -> Result<PathBuf, String> {
 impl RootfsPlan {
     fn mount(&self) -> Result<PathBuf, String> {
         let root = directory(ROOT)?;
+        for (name, disk) in &self.volumes {
+            attach(disk, &directory(Path::new(DISKS).join(name))?)?;
+        }
+        if let Some(scratch) = &self.scratch {
+            let (source, target) = (scratch.display().to_string(), directory(SCRATCH)?);
+            attempt(&source, &target, "bind", MsFlags::MS_BIND, "")?;
+        }
         if let [disk] = self.layers.as_slice()
             && disk.writable
         {
@@ -68,6 +84,36 @@ impl RootfsPlan {
         std::env::set_current_dir("/").map_err(|error| format!("/: {error}"))?;
         result.map(|()| root)
     }
+}
+
+/// Where the disk of a volume is mounted.
+pub(crate) fn disk(name: &VolumeId) -> PathBuf {
+    Path::new(DISKS).join(name.as_str())
+}
+
+/// Opens a directory of the root such that it can be written: as it is, or below a read-only root with a
+/// writable layer on top, of its owner and mode.
+pub(crate) fn scratch(name: &VolumeId, below: OwnedFd) -> io::Result<OwnedFd> {
+    if !Path::new(SCRATCH).exists() {
+        return Ok(below);
+    }
+    let place = Path::new(SCRATCH).join(name.as_str());
+    let [upper, work, root] = ["upper", "work", "root"].map(|name| place.join(name));
+    fs::create_dir(&place)?;
+    for path in [&upper, &work, &root] {
+        fs::create_dir(path)?;
+    }
+    let meta = fstat(&below)?;
+    chown(&upper, Some(meta.st_uid), Some(meta.st_gid))?;
+    fs::set_permissions(&upper, Permissions::from_mode(meta.st_mode & 0o7777))?;
+    let options = format!(
+        "lowerdir=/proc/self/fd/{},upperdir={},workdir={},volatile",
+        below.as_raw_fd(),
+        upper.display(),
+        work.display()
+    );
+    mount(Some("overlay"), &root, Some("overlay"), MsFlags::empty(), Some(options.as_str()))?;
+    paths::open_path(&root)
 }
 
 fn directory(path: impl Into<PathBuf>) -> Result<PathBuf, String> {

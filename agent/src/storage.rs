@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use joey_protocol::api;
+use joey_protocol::ids::VolumeId;
 use joey_protocol::limits::DISK_SLOTS;
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +59,10 @@ pub(crate) struct RootfsPlan {
     pub(crate) layers: Vec<LayerDisk>,
     /// Directory of the writable layer on top; none: what is made in the root is not for the container.
     pub(crate) writable: Option<PathBuf>,
+    /// Directory of the writable layers at single places of a read-only root.
+    pub(crate) scratch: Option<PathBuf>,
+    /// Disks that the container's mounts name.
+    pub(crate) volumes: Vec<(String, LayerDisk)>,
 }
 
 /// Why a container cannot have its root.
@@ -130,32 +135,50 @@ pub(crate) fn count_slots() -> u32 {
 }
 
 /// Checks the request, purely. The writable layer is still to be made.
-pub(crate) fn plan(rootfs: &api::Rootfs) -> Result<RootfsPlan, StorageError> {
+pub(crate) fn plan(
+    rootfs: &api::Rootfs,
+    volumes: &[api::DiskVolume],
+) -> Result<RootfsPlan, StorageError> {
     let invalid = |problem: String| Err(StorageError::Invalid(problem));
     if rootfs.layers.is_empty() {
         return invalid("it has no disk".to_owned());
     }
     let mut layers = Vec::with_capacity(rootfs.layers.len());
     for disk in &rootfs.layers {
-        let file_system = match disk.file_system.as_str() {
-            "erofs" => FileSystem::Erofs,
-            "ext4" => FileSystem::Ext4,
-            other => return invalid(format!("{other:?} is not a supported file system")),
-        };
-        if disk.writable && (file_system == FileSystem::Erofs || rootfs.layers.len() > 1) {
+        let layer = layer(disk)?;
+        if layer.writable && rootfs.layers.len() > 1 {
             return invalid(format!("slot {} cannot be written: not a single ext4", disk.slot));
         }
-        let device = device(disk.slot)?;
-        let device = match verity(disk)? {
-            Some(_) => device_mapper::node(disk.slot),
-            None => device,
-        };
-        if layers.iter().any(|layer: &LayerDisk| layer.device == device) {
+        if layers.iter().any(|known: &LayerDisk| known.device == layer.device) {
             return invalid(format!("slot {} is named twice", disk.slot));
         }
-        layers.push(LayerDisk { device, file_system, writable: disk.writable });
+        layers.push(layer);
     }
-    Ok(RootfsPlan { layers, writable: None })
+    let named = |volume: &api::DiskVolume| {
+        let name = VolumeId::new(&volume.name);
+        let name = name.map_err(|error| StorageError::Invalid(error.to_string()))?;
+        Ok((name.to_string(), layer(volume.disk.get_or_default())?))
+    };
+    let volumes = volumes.iter().map(named).collect::<Result<_, _>>()?;
+    Ok(RootfsPlan { layers, writable: None, scratch: None, volumes })
+}
+
+fn layer(disk: &api::Disk) -> Result<LayerDisk, StorageError> {
+    let invalid = |problem: String| Err(StorageError::Invalid(problem));
+    let file_system = match disk.file_system.as_str() {
+        "erofs" => FileSystem::Erofs,
+        "ext4" => FileSystem::Ext4,
+        other => return invalid(format!("{other:?} is not a supported file system")),
+    };
+    if disk.writable && file_system == FileSystem::Erofs {
+        return invalid(format!("slot {} cannot be written: not a single ext4", disk.slot));
+    }
+    let device = device(disk.slot)?;
+    let device = match verity(disk)? {
+        Some(_) => device_mapper::node(disk.slot),
+        None => device,
+    };
+    Ok(LayerDisk { device, file_system, writable: disk.writable })
 }
 
 /// How a disk is checked, if it is.
@@ -186,10 +209,10 @@ pub(crate) struct SlotClaim {
 }
 
 impl SlotClaim {
-    /// Takes the slots of a container's root.
-    pub(crate) fn take(slots: &SharedSlots, rootfs: &api::Rootfs) -> Result<Self, StorageError> {
-        slots.lock().unwrap_or_else(PoisonError::into_inner).take(rootfs)?;
-        let taken = rootfs.layers.iter().map(|disk| disk.slot).collect();
+    /// Takes the slots of a container's root and volumes.
+    pub(crate) fn take(slots: &SharedSlots, disks: &[&api::Disk]) -> Result<Self, StorageError> {
+        slots.lock().unwrap_or_else(PoisonError::into_inner).take(disks)?;
+        let taken = disks.iter().map(|disk| disk.slot).collect();
         Ok(Self { slots: Arc::clone(slots), taken })
     }
 }
@@ -201,10 +224,10 @@ impl Drop for SlotClaim {
 }
 
 impl Slots {
-    /// Takes the slots of a root for one container.
-    fn take(&mut self, rootfs: &api::Rootfs) -> Result<(), StorageError> {
-        let taken = rootfs.layers.iter().map(|disk| disk.slot);
-        for (index, disk) in rootfs.layers.iter().enumerate() {
+    /// Takes slots for one container.
+    fn take(&mut self, disks: &[&api::Disk]) -> Result<(), StorageError> {
+        let taken = disks.iter().map(|disk| disk.slot);
+        for (index, disk) in disks.iter().enumerate() {
             if let Err(error) = self.take_one(disk) {
                 self.give_back(&taken.take(index).collect::<Vec<_>>());
                 return Err(error);
@@ -307,7 +330,7 @@ mod tests {
 
     #[test]
     fn plans_layers_in_order() {
-        let plan = plan(&rootfs(&[(0, "erofs", false), (3, "erofs", false)])).unwrap();
+        let plan = plan(&rootfs(&[(0, "erofs", false), (3, "erofs", false)]), &[]).unwrap();
         let devices: Vec<_> = plan.layers.iter().map(|layer| layer.device.as_path()).collect();
         assert_eq!(devices, [Path::new("/dev/vda"), Path::new("/dev/vdd")]);
     }
@@ -323,7 +346,7 @@ mod tests {
             &[(0, "ext4", true), (1, "erofs", false)],
             &[(0, "erofs", false), (0, "erofs", false)],
         ] {
-            assert!(plan(&rootfs(disks)).is_err(), "{disks:?}");
+            assert!(plan(&rootfs(disks), &[]).is_err(), "{disks:?}");
         }
     }
 

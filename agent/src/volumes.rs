@@ -15,23 +15,48 @@ use joey_protocol::ids::{SHARED, VolumeId};
 use joey_protocol::{api, limits};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, fchmod};
+use oci_spec::runtime::Spec;
 
-use crate::{paths, pod_disk, share};
+use crate::{paths, pod_disk, rootfs, share};
 
 /// Where volumes lie.
 pub(crate) const VOLUMES: &str = "/run/joey/volumes";
 /// How a mount's source names a volume.
 const VOLUME_SOURCE: &str = "joey-volume:";
+/// How a mount's source names a disk of the container's own.
+const DISK_SOURCE: &str = "joey-disk:";
+/// How a mount's source names a writable layer over what is there.
+const SCRATCH_SOURCE: &str = "joey-scratch:";
 /// How a mount's source names the pod's shared memory.
 const SHM_SOURCE: &str = "joey-shm:";
 
+/// Whether a mount asks for a writable layer.
+pub(crate) fn has_scratch(spec: &Spec) -> bool {
+    let scratch = |mount: &oci_spec::runtime::Mount| {
+        let source = mount.source().as_deref().and_then(Path::to_str);
+        source.is_some_and(|source| source.starts_with(SCRATCH_SOURCE))
+    };
+    spec.mounts().iter().flatten().any(scratch)
+}
+
 /// Opens what a bind mount's source means (`O_PATH`): a path of the guest, or a volume and perhaps a path
 /// below it, which is made if it is missing (subPath).
-pub(crate) fn bind_source(source: &Path) -> Result<OwnedFd, String> {
+pub(crate) fn bind_source(
+    source: &Path,
+    below: &dyn Fn() -> Result<OwnedFd, String>,
+) -> Result<OwnedFd, String> {
     let failed = |error: io::Error| format!("{source:?}: {error}");
     let text = source.to_str().unwrap_or_default();
     if text == SHM_SOURCE {
         return paths::open_path(Path::new("/dev/shm")).map_err(failed);
+    }
+    if let Some(name) = text.strip_prefix(DISK_SOURCE) {
+        let name = VolumeId::new(name).map_err(|error| error.to_string())?;
+        return paths::open_path(&rootfs::disk(&name)).map_err(failed);
+    }
+    if let Some(name) = text.strip_prefix(SCRATCH_SOURCE) {
+        let name = VolumeId::new(name).map_err(|error| error.to_string())?;
+        return rootfs::scratch(&name, below()?).map_err(failed);
     }
     let Some(named) = text.strip_prefix(VOLUME_SOURCE) else {
         if !source.is_absolute() {

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -18,6 +19,8 @@ pub const TESTS: &[Test] = &[
     Test { name: "storage::layers_are_kept_once", run: layers_are_kept_once },
     Test { name: "storage::files_of_every_kind", run: files_of_every_kind },
     Test { name: "storage::many_layers", run: many_layers },
+    Test { name: "storage::volumes_of_an_image", run: volumes_of_an_image },
+    Test { name: "storage::image_as_a_volume", run: image_as_a_volume },
     Test { name: "storage::flipped_bit_is_an_error", run: flipped_bit_is_an_error },
     Test { name: "storage::pods_outlive_the_snapshotter", run: pods_outlive_the_snapshotter },
     Test { name: "storage::killed_at_every_write", run: killed_at_every_write },
@@ -40,9 +43,18 @@ struct Image<'a> {
 
 impl<'a> Image<'a> {
     fn import(ctx: &'a Context<'a>, name: &str, layers: Vec<Layer>) -> Result<Self> {
+        Self::with_volumes(ctx, name, layers, &[])
+    }
+
+    fn with_volumes(
+        ctx: &'a Context<'a>,
+        name: &str,
+        layers: Vec<Layer>,
+        volumes: &[&str],
+    ) -> Result<Self> {
         let path = ctx.node.dir().join(format!("images/{name}.tar"));
         let image = Self { ctx, name: format!("localhost/{name}:1") };
-        image::on_busybox(&path, &image.name, layers)?;
+        image::on_busybox(&path, &image.name, layers, volumes)?;
         ctx.node.import(&path)?;
         fs::remove_file(path)?;
         Ok(image)
@@ -177,6 +189,56 @@ fn many_layers(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("manylayers")?;
     let script = "cat /many/last; ls /many | wc -l; cat /many/0";
     same("files", pod.finish(&image.script(script))?.text(), "119\n121\n0")?;
+    pod.remove()
+}
+
+fn volumes_of_an_image(ctx: &Context<'_>) -> Result<()> {
+    only_its_own(ctx)?;
+    let layer = Layer::default()
+        .directory("data", 0o1770)?
+        .file("data/seed", 0o640, b"seed")?
+        .directory("data/below", 0o755)?;
+    let image = Image::with_volumes(ctx, "volumes", vec![layer], &["/data", "/made"])?;
+    let pod = ctx.pod("volumes")?;
+    let script = "stat -c %a /data; cat /data/seed; echo; echo more > /data/below/x; rm /data/seed; \
+                  ls /data; cat /data/below/x; echo y > /made/y && cat /made/y; \
+                  touch /x 2>/dev/null; echo $?";
+    same("writable", pod.finish(&image.script(script))?.text(), "1770\nseed\nbelow\nmore\ny\n0")?;
+    let mut read_only = image.script(script);
+    pod::security(&mut read_only).readonly_rootfs = true;
+    same("read-only", pod.finish(&read_only)?.text(), "1770\nseed\nbelow\nmore\ny\n1")?;
+    let found =
+        Command::new("grep").args(["-rl", "more"]).arg(ctx.node.dir().join("root")).output()?;
+    same("on the host", String::from_utf8_lossy(&found.stdout).contains("/volumes/"), false)?;
+    pod.remove()
+}
+
+/// As containerd 2.1 leaves a pod's image volume: a snapshot of joey-snapshotter's, mounted on the host.
+fn image_as_a_volume(ctx: &Context<'_>) -> Result<()> {
+    only_its_own(ctx)?;
+    let disks = || -> Result<HashSet<PathBuf>> {
+        let folder = fs::read_dir(ctx.node.store().join("disks"))?;
+        folder.map(|entry| Ok(entry?.path())).collect()
+    };
+    let before = disks()?;
+    let layer = Layer::default().file("model/weights", 0o644, b"weights")?;
+    let image = Image::import(ctx, "model", vec![layer])?;
+    let pod = ctx.pod("model")?;
+    same("made", pod.finish(&image.script("echo made"))?.text(), "made")?;
+    let after = disks()?;
+    let disk = after.difference(&before).next().context("no disk was made")?;
+    let place = ctx.node.dir().join("io.containerd.grpc.v1.cri/image-volumes/s1/ab12");
+    fs::create_dir_all(&place)?;
+    let mut bind = Command::new("mount");
+    bind.arg("--bind").arg(disk.join("users")).arg(&place);
+    ctx.node.run_inside(bind)?;
+    let script = "cat /mnt/model/weights; echo; ls /mnt | grep -c bin; touch /mnt/x 2>&1";
+    let other = pod::script("c", script);
+    let seen = pod.finish(&crate::volumes::mounted(other, "/mnt", &place, true));
+    let mut unmount = Command::new("umount");
+    unmount.arg(&place);
+    ctx.node.run_inside(unmount)?;
+    holds("content", &seen?.text(), "weights\n1\ntouch: /mnt/x: Read-only file system")?;
     pod.remove()
 }
 

@@ -96,6 +96,8 @@ pub struct Settings<'a> {
     pub environment: &'a [&'a str],
     /// User by name or number; empty: root.
     pub user: &'a str,
+    /// Directories that are volumes (`VOLUME`).
+    pub volumes: &'a [&'a str],
 }
 
 /// Writes an OCI archive of one image.
@@ -121,11 +123,13 @@ pub fn write(path: &Path, name: &str, layers: Vec<Layer>, settings: &Settings<'_
         let (digest, size) = blob(&tar)?;
         descriptors.push(json!({ "mediaType": media, "digest": digest, "size": size }));
     }
+    let volumes: serde_json::Map<_, _> =
+        settings.volumes.iter().map(|path| ((*path).to_owned(), json!({}))).collect();
     let config = json!({
         "architecture": "amd64", "os": "linux",
         "config": {
             "Cmd": settings.command, "Env": settings.environment, "User": settings.user,
-            "WorkingDir": "/",
+            "WorkingDir": "/", "Volumes": volumes,
         },
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
     });
@@ -233,11 +237,11 @@ fn busybox_layers(busybox: &[u8]) -> Result<Vec<Layer>> {
 }
 
 /// Writes an archive of busybox with layers on top.
-pub fn on_busybox(path: &Path, name: &str, layers: Vec<Layer>) -> Result<()> {
+pub fn on_busybox(path: &Path, name: &str, layers: Vec<Layer>, volumes: &[&str]) -> Result<()> {
     let mut all = busybox_layers(&busybox()?)?;
     all.extend(layers);
     let settings =
-        Settings { environment: &["PATH=/bin"], command: &["sh"], ..Settings::default() };
+        Settings { environment: &["PATH=/bin"], command: &["sh"], volumes, ..Settings::default() };
     write(path, name, all, &settings)
 }
 
@@ -283,7 +287,7 @@ pub fn debian(folder: &Path) -> Result<PathBuf> {
             layer("openjdk-tree", &["openjdk-17-jre-headless"])?,
         ];
         let beside = folder.join("debian.new");
-        on_busybox(&beside, DEBIAN, layers)?;
+        on_busybox(&beside, DEBIAN, layers, &[])?;
         fs::rename(beside, &path)?;
     }
     Ok(path)

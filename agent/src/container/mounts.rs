@@ -13,6 +13,7 @@ use oci_spec::runtime::Mount;
 
 use super::mount_options::{self, Options};
 use super::paths::{self, Missing};
+use super::spare::BindSource;
 use super::sys::{self, MountAttr};
 use super::{Error, Kind, devices};
 
@@ -28,7 +29,7 @@ pub(crate) fn mount_all(
     root: BorrowedFd<'_>,
     mounts: &[Mount],
     usual: &mut Usual,
-    bind_source: fn(&Path) -> Result<OwnedFd, String>,
+    bind_source: BindSource,
 ) -> Result<bool, Error> {
     let mut read_only_dev = false;
     for mount in mounts {
@@ -85,10 +86,11 @@ fn bind_mount(
     root: BorrowedFd<'_>,
     mount: &Mount,
     options: &Options,
-    bind_source: fn(&Path) -> Result<OwnedFd, String>,
+    bind_source: BindSource,
 ) -> Result<(), Error> {
     let source = mount.source().as_deref().unwrap_or(Path::new(""));
-    let opened = bind_source(source).map_err(|why| bad(mount, why))?;
+    let below = || target(root, mount, Missing::Directory).map_err(|error| error.to_string());
+    let opened = bind_source(source, &below).map_err(|why| bad(mount, why))?;
     let is_directory = File::from(opened.try_clone().map_err(|error| bad(mount, error))?)
         .metadata()
         .map_err(|error| bad(mount, format!("{source:?}: {error}")))?

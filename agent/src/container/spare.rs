@@ -25,14 +25,18 @@ use super::spawn::{self, Child};
 use super::stdio::{self, Pipes, ProcessIo};
 use super::{Cgroup, Error, init};
 
+/// Opens what a mount's source means; may ask for the directory at the mount's destination in the root.
+pub(crate) type BindSource =
+    fn(&Path, &dyn Fn() -> Result<OwnedFd, String>) -> Result<OwnedFd, String>;
+
 /// Where what containers mount comes from. All of it runs in a container's first process, in its own
 /// mount namespace, with which every mount goes away.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sources {
     /// Mounts the root that the text describes and gives the mount point.
     pub(crate) root: fn(&str) -> Result<PathBuf, String>,
-    /// The path in the guest that a bind mount's source means.
-    pub(crate) bind: fn(&Path) -> Result<OwnedFd, String>,
+    /// Opens what a bind mount's source means.
+    pub(crate) bind: BindSource,
 }
 
 /// What a spare is told to become; the specification follows as it came from the host.

@@ -2,4 +2,5 @@
 
 pub mod cgroup;
 pub mod jail;
+pub(crate) mod mounts;
 pub mod net;

@@ -11,6 +11,7 @@ use containerd_shim::protos::api::Mount;
 use serde::Deserialize;
 
 use super::{FileSystem, Image, RootfsError, Verity, io_error};
+use crate::host::mounts;
 use crate::vmm::{Disk, Extent};
 
 const OPTION: &str = "joey.disk=";
@@ -41,6 +42,13 @@ struct Part {
 /// The description's path, if the mount is one of joey-snapshotter's.
 pub(super) fn path(mount: &Mount) -> Option<&Path> {
     mount.options.iter().find_map(|option| option.strip_prefix(OPTION)).map(Path::new)
+}
+
+/// The description's path, if a mount on the host is one of joey-snapshotter's: it shows the folder `users`
+/// beside the description.
+pub(crate) fn of_mount(place: &Path) -> Option<PathBuf> {
+    let users = mounts::bound_from(place).filter(|from| from.ends_with("users"))?;
+    Some(users.with_file_name("disk.json")).filter(|path| path.exists())
 }
 
 /// Opens what the disk of the description at `path` consists of.

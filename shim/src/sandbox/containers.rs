@@ -15,9 +15,11 @@ use oci_spec::runtime::Spec;
 use super::plan::{self, Plan, Source, Volume};
 use super::state::{self, Exit, Operation, Process, Status};
 use super::{CreateTask, Deleted, Guest, Handle, KILLED, SandboxError, SandboxEvent, StdioPaths};
+use crate::host::mounts;
+use crate::rootfs;
+use crate::rootfs::{Image, described};
 use crate::stdio::{Copies, DRAIN, Stdio};
 use crate::volumes::Published;
-use crate::{rootfs, volumes};
 
 /// How long the exits of a deleted container's execs may take: their output is read first.
 const LAST_EXITS: Duration = DRAIN.saturating_add(Duration::from_secs(1));
@@ -121,20 +123,14 @@ impl Handle {
         let start = Instant::now();
         let mut rootfs = api::Rootfs { read_only: plan.read_only_root, ..Default::default() };
         for image in images {
-            let (file_system, writable) = (image.file_system, image.writable);
-            let verity = image.verity.as_ref().map(api::Verity::from);
-            let slot =
-                guest.disks.attach(guest.vm.as_ref(), image).await.map_err(|error| {
-                    SandboxError::host(id, "attach the root file system", error)
-                })?;
-            acquired.slots.push(slot);
-            rootfs.layers.push(api::Disk {
-                slot,
-                file_system: file_system.name().to_owned(),
-                writable,
-                verity: verity.into(),
-                ..Default::default()
-            });
+            rootfs.layers.push(attach(&guest, id, image, acquired).await?);
+        }
+        let mut volumes = Vec::new();
+        for (name, description) in std::mem::take(&mut plan.images) {
+            let image = described::open(&description)
+                .map_err(|error| SandboxError::host(id, "open an image volume", error))?;
+            let disk = Some(attach(&guest, id, image, acquired).await?).into();
+            volumes.push(api::DiskVolume { name, disk, ..Default::default() });
         }
         self.0.timeline.host("disk", id, start);
         let start = Instant::now();
@@ -144,7 +140,7 @@ impl Handle {
                 opened.map_err(|error| SandboxError::host(id, "share files of the host", error))?;
             }
         }
-        let published = volumes::copy_in(&guest.client, &plan.volumes)
+        let published = crate::volumes::copy_in(&guest.client, &plan.volumes)
             .await
             .map_err(|error| SandboxError::host(id, "copy files into the guest", error))?;
         self.follow(&guest, published);
@@ -154,6 +150,7 @@ impl Handle {
             container_id: id.clone(),
             spec: plan.spec,
             rootfs: Some(rootfs).into(),
+            volumes,
             ..Default::default()
         };
         self.create_in_guest(&guest, request, stdio, acquired).await
@@ -173,7 +170,13 @@ impl Handle {
     fn plan(&self, id: &str, spec: &Spec) -> Result<Plan, SandboxError> {
         let vmm_pid = self.table().vmm_pid;
         let pod_files = self.0.pod_files.lock().unwrap_or_else(PoisonError::into_inner);
-        let facts = plan::Facts { vmm_pid, pod_files: &pod_files, look: &look, mounted: &mounted };
+        let facts = plan::Facts {
+            vmm_pid,
+            pod_files: &pod_files,
+            look: &look,
+            mounted: &mounts::root_of,
+            described: &described::of_mount,
+        };
         Plan::new(spec, &facts)
             .map_err(|refusal| SandboxError::Refused(format!("container {id}: {refusal}")))
     }
@@ -327,6 +330,21 @@ impl Handle {
     }
 }
 
+/// Attaches an image for a container; from then on it is to be released.
+async fn attach(
+    guest: &Guest,
+    id: &str,
+    image: Image,
+    acquired: &mut Acquired,
+) -> Result<api::Disk, SandboxError> {
+    let (file_system, writable) = (image.file_system.name().to_owned(), image.writable);
+    let verity = image.verity.as_ref().map(api::Verity::from).into();
+    let attached = guest.disks.attach(guest.vm.as_ref(), image).await;
+    let slot = attached.map_err(|error| SandboxError::host(id, "attach an image", error))?;
+    acquired.slots.push(slot);
+    Ok(api::Disk { slot, file_system, writable, verity, ..Default::default() })
+}
+
 /// What a path of the host is, links followed.
 fn look(path: &Path) -> plan::Kind {
     match std::fs::metadata(path) {
@@ -335,26 +353,6 @@ fn look(path: &Path) -> plan::Kind {
         Ok(_) => plan::Kind::Special,
         Err(_) => plan::Kind::Missing,
     }
-}
-
-/// Which path of its file system is mounted at a path (proc_pid_mountinfo(5)).
-fn mounted(path: &Path) -> Option<PathBuf> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let of = |line: &str| {
-        let mut fields = line.split(' ').skip(3);
-        let (root, place) = (fields.next()?, fields.next()?);
-        (Path::new(&unescape(place)) == path).then(|| PathBuf::from(unescape(root)))
-    };
-    // The last one covers the others.
-    table.lines().rev().find_map(of)
-}
-
-/// Blanks, tabs, line ends and backslashes are three octal digits there.
-fn unescape(field: &str) -> String {
-    ["\\040", "\\011", "\\012", "\\134"]
-        .iter()
-        .zip([" ", "\t", "\n", "\\"])
-        .fold(field.to_owned(), |text, (code, character)| text.replace(code, character))
 }
 
 /// What is said of a deleted process; one that never ran has no exit of its own.

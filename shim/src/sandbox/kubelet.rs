@@ -1,9 +1,14 @@
-//! The kubelet's folders on the host: what kind of volume a mount's source is.
+//! The kubelet's and containerd's folders on the host: what kind of volume a mount's source is.
 //!
 //! ```text
 //! …/pods/UID/volumes/kubernetes.io~PLUGIN/NAME           a volume
 //! …/pods/UID/volume-subpaths/NAME/CONTAINER/INDEX        a part of one (subPath), mounted there
 //! …/pods/UID/containers/CONTAINER/xxxxxxxx               a termination message
+//! ```
+//! and those of containerd's CRI:
+//! ```text
+//! …/containers/ID/volumes/NAME                           an image's VOLUME
+//! …/image-volumes/SANDBOX/IMAGE                          an image as a volume
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -11,6 +16,8 @@ use std::path::{Path, PathBuf};
 use super::plan::{Facts, Kind};
 
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+/// Directory of containerd's CRI plugin, in its root and in its state.
+const CRI: &str = "io.containerd.grpc.v1.cri";
 /// Volumes whose content the kubelet writes itself.
 const PUBLISHED: [&str; 4] = [
     "kubernetes.io~configmap",
@@ -28,6 +35,10 @@ pub(super) enum Origin {
     Published,
     /// The file for a container's last words.
     TerminationLog,
+    /// A directory that containerd has made on the host for an image's `VOLUME`.
+    ImageVolume,
+    /// An image as a volume, which containerd has mounted on the host: the snapshot, as it says it is.
+    Image,
     /// The node's own devices, processes and kernel, of which a virtual machine has its own.
     Kernel,
     /// Anything else of the host.
@@ -38,6 +49,18 @@ pub(super) enum Origin {
 pub(super) fn origin(source: &Path, destination: &Path, facts: &Facts<'_>) -> Origin {
     if ["/dev", "/proc", "/sys"].iter().any(|root| source.starts_with(root)) {
         return Origin::Kernel;
+    }
+    let named = |places: &[(usize, &str)]| {
+        let is = |(n, name): &(usize, &str)| {
+            source.ancestors().nth(*n).is_some_and(|above| above.ends_with(name))
+        };
+        places.iter().all(is)
+    };
+    if named(&[(1, "volumes"), (3, "containers"), (4, CRI)]) {
+        return Origin::ImageVolume;
+    }
+    if named(&[(2, "image-volumes"), (3, CRI)]) {
+        return Origin::Image;
     }
     if is_termination_log(source, destination) {
         return Origin::TerminationLog;
@@ -114,7 +137,14 @@ mod tests {
             }))
         };
         let files = BTreeMap::new();
-        let facts = Facts { vmm_pid: 1, pod_files: &files, look: &look, mounted: &mounted };
+        let described = |_: &Path| None;
+        let facts = Facts {
+            vmm_pid: 1,
+            pod_files: &files,
+            look: &look,
+            mounted: &mounted,
+            described: &described,
+        };
         origin(Path::new(source), Path::new("/x"), &facts)
     }
 
@@ -139,6 +169,10 @@ mod tests {
         assert_eq!(part("cache", 1), empty("a"), "in a tmpfs");
         assert_eq!(part("settings", 0), Origin::Published);
         assert_eq!(part("disk", 0), Origin::Other);
+        let containerd = "/var/lib/containerd/io.containerd.grpc.v1.cri";
+        assert_eq!(of(&format!("{containerd}/containers/c1/volumes/ab12")), Origin::ImageVolume);
+        let image = "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/s1/ab12";
+        assert_eq!(of(image), Origin::Image);
         assert_eq!(of("/dev/fuse"), Origin::Kernel);
         assert_eq!(of("/devices"), Origin::Other);
         assert_eq!(of(&format!("{pod}/containers/app/0a1b2c3d")), Origin::TerminationLog);

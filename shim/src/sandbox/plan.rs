@@ -46,6 +46,8 @@ pub struct Facts<'a> {
     pub look: &'a dyn Fn(&Path) -> Kind,
     /// Tells which path of its file system is mounted at a path.
     pub mounted: &'a dyn Fn(&Path) -> Option<PathBuf>,
+    /// Finds the description of the disk, if the mount at this path is one of joey-snapshotter's.
+    pub described: &'a dyn Fn(&Path) -> Option<PathBuf>,
 }
 
 /// Where a volume's content comes from.
@@ -91,6 +93,16 @@ impl Volume {
     }
 }
 
+/// Where the content of a mount is in the guest.
+enum Place {
+    /// At the same path of the guest's own.
+    Guest,
+    /// Under this name of the agent's.
+    Named(String),
+    /// In a volume, at a path below it.
+    Volume(Volume, PathBuf),
+}
+
 /// A file that is brought back to the host when the container ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WriteBack {
@@ -125,8 +137,10 @@ pub struct Plan {
     pub spec: Vec<u8>,
     /// Whether the root is mounted read-only.
     pub read_only_root: bool,
-    /// What is copied in.
+    /// What is copied in or shared.
     pub volumes: Vec<Volume>,
+    /// Images as volumes: their names for the guest, and descriptions of their disks.
+    pub images: Vec<(String, PathBuf)>,
     /// What is brought back.
     pub write_back: Vec<WriteBack>,
 }
@@ -145,6 +159,7 @@ impl Plan {
             spec: Vec::new(),
             read_only_root: spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false),
             volumes: Vec::new(),
+            images: Vec::new(),
             write_back: Vec::new(),
         };
         let mut mounts = spec.mounts().clone().unwrap_or_default();
@@ -221,30 +236,33 @@ impl Plan {
         if has("idmap") || has("ridmap") {
             return Err(refuse("mount", shown, "ID-mapped mounts are not available in a VM pod"));
         }
-        let Some((volume, below)) = self.volume(&source, &destination, &has, facts)? else {
-            return Ok(());
+        let inside = match self.volume(&source, &destination, &has, facts)? {
+            Place::Guest => source,
+            Place::Named(name) => name.into(),
+            Place::Volume(volume, below) => {
+                let mut inside = volume.mount_source().into_os_string();
+                if below != Path::new("") {
+                    inside.push("/");
+                    inside.push(below);
+                }
+                if !self.volumes.iter().any(|known| known.id == volume.id) {
+                    self.volumes.push(volume);
+                }
+                inside.into()
+            }
         };
-        let mut inside = volume.mount_source().into_os_string();
-        if below != Path::new("") {
-            inside.push("/");
-            inside.push(below);
-        }
-        mount.set_source(Some(inside.into()));
-        if !self.volumes.iter().any(|known| known.id == volume.id) {
-            self.volumes.push(volume);
-        }
+        mount.set_source(Some(inside));
         Ok(())
     }
 
-    /// Decides how the content of a bind mount gets into the guest: as which volume, and which part of it.
-    /// Nothing if it is the guest's own.
+    /// Decides how the content of a bind mount gets into the guest.
     fn volume(
         &mut self,
         source: &Path,
         destination: &Path,
         has: &dyn Fn(&str) -> bool,
         facts: &Facts<'_>,
-    ) -> Result<Option<(Volume, PathBuf)>, Refusal> {
+    ) -> Result<Place, Refusal> {
         let shown = format!("{} (from {})", destination.display(), source.display());
         let no = |reason: &str| Err(refuse("mount", &shown, reason));
         let pod_file = destination.to_str().filter(|path| POD_FILES.contains(path));
@@ -253,13 +271,24 @@ impl Plan {
             source,
             destination: destination.to_owned(),
         };
-        let whole = |volume| Ok(Some((volume, PathBuf::new())));
+        let whole = |volume| Ok(Place::Volume(volume, PathBuf::new()));
         let copied = || whole(volume(source, Source::Host(source.to_owned())));
         let kind = (facts.look)(source);
         match (kubelet::origin(source, destination, facts), kind, pod_file) {
-            (Origin::Kernel, _, _) => Ok(None),
+            (Origin::Kernel, _, _) => Ok(Place::Guest),
             (Origin::EmptyDir { folder, below }, Kind::Directory, _) => {
-                Ok(Some((volume(&folder, Source::Empty(folder.clone())), below)))
+                Ok(Place::Volume(volume(&folder, Source::Empty(folder.clone())), below))
+            }
+            // What the image has there is in its root, and what is written on top goes with it.
+            (Origin::ImageVolume, Kind::Directory, _) => {
+                Ok(Place::Named(format!("joey-scratch:{}", volume_id(source))))
+            }
+            (Origin::Image, Kind::Directory, _)
+                if let Some(description) = (facts.described)(source) =>
+            {
+                let name = volume_id(source);
+                self.images.push((name.clone(), description));
+                Ok(Place::Named(format!("joey-disk:{name}")))
             }
             (_, Kind::File, Some(_)) => copied(),
             (_, Kind::Missing, Some(path)) if facts.pod_files.contains_key(path) => {
@@ -441,7 +470,16 @@ mod tests {
             _ => Kind::File,
         };
         let mounted = |_: &Path| Some(PathBuf::from("/sub"));
-        Plan::new(spec, &Facts { vmm_pid: 7, pod_files: &files, look: &look, mounted: &mounted })
+        Plan::new(
+            spec,
+            &Facts {
+                vmm_pid: 7,
+                pod_files: &files,
+                look: &look,
+                mounted: &mounted,
+                described: &|_| None,
+            },
+        )
     }
 
     fn error(mounts: Value) -> String {

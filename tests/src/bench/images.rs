@@ -37,7 +37,7 @@ pub fn image(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Result
         let more = (2..layers).map(|number| {
             Layer::default().file(&format!("layer-{number}"), 0o644, format!("{number}").as_bytes())
         });
-        image::on_busybox(&path, &name, more.collect::<Result<_>>()?)?;
+        image::on_busybox(&path, &name, more.collect::<Result<_>>()?, &[])?;
         node.import(&path)?;
         for run in 0..=runs {
             for handler in ["joey", "runc"] {
