@@ -19,7 +19,7 @@ use crate::containers::{ContainerEntry, Process};
 use crate::identity::phase;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::storage::{self, SlotClaim};
-use crate::{streams, sys, volumes};
+use crate::{block_devices, streams, sys, volumes};
 
 /// Longest signal number of Linux.
 const SIGNAL_MAX: u32 = 64;
@@ -40,17 +40,24 @@ impl Sandbox {
     /// Makes a container, up to its command.
     pub(crate) async fn create_container(
         self: Arc<Self>,
-        request: api::CreateContainerRequest,
+        mut request: api::CreateContainerRequest,
     ) -> Result<api::CreateContainerResponse, SandboxError> {
         let id = ContainerId::new(&request.container_id)?;
         self.require_stage_of(id.as_str())?;
-        let spec: Spec = parse_spec(&request.spec)?;
+        let mut spec: Spec = parse_spec(&request.spec)?;
+        let mut json = std::mem::take(&mut request.spec);
         let rootfs = request.rootfs.get_or_default();
         let mut plan = storage::plan(rootfs, &request.volumes)?;
         let reservation = self.containers.reserve(id.as_str())?;
         let volumes = request.volumes.iter().filter_map(|volume| volume.disk.as_ref());
-        let disks: Vec<_> = rootfs.layers.iter().chain(volumes).collect();
+        let raw = |device: &api::BlockDevice| api::Disk { slot: device.slot, ..Default::default() };
+        let devices: Vec<_> = request.devices.iter().map(raw).collect();
+        let disks: Vec<_> = rootfs.layers.iter().chain(volumes).chain(&devices).collect();
         let slots = SlotClaim::take(&self.slots, &disks)?;
+        if !devices.is_empty() {
+            block_devices::name(&mut spec, &request.devices)?;
+            json = serde_json::to_vec(&spec).unwrap_or_default();
+        }
         let writable = plan.layers.iter().any(|disk| disk.writable);
         let wanted = !rootfs.read_only || volumes::has_scratch(&spec);
         let layer = (wanted && !writable).then(|| self.disk.layer()).transpose()?;
@@ -63,7 +70,7 @@ impl Sandbox {
             id: id.as_str(),
             cgroup_root: Path::new(CGROUP_ROOT),
             spec,
-            json: &request.spec,
+            json: &json,
             rootfs: serde_json::to_string(&plan).unwrap_or_default(),
             spares: &self.spares,
             io,

@@ -31,6 +31,15 @@ impl Events {
         }));
     }
 
+    /// Queues the find of a damaged block.
+    pub(crate) fn damage(&self, slot: u32, block: u64) {
+        self.send(api::event::Event::Damage(api::DamageEvent {
+            slot,
+            block,
+            ..Default::default()
+        }));
+    }
+
     fn send(&self, event: api::event::Event) {
         // Without a receiver the channel is gone, and the machine is about to end.
         let _ = self.0.send(api::Event { event: Some(event), ..Default::default() });

@@ -5,11 +5,13 @@
 //! ordinary Rust in it; that is asserted before the loop takes its first call. The end of the channel
 //! is the end of the sandbox: whatever ends the agent ends the machine, and the host sees it.
 
+mod block_devices;
 mod boot;
 mod calls;
 mod channel;
 mod container;
 mod containers;
+mod damage;
 mod device_mapper;
 mod events;
 mod fd_io;
@@ -129,6 +131,12 @@ async fn serve(
     tokio::spawn(reaper.clone().run());
     let (events, queue) = events::Events::new();
     tokio::spawn(events::run(queue, mux.open(limits::STREAM_EVENTS)?));
+    let (listener, found) = (damage::listen()?, events.clone());
+    tokio::spawn(async move {
+        if let Err(error) = damage::watch(listener, found).await {
+            warning!("damage to images is not told to the host any more: {error}");
+        }
+    });
     let disk = pod_disk::PodDisk::new(blank, reaper.clone());
     disk.prepare()?;
     let sandbox = Arc::new(sandbox::Sandbox::new(prepared, disk, mux.clone(), reaper, events));

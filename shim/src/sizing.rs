@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, DISK_MIB};
+use crate::vmm::DiskLimits;
 
 /// Annotation: vCPUs, a whole number.
 pub const VCPUS: &str = "io.joey.vcpus";
@@ -16,7 +17,15 @@ pub const VCPUS: &str = "io.joey.vcpus";
 pub const MEMORY: &str = "io.joey.memory";
 /// Annotation: size of the pod's writable disk, as `512Mi` or `20Gi`.
 pub const DISK: &str = "io.joey.disk";
-/// All of them.
+/// Annotations: most bytes and requests a second of the pod's disks, read and written. They may be changed
+/// while the pod runs, by an update of its task (`joey limit`).
+pub const DISK_LIMITS: [&str; 4] = [
+    "io.joey.disk.read-bytes",
+    "io.joey.disk.write-bytes",
+    "io.joey.disk.read-operations",
+    "io.joey.disk.write-operations",
+];
+/// The others.
 const KNOWN: [&str; 3] = [VCPUS, MEMORY, DISK];
 const PREFIX: &str = "io.joey.";
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
@@ -48,13 +57,17 @@ pub struct SizingError {
 /// Sizes a sandbox from its annotations.
 pub fn size(config: &Config, notes: &HashMap<String, String>) -> Result<Sizing, SizingError> {
     for (name, value) in notes {
-        if name.starts_with(PREFIX) && !KNOWN.contains(&name.as_str()) {
-            return Err(bad(name, value, format!("unknown; known are {}", KNOWN.join(", "))));
+        let known = || KNOWN.iter().chain(&DISK_LIMITS);
+        if name.starts_with(PREFIX) && !known().any(|known| known == name) {
+            let known = known().copied().collect::<Vec<_>>().join(", ");
+            return Err(bad(name, value, format!("unknown; known are {known}")));
         }
     }
     Ok(Sizing { vcpus: vcpus(config, notes)?, memory_mib: memory(config, notes)? })
 }
 
+/// QEMU's THROTTLE_VALUE_MAX.
+const MOST_A_SECOND: u64 = 1_000_000_000_000_000;
 /// A writable disk consists of whole block groups of its file system.
 const DISK_STEP_MIB: u64 = 128;
 
@@ -68,6 +81,39 @@ pub fn disk_mib(config: &Config, notes: &HashMap<String, String>) -> Result<u64,
         })?,
     };
     Ok(wanted.next_multiple_of(DISK_STEP_MIB))
+}
+
+/// What annotations make of the limits of a sandbox's disks: those that they do not name stay.
+pub fn disk_limits(
+    notes: &HashMap<String, String>,
+    before: DiskLimits,
+) -> Result<DiskLimits, SizingError> {
+    let mut limits = before;
+    let fields = [
+        &mut limits.read_bytes,
+        &mut limits.write_bytes,
+        &mut limits.read_operations,
+        &mut limits.write_operations,
+    ];
+    for (name, field) in DISK_LIMITS.into_iter().zip(fields) {
+        if let Some(value) = notes.get(name) {
+            *field = rate(value).ok_or_else(|| {
+                let reason = "must be a number a second, like 500, 64Ki or 50Mi; 0: no limit";
+                bad(name, value, reason.to_owned())
+            })?;
+        }
+    }
+    Ok(limits)
+}
+
+/// A number, perhaps of Ki, Mi or Gi, that QEMU can keep.
+fn rate(value: &str) -> Option<u64> {
+    let units = [("Ki", 10), ("Mi", 20), ("Gi", 30), ("", 0)];
+    let (digits, shift) =
+        units.into_iter().find_map(|(unit, shift)| Some((value.strip_suffix(unit)?, shift)))?;
+    let whole = digits.bytes().all(|byte| byte.is_ascii_digit());
+    let number = digits.parse::<u64>().ok().filter(|_| whole)?.checked_mul(1 << shift)?;
+    Some(number).filter(|number| *number <= MOST_A_SECOND)
 }
 
 fn vcpus(config: &Config, notes: &HashMap<String, String>) -> Result<u32, SizingError> {

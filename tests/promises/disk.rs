@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use joey_tests::pod::{self, Pod};
 
-use crate::context::{Context, Test, holds, same};
+use crate::context::{Context, Test, holds, refused, same};
 use crate::faults;
 use crate::volumes::{mounted, publish, volume};
 
 pub const TESTS: &[Test] = &[
     Test { name: "disk::full_is_the_pods_alone", run: full_is_the_pods_alone },
     Test { name: "disk::layers_come_and_go", run: layers_come_and_go },
+    Test { name: "disk::has_its_speed", run: has_its_speed },
     Test { name: "disk::memory_has_its_limit", run: memory_has_its_limit },
     Test { name: "disk::host_sees_nothing", run: host_sees_nothing },
 ];
@@ -86,6 +87,32 @@ fn layers_come_and_go(ctx: &Context<'_>) -> Result<()> {
         ensure!((60..70).contains(&used), "round {round}: a new layer uses {used} MiB");
         shrinks(ctx, &pod, 32 * MIB)?;
     }
+    pod.remove()
+}
+
+/// How long it takes at least, that is: what it takes without a limit is the machine's matter.
+fn has_its_speed(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let mut config = pod::config(ctx.node, "speed");
+    config.annotations.insert("io.joey.disk.write-bytes".into(), "2Mi".into());
+    let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    let write = |mib: u64| {
+        let begun = Instant::now();
+        let said = container.sh(&format!(
+            "dd if=/dev/zero of=/f bs=256k count={} oflag=direct 2>&1; echo $?",
+            mib * 4
+        ))?;
+        ensure!(said.text().ends_with('0'), "{}", said.text());
+        Ok(begun.elapsed())
+    };
+    let took = write(4)?;
+    ensure!(took >= Duration::from_millis(1500), "4 MiB at 2 MiB/s took {took:?}");
+    let limit = |value: &str| ctx.node.joey(&["limit", &pod.id, "--write-bytes", value]);
+    limit("512Ki")?;
+    let took = write(2)?;
+    ensure!(took >= Duration::from_millis(3000), "2 MiB at 512 KiB/s took {took:?}");
+    refused("a limit that is none", limit("fast"), "io.joey.disk.write-bytes")?;
     pod.remove()
 }
 

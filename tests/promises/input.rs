@@ -1,5 +1,7 @@
 //! Bad input gets a clear error and leaves nothing behind.
 
+use std::fs;
+
 use anyhow::Result;
 use joey_tests::pod::{self, Pod};
 use k8s_cri::v1::security_profile::ProfileType;
@@ -69,14 +71,14 @@ fn huge_argument_list(ctx: &Context<'_>) -> Result<()> {
 fn unknown_seccomp_action(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("badseccomp")?;
     let profile = ctx.node.dir().join("seccomp.json");
-    std::fs::write(&profile, r#"{"defaultAction": "SCMP_ACT_WISH"}"#)?;
+    fs::write(&profile, r#"{"defaultAction": "SCMP_ACT_WISH"}"#)?;
     let mut config = pod::script("c", "true");
     pod::security(&mut config).seccomp = Some(SecurityProfile {
         profile_type: ProfileType::Localhost.into(),
         localhost_ref: profile.display().to_string(),
     });
     refused("unknown seccomp action", pod.start(&config), "SCMP_ACT_WISH")?;
-    std::fs::remove_file(profile)?;
+    fs::remove_file(profile)?;
     same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
     pod.remove()
 }
@@ -101,13 +103,15 @@ fn mount_outside_root(ctx: &Context<'_>) -> Result<()> {
 fn odd_host_mount(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
     let pod = ctx.pod("hostmount")?;
+    let fifo = ctx.node.dir().join("fifo");
+    let _ = fs::remove_file(&fifo);
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
     let mut config = pod::script("c", "true");
     config.mounts.push(Mount {
         container_path: "/host".into(),
-        host_path: ctx.node.dir().join("logs").display().to_string(),
-        readonly: false,
+        host_path: fifo.display().to_string(),
         ..Mount::default()
     });
-    refused("writable host directory", pod.start(&config), "/host")?;
+    refused("a FIFO of the host", pod.start(&config), "sockets, FIFOs and devices")?;
     pod.remove()
 }

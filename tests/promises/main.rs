@@ -6,6 +6,7 @@
 //! test the node is searched for leftovers; a leftover fails the test.
 #![allow(clippy::print_stdout)]
 
+mod block;
 mod context;
 mod disk;
 mod faults;
@@ -76,6 +77,7 @@ fn tests() -> Vec<Test> {
         lifecycle::TESTS,
         storage::TESTS,
         disk::TESTS,
+        block::TESTS,
         share::TESTS,
         volumes::TESTS,
         io::TESTS,

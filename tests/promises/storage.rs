@@ -265,6 +265,11 @@ fn flipped_bit_is_an_error(ctx: &Context<'_>) -> Result<()> {
     holds("what cat says", &String::from_utf8_lossy(&output.stderr), "Input/output error")?;
     let console = ctx.node.joey(&["console", &pod.id])?;
     holds("the console", &console, "data block")?;
+    let log = fs::read_to_string(ctx.node.dir().join("containerd.log"))?;
+    let told =
+        log.lines().rfind(|line| line.contains("an image is damaged")).context("not told")?;
+    holds("the image", told, "localhost/flipped:1")?;
+    holds("the layer's file", told, &layer.display().to_string())?;
     pod.remove()
 }
 

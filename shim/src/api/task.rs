@@ -179,8 +179,12 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> TtrpcResult<Empty> {
-        let resources = json("resources", &request.resources, RESOURCES)?.to_vec();
-        self.sandbox.update(&request.id, resources).await.map_err(to_rpc)?;
+        // `joey limit` has none.
+        let resources = match request.resources.is_some() {
+            true => Some(json("resources", &request.resources, RESOURCES)?.to_vec()),
+            false => None,
+        };
+        self.sandbox.update(&request.id, resources, &request.annotations).await.map_err(to_rpc)?;
         Ok(Empty::default())
     }
 

@@ -21,6 +21,13 @@ pub enum Event {
         /// Which container.
         container: ContainerId,
     },
+    /// What a disk has in this block of 4096 bytes is not what was once written there.
+    Damage {
+        /// The disk's slot.
+        slot: u32,
+        /// The block, from the disk's beginning.
+        block: u64,
+    },
 }
 
 /// The end of a process.
@@ -95,6 +102,7 @@ fn check(event: api::Event) -> Result<Event, EventError> {
     match event.event {
         Some(Kind::Exit(exit)) => Ok(Event::Exit(check_exit(&exit)?)),
         Some(Kind::Oom(oom)) => Ok(Event::Oom { container: ContainerId::new(&oom.container_id)? }),
+        Some(Kind::Damage(damage)) => Ok(Event::Damage { slot: damage.slot, block: damage.block }),
         _ => Err(EventError::Unknown),
     }
 }

@@ -1,5 +1,6 @@
 //! Resources of the node, one module each.
 
+pub(crate) mod block;
 pub mod cgroup;
 pub mod jail;
 pub(crate) mod mounts;

@@ -35,8 +35,35 @@ struct Part {
     first: u64,
     blocks: u64,
     /// For people.
-    #[serde(default, rename = "layer")]
-    _layer: Option<String>,
+    #[serde(default)]
+    layer: Option<String>,
+}
+
+/// Where a block of a disk lies on the host.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The file.
+    pub(crate) file: PathBuf,
+    /// The block in it.
+    pub(crate) block: u64,
+    /// The layer whose content it is; empty: of what joins the layers.
+    pub(crate) layer: String,
+}
+
+/// Finds a block of the described disk.
+pub(crate) fn find(path: &Path, block: u64) -> Option<Place> {
+    let described: Description = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    let mut left = block;
+    for part in described.extents {
+        if left < part.blocks {
+            let file = path.parent()?.join(part.file);
+            let file = file.canonicalize().unwrap_or(file);
+            let block = part.first.checked_add(left)?;
+            return Some(Place { file, block, layer: part.layer.unwrap_or_default() });
+        }
+        left -= part.blocks;
+    }
+    None
 }
 
 /// The description's path, if the mount is one of joey-snapshotter's.
@@ -101,6 +128,7 @@ pub fn open(path: &Path) -> Result<Image, RootfsError> {
         file_system: FileSystem::Erofs,
         writable: false,
         key: described.root_hash,
+        description: Some(path.to_owned()),
         lock: None,
     })
 }
@@ -143,6 +171,9 @@ mod tests {
         let image = described(dir.path(), &describe(1, &root, &parts)).unwrap();
         assert_eq!(image.disk.files.len(), 1);
         assert_eq!(image.disk.extents[1], Extent { file: 0, offset: 8192, length: 8192 });
+        let at = |block| find(&dir.path().join("disk.json"), block);
+        let place = Place { file: dir.path().join("index"), block: 3, layer: String::new() };
+        assert_eq!((at(3), at(4)), (Some(place), None));
         assert_eq!(image.verity.unwrap().root_hash, [0xab; HASH]);
         for (text, named) in [
             (describe(2, &root, &parts), "version 2"),

@@ -38,6 +38,8 @@ pub enum FileSystem {
     Erofs,
     /// Read-only or writable.
     Ext4,
+    /// Nothing that the guest mounts: a block volume is the container's as it is.
+    None,
 }
 
 impl FileSystem {
@@ -47,6 +49,7 @@ impl FileSystem {
         match self {
             Self::Erofs => "erofs",
             Self::Ext4 => "ext4",
+            Self::None => "",
         }
     }
 }
@@ -83,6 +86,8 @@ pub struct Image {
     pub writable: bool,
     /// The same for the same content.
     pub key: String,
+    /// Where it says what the disk consists of, if joey-snapshotter has made it.
+    pub description: Option<PathBuf>,
     /// Keeps a cached image from being evicted.
     #[allow(dead_code, reason = "its drop is what counts")]
     pub(crate) lock: Option<Flock<File>>,
@@ -187,7 +192,8 @@ fn open_block(mount: &Mount, file_system: FileSystem) -> Result<Image, RootfsErr
     }
     let key = format!("{}:{}:{}", meta.dev(), meta.ino(), meta.rdev());
     let disk = Disk::from(OwnedFd::from(file));
-    Ok(Image { disk, verity: None, file_system, writable: !read_only, key, lock: None })
+    let (verity, description, lock) = (None, None, None);
+    Ok(Image { disk, verity, file_system, writable: !read_only, key, description, lock })
 }
 
 /// Directories that together are a root, the top one first.
@@ -267,7 +273,16 @@ async fn from_directories(chain: &Chain, config: &Config) -> Result<Image, Rootf
             let file_system = FileSystem::Erofs;
             let disk = Disk::from(file);
             let lock = Some(lock);
-            return Ok(Image { disk, verity: None, file_system, writable: false, key, lock });
+            let (verity, description) = (None, None);
+            return Ok(Image {
+                disk,
+                verity,
+                file_system,
+                writable: false,
+                key,
+                description,
+                lock,
+            });
         }
         convert_beside(&path, chain, config).await?;
     }

@@ -326,6 +326,7 @@ impl Handle {
             .map_err(|error| SandboxError::host(id, "open the pod's network to its VM", error))?;
         self.record(|record| record.machine_id = hex(machine_id))?;
         let guest = Guest { client: channel.client, streams: channel.streams, vm, disks };
+        self.limit_disks(&guest, &wanted.annotations).await?;
         if disk.is_none_or(|disk| disk.mib() != disk_mib) {
             let start = Instant::now();
             let directory = self.0.config.disk_dir();

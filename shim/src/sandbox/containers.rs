@@ -15,9 +15,9 @@ use oci_spec::runtime::Spec;
 use super::plan::{self, Plan, Source, Volume};
 use super::state::{self, Exit, Operation, Process, Status};
 use super::{CreateTask, Deleted, Guest, Handle, KILLED, SandboxError, SandboxEvent, StdioPaths};
-use crate::host::mounts;
+use crate::host::{block, mounts};
 use crate::rootfs;
-use crate::rootfs::{Image, described};
+use crate::rootfs::{FileSystem, Image, described};
 use crate::stdio::{Copies, DRAIN, Stdio};
 use crate::volumes::Published;
 
@@ -31,6 +31,8 @@ pub(crate) struct Container {
     pub(super) stdio: StdioPaths,
     pub(super) copies: Option<Copies>,
     pub(super) execs: HashMap<String, Exec>,
+    /// Its image, as CRI names it.
+    pub(super) image: Option<String>,
     pub(super) acquired: Acquired,
     /// Whether its deletion is under way.
     pub(super) deleting: bool,
@@ -46,7 +48,7 @@ pub(crate) struct Exec {
 /// What a container holds in VM and guest.
 #[derive(Clone, Default)]
 pub(crate) struct Acquired {
-    slots: Vec<u32>,
+    pub(super) slots: Vec<u32>,
     /// Whether the guest knows the container.
     in_guest: bool,
     /// Files that are written back to the host when the container ends.
@@ -76,6 +78,7 @@ impl Handle {
             let container = Container {
                 process: Process::new(),
                 bundle: task.bundle.clone(),
+                image: image_name(&spec),
                 stdio: task.stdio.clone(),
                 copies: None,
                 execs: HashMap::new(),
@@ -132,6 +135,10 @@ impl Handle {
             let disk = Some(attach(&guest, id, image, acquired).await?).into();
             volumes.push(api::DiskVolume { name, disk, ..Default::default() });
         }
+        let mut devices = Vec::new();
+        for device in &plan.devices {
+            devices.push(give(&guest, id, device, acquired).await?);
+        }
         self.0.timeline.host("disk", id, start);
         let start = Instant::now();
         for volume in &plan.volumes {
@@ -151,6 +158,7 @@ impl Handle {
             spec: plan.spec,
             rootfs: Some(rootfs).into(),
             volumes,
+            devices,
             ..Default::default()
         };
         self.create_in_guest(&guest, request, stdio, acquired).await
@@ -343,6 +351,34 @@ async fn attach(
     let slot = attached.map_err(|error| SandboxError::host(id, "attach an image", error))?;
     acquired.slots.push(slot);
     Ok(api::Disk { slot, file_system, writable, verity, ..Default::default() })
+}
+
+fn image_name(spec: &Spec) -> Option<String> {
+    spec.annotations().as_ref()?.get("io.kubernetes.cri.image-name").cloned()
+}
+
+/// Gives a block device of the host to a container.
+async fn give(
+    guest: &Guest,
+    id: &str,
+    device: &plan::BlockDevice,
+    acquired: &mut Acquired,
+) -> Result<api::BlockDevice, SandboxError> {
+    let (major, minor) = device.numbers;
+    let (file, bytes) = block::open(device.numbers, device.writable).map_err(|error| {
+        SandboxError::host(id, "open a block volume", format!("device {major}:{minor}: {error}"))
+    })?;
+    let image = Image {
+        disk: file.into(),
+        verity: None,
+        description: None,
+        file_system: FileSystem::None,
+        writable: device.writable,
+        key: format!("device {major}:{minor}"),
+        lock: None,
+    };
+    let slot = attach(guest, id, image, acquired).await?.slot;
+    Ok(api::BlockDevice { slot, bytes, major, minor, ..Default::default() })
 }
 
 /// What a path of the host is, links followed.

@@ -1,6 +1,7 @@
 //! Which image is in which disk slot of the VM. Containers of a pod with the same image share a slot.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use joey_protocol::limits::POD_DISK;
@@ -27,8 +28,10 @@ pub enum DiskError {
 struct Used {
     key: String,
     users: usize,
+    /// Whether the operator has been told that it is damaged.
+    damaged: bool,
     /// Holds the image's lock for as long as the guest may read it.
-    _image: Image,
+    image: Image,
 }
 
 /// The slots of one VM, but for that of the pod's own disk.
@@ -45,7 +48,8 @@ impl Disks {
         let _swap = self.swap.lock().await;
         let slot = {
             let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-            let same = used.iter_mut().find(|(_, used)| !image.writable && used.key == image.key);
+            let same = |slot: &u32| slot_is_writable(*slot) == image.writable;
+            let same = used.iter_mut().find(|(slot, used)| same(slot) && used.key == image.key);
             if let Some((slot, used)) = same {
                 used.users += 1;
                 return Ok(*slot);
@@ -56,8 +60,18 @@ impl Disks {
         };
         vm.attach_disk(slot, &image.disk, !image.writable).await?;
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        used.insert(slot, Used { key: image.key.clone(), users: 1, _image: image });
+        used.insert(slot, Used { key: image.key.clone(), users: 1, damaged: false, image });
         Ok(slot)
+    }
+
+    /// Notes that the disk in a slot is damaged. Gives the description of its image the first time.
+    pub(crate) fn damaged(&self, slot: u32) -> Option<PathBuf> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let used = used.get_mut(&slot)?;
+        if std::mem::replace(&mut used.damaged, true) {
+            return None;
+        }
+        used.image.description.clone()
     }
 
     /// Gives a user's claim back; the last one detaches the image.

@@ -51,7 +51,7 @@ use crate::config::Config;
 use crate::guest::{Client, Streams};
 use crate::share::Shares;
 use crate::standby::Standby;
-use crate::vmm::Vm;
+use crate::vmm::{DiskLimits, Vm};
 
 /// Exit status of what was killed: 128 + SIGKILL.
 pub(crate) const KILLED: u32 = 137;
@@ -119,6 +119,8 @@ struct Sandbox {
     starting: Mutex<Option<JoinHandle<()>>>,
     /// What the guest sees of the host's files.
     shares: Shares,
+    /// What its disks may do at most.
+    disk_limits: AsyncMutex<DiskLimits>,
     /// Held while the sandbox's traces are removed.
     undoing: AsyncMutex<()>,
     /// Set when the shim is to leave.
@@ -164,6 +166,7 @@ impl Handle {
             ended: channel::Sender::new(None),
             starting: Mutex::default(),
             shares: Shares::default(),
+            disk_limits: AsyncMutex::default(),
             undoing: AsyncMutex::default(),
             leave: channel::Sender::new(false),
             boot,

@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use joey_protocol::limits::MAX_SPEC;
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{
+    LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, Mount, Spec,
+};
 use sha2::{Digest as _, Sha256};
 
 use super::kubelet::{self, Origin};
@@ -141,8 +143,19 @@ pub struct Plan {
     pub volumes: Vec<Volume>,
     /// Images as volumes: their names for the guest, and descriptions of their disks.
     pub images: Vec<(String, PathBuf)>,
+    /// Block devices of the host that the container has.
+    pub devices: Vec<BlockDevice>,
     /// What is brought back.
     pub write_back: Vec<WriteBack>,
+}
+
+/// A block device of the host that is given to a container (`volumeDevices`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// Its numbers on the host, major and minor.
+    pub numbers: (i64, i64),
+    /// Whether the container may write to it.
+    pub writable: bool,
 }
 
 impl Plan {
@@ -154,12 +167,13 @@ impl Plan {
         let mut spec = spec.clone();
         check_hooks(&spec)?;
         check_namespaces(&spec, facts)?;
-        host_devices(&mut spec)?;
+        let devices = host_devices(&mut spec)?;
         let mut plan = Self {
             spec: Vec::new(),
             read_only_root: spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false),
             volumes: Vec::new(),
             images: Vec::new(),
+            devices,
             write_back: Vec::new(),
         };
         let mut mounts = spec.mounts().clone().unwrap_or_default();
@@ -390,37 +404,51 @@ fn check_namespaces(spec: &Spec, facts: &Facts<'_>) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Host devices: a privileged container gets the guest's own instead, others are refused.
-fn host_devices(spec: &mut Spec) -> Result<(), Refusal> {
-    let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
-    let privileged =
-        linux.resources().as_ref().and_then(|resources| resources.devices().as_ref()).is_some_and(
-            |rules| {
-                rules.iter().any(|rule| {
-                    rule.allow()
-                        && rule.major().is_none()
-                        && rule.minor().is_none()
-                        && rule.access().as_deref().is_none_or(|access| access.contains('m'))
-                        && rule.typ().is_none_or(|typ| typ.as_str() == "a")
-                })
-            },
-        );
+/// Host devices: block devices are volumes. A privileged container, which is given all that the host has, gets
+/// the guest's own instead; others are refused.
+fn host_devices(spec: &mut Spec) -> Result<Vec<BlockDevice>, Refusal> {
+    let Some(mut linux) = spec.linux().clone() else { return Ok(Vec::new()) };
+    let resources = linux.resources().as_ref();
+    let rules = resources.and_then(|resources| resources.devices().clone()).unwrap_or_default();
+    let may = |rule: &LinuxDeviceCgroup, what| {
+        rule.allow() && rule.access().as_deref().is_none_or(|access| access.contains(what))
+    };
+    let privileged = rules.iter().any(|rule| {
+        may(rule, 'm')
+            && rule.major().is_none()
+            && rule.minor().is_none()
+            && rule.typ().is_none_or(|typ| typ == LinuxDeviceType::A)
+    });
     let devices = linux.devices().clone().unwrap_or_default();
-    let foreign = devices
-        .iter()
-        .find(|device| !device.path().to_str().is_some_and(|p| STANDARD_DEVICES.contains(&p)));
-    if let Some(device) = foreign.filter(|_| !privileged) {
-        return Err(refuse(
-            "device",
-            device.path().display(),
-            "devices of the host are not available in a virtual machine",
-        ));
-    }
-    if foreign.is_some() {
+    let standard = |device: &&LinuxDevice| {
+        device.path().to_str().is_some_and(|path| STANDARD_DEVICES.contains(&path))
+    };
+    let foreign: Vec<_> = devices.iter().filter(|device| !standard(device)).collect();
+    if privileged && !foreign.is_empty() {
         linux.set_devices(Some(Vec::new()));
         spec.set_linux(Some(linux));
+        return Ok(Vec::new());
     }
-    Ok(())
+    let mut blocks: Vec<BlockDevice> = Vec::new();
+    for device in foreign {
+        if device.typ() != LinuxDeviceType::B {
+            return Err(refuse(
+                "device",
+                device.path().display(),
+                "character devices of the host are not available in a virtual machine",
+            ));
+        }
+        let numbers = (device.major(), device.minor());
+        let ruled = |rule: &&LinuxDeviceCgroup| {
+            rule.typ() == Some(LinuxDeviceType::B)
+                && rule.major().zip(rule.minor()) == Some(numbers)
+        };
+        let writable = rules.iter().filter(ruled).any(|rule| may(rule, 'w'));
+        if blocks.iter().all(|known| known.numbers != numbers) {
+            blocks.push(BlockDevice { numbers, writable });
+        }
+    }
+    Ok(blocks)
 }
 
 /// Whether this is CRI's sandbox container.
@@ -599,8 +627,18 @@ mod tests {
         value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "network"}]);
         value["linux"]["devices"] =
             json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        for (access, writable) in [("rwm", true), ("r", false)] {
+            let rule =
+                json!({"allow": true, "type": "b", "major": 8, "minor": 0, "access": access});
+            value["linux"]["resources"] = json!({"devices": [rule]});
+            let device: Spec = serde_json::from_value(value.clone()).unwrap();
+            let given = BlockDevice { numbers: (8, 0), writable };
+            assert_eq!(plan(&device).unwrap().devices, [given]);
+        }
+        value["linux"]["devices"] =
+            json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
         let device: Spec = serde_json::from_value(value.clone()).unwrap();
-        assert!(plan(&device).unwrap_err().to_string().contains("/dev/sda"));
+        assert!(plan(&device).unwrap_err().to_string().contains("/dev/kvm"));
         value["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
         let privileged: Spec = serde_json::from_value(value).unwrap();
         assert!(plan(&privileged).is_ok());

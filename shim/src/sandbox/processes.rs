@@ -1,5 +1,6 @@
 //! What containerd asks of processes: check the state, one call to the guest, note the outcome.
 
+use std::collections::HashMap;
 use std::time::{Instant, SystemTime};
 
 use joey_protocol::api;
@@ -7,8 +8,9 @@ use joey_protocol::ids::ExecId;
 
 use super::containers::Exec;
 use super::state::{self, Exit, Operation, Process, Status};
-use super::{ExecTask, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths};
+use super::{ExecTask, Guest, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths};
 use crate::guest::GuestError;
+use crate::sizing;
 use crate::stdio::{Request, StdinEnd, Stdio};
 
 /// Exit status of a command that cannot be executed, as shells have it.
@@ -309,15 +311,37 @@ impl Handle {
     ///
     /// # Errors
     /// The container is gone or the guest refuses the limits.
-    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), SandboxError> {
+    pub async fn update(
+        &self,
+        id: &str,
+        resources: Option<Vec<u8>>,
+        annotations: &HashMap<String, String>,
+    ) -> Result<(), SandboxError> {
         self.check(id, None, Operation::Update)?;
-        if self.is_pause(id) {
-            return Ok(());
-        }
         let guest = self.guest().await?;
+        self.limit_disks(&guest, annotations).await?;
+        let Some(resources) = resources.filter(|_| !self.is_pause(id)) else { return Ok(()) };
         let update =
             api::UpdateRequest { container_id: id.to_owned(), resources, ..Default::default() };
         guest.client.update(&update).await.map_err(Self::guest_error(id, None))
+    }
+
+    /// Sets the limits of the pod's disks that annotations name.
+    pub(super) async fn limit_disks(
+        &self,
+        guest: &Guest,
+        annotations: &HashMap<String, String>,
+    ) -> Result<(), SandboxError> {
+        let id = &self.0.boot.id;
+        let mut limits = self.0.disk_limits.lock().await;
+        let wanted = sizing::disk_limits(annotations, *limits)
+            .map_err(|error| SandboxError::Refused(format!("sandbox {id}: {error}")))?;
+        if wanted != *limits {
+            let limited = guest.vm.limit_disks(wanted).await;
+            limited.map_err(|error| SandboxError::host(id, "limit the pod's disks", error))?;
+            *limits = wanted;
+        }
+        Ok(())
     }
 
     /// Freezes a container.

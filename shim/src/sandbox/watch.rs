@@ -13,6 +13,7 @@ use super::plan::WriteBack;
 use super::state::Exit;
 use super::{Guest, Handle, KILLED, Progress, SandboxEvent};
 use crate::guest::{self, Event, Events, Lost};
+use crate::rootfs::described;
 use crate::stdio::DRAIN;
 
 impl Handle {
@@ -29,6 +30,7 @@ impl Handle {
                         handle.emit(SandboxEvent::Oom { id });
                     }
                     Event::Exit(exit) => handle.on_exit(&listening, exit),
+                    Event::Damage { slot, block } => handle.on_damage(&listening, slot, block),
                 }
             }
         });
@@ -75,6 +77,22 @@ impl Handle {
             let ended = Exit { status: exit.status.into(), at: exit.exited_at };
             handle.ended(&id, exec.as_deref(), ended);
         });
+    }
+
+    /// Tells the operator what is damaged. It is the guest's word, which costs nobody but its own pod anything.
+    fn on_damage(&self, guest: &Guest, slot: u32, block: u64) {
+        let Some(description) = guest.disks.damaged(slot) else { return };
+        let images: Vec<String> = {
+            let table = self.table();
+            let users = table.containers.values().filter(|it| it.acquired.slots.contains(&slot));
+            users.filter_map(|container| container.image.clone()).collect()
+        };
+        let place = described::find(&description, block).unwrap_or_default();
+        tracing::error!(
+            sandbox = %self.0.boot.id, image = images.join(", "), layer = place.layer,
+            file = %place.file.display(), block = place.block,
+            "an image is damaged on this node: remove it and pull it again"
+        );
     }
 
     /// Notes an end, unless the process has been deleted meanwhile.

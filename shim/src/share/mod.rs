@@ -99,7 +99,7 @@ impl Shares {
             ..Default::default()
         };
         let path = shared.path.clone();
-        tokio::spawn(async move {
+        let carrier = tokio::spawn(async move {
             let ended = carry(stream, socket).await;
             // With the socket closed it ends by itself.
             let status = end(server).await;
@@ -108,7 +108,11 @@ impl Shares {
                 tracing::warn!(%path, %error, status, "files are not shared with the pod any more");
             }
         });
-        guest.client.share_files(&request).await?;
+        if let Err(error) = guest.client.share_files(&request).await {
+            // Takes the server with it.
+            carrier.abort();
+            return Err(error.into());
+        }
         known.insert(volume.id.clone());
         Ok(())
     }

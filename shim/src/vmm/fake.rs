@@ -9,7 +9,7 @@ use futures::future::BoxFuture;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::{Disk, Vm, VmmError};
+use super::{Disk, DiskLimits, Vm, VmmError};
 
 /// What happened to a [`FakeVm`], and what it shall answer.
 #[derive(Debug, Default)]
@@ -101,6 +101,11 @@ impl Vm for FakeVm {
 
     fn resize_disk(&self, slot: u32, bytes: u64) -> BoxFuture<'_, Result<(), VmmError>> {
         self.note(format!("resize {slot} {bytes}"));
+        Box::pin(async { Ok(()) })
+    }
+
+    fn limit_disks(&self, limits: DiskLimits) -> BoxFuture<'_, Result<(), VmmError>> {
+        self.note(format!("{limits:?}"));
         Box::pin(async { Ok(()) })
     }
 

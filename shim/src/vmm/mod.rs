@@ -102,6 +102,19 @@ pub struct Extent {
     pub length: u64,
 }
 
+/// How much a machine may ask of all its disks together, a second; 0: as much as it wants.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskLimits {
+    /// Bytes that are read.
+    pub read_bytes: u64,
+    /// Bytes that are written.
+    pub write_bytes: u64,
+    /// Requests to read.
+    pub read_operations: u64,
+    /// Requests to write.
+    pub write_operations: u64,
+}
+
 impl From<OwnedFd> for Disk {
     fn from(file: OwnedFd) -> Self {
         Self { files: vec![file], extents: Vec::new(), ephemeral: false }
@@ -126,6 +139,8 @@ pub trait Vm: Send + Sync {
     fn detach_disk(&self, slot: u32) -> BoxFuture<'_, Result<(), VmmError>>;
     /// Gives the writable disk in a slot another size.
     fn resize_disk(&self, slot: u32, bytes: u64) -> BoxFuture<'_, Result<(), VmmError>>;
+    /// Limits what the disks do from now on, on the host's side.
+    fn limit_disks(&self, limits: DiskLimits) -> BoxFuture<'_, Result<(), VmmError>>;
     /// Stops the processors.
     fn pause(&self) -> BoxFuture<'_, Result<(), VmmError>>;
     /// Lets them run again.

@@ -1,5 +1,6 @@
 //! `bench start`: the same pod, alternately with each handler, through the same containerd and network.
 
+pub mod files;
 pub mod images;
 pub mod plot;
 pub mod stats;

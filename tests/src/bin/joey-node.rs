@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use clap::{Parser, Subcommand};
-use joey_tests::bench;
+use clap::{Args, Parser, Subcommand};
+use joey_tests::bench::{self, stats::Report};
 use joey_tests::node::config::Version;
 use joey_tests::node::{Node, Options, holder, names};
 
@@ -47,19 +47,26 @@ enum Command {
     },
 }
 
+/// What every benchmark is told.
+#[derive(Args)]
+struct Measure {
+    /// How often each thing is measured
+    #[arg(long)]
+    runs: Option<usize>,
+    /// Where to write the figures; the picture goes beside it
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// containerd release
+    #[arg(long, default_value = "2.1")]
+    containerd: Version,
+}
+
 #[derive(Subcommand)]
 enum Bench {
     /// Joey beside runc, from RunPodSandbox to RemovePodSandbox
     Start {
-        /// Pods of each handler
-        #[arg(long, default_value_t = 50)]
-        runs: usize,
-        /// Where to write the figures; the picture goes beside it
-        #[arg(long)]
-        json: Option<PathBuf>,
-        /// containerd release
-        #[arg(long, default_value = "2.1")]
-        containerd: Version,
+        #[command(flatten)]
+        measure: Measure,
         /// Handlers to compare
         #[arg(long, value_delimiter = ',', default_value = "joey,runc")]
         handlers: Vec<String>,
@@ -69,15 +76,18 @@ enum Bench {
     },
     /// joey-snapshotter beside overlayfs: a real image unpacked, and images of 1 to 100 layers started
     Image {
-        /// Unpackings and starts of each
-        #[arg(long, default_value_t = 10)]
-        runs: usize,
-        /// Where to write the figures; the picture goes beside it
-        #[arg(long)]
-        json: Option<PathBuf>,
-        /// containerd release
-        #[arg(long, default_value = "2.1")]
-        containerd: Version,
+        #[command(flatten)]
+        measure: Measure,
+    },
+    /// A container's own files: the encrypted disk beside the host's
+    Disk {
+        #[command(flatten)]
+        measure: Measure,
+    },
+    /// A directory of the host
+    Volume {
+        #[command(flatten)]
+        measure: Measure,
     },
 }
 
@@ -99,23 +109,36 @@ fn run(command: Command) -> Result<()> {
         Command::Up { containerd } => up(containerd),
         Command::Down => down(),
         Command::Status => status(),
-        Command::Bench { bench: Bench::Start { runs, json, containerd, handlers, standby } } => {
-            let handlers: Vec<&str> = handlers.iter().map(String::as_str).collect();
-            with_node(containerd, "bench", |node| {
-                if let Some(standby) = standby {
-                    node.configure(&format!("standby = {standby}"))?;
-                }
-                let report = bench::start(node, &handlers, runs, &mut |text| println!("{text}"))?;
-                publish(&report, json.as_deref())
-            })
-        }
-        Command::Bench { bench: Bench::Image { runs, json, containerd } } => {
-            with_node(containerd, "bench", |node| {
-                let report = bench::images::image(node, runs, &mut |text| println!("{text}"))?;
-                publish(&report, json.as_deref())
-            })
-        }
+        Command::Bench { bench } => match bench {
+            Bench::Start { measure, handlers, standby } => {
+                let handlers: Vec<&str> = handlers.iter().map(String::as_str).collect();
+                measure.run(50, |node, runs, progress| {
+                    if let Some(standby) = standby {
+                        node.configure(&format!("standby = {standby}"))?;
+                    }
+                    bench::start(node, &handlers, runs, progress)
+                })
+            }
+            Bench::Image { measure } => measure.run(10, bench::images::image),
+            Bench::Disk { measure } => measure.run(10, bench::files::disk),
+            Bench::Volume { measure } => measure.run(10, bench::files::volume),
+        },
         Command::Demo => with_node(Version::V2_1, "demo", demo::run),
+    }
+}
+
+impl Measure {
+    /// Measures on a node of its own, `runs` times if the operator does not say.
+    fn run(
+        self,
+        runs: usize,
+        bench: impl FnOnce(&Node, usize, &mut dyn FnMut(&str)) -> Result<Report>,
+    ) -> Result<()> {
+        let runs = self.runs.unwrap_or(runs);
+        with_node(self.containerd, "bench", |node| {
+            let report = bench(node, runs, &mut |text| println!("{text}"))?;
+            publish(&report, self.json.as_deref())
+        })
     }
 }
 
@@ -191,7 +214,7 @@ fn with_node(version: Version, name: &str, work: impl FnOnce(&Node) -> Result<()
 }
 
 /// Shows a report and writes it as JSON and picture.
-fn publish(report: &bench::stats::Report, json: Option<&Path>) -> Result<()> {
+fn publish(report: &Report, json: Option<&Path>) -> Result<()> {
     println!("\n{}", report.table());
     let file = format!("target/bench/{}.json", report.name);
     let default = joey_tests::paths::repository().join(file);

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout)]
 
 mod check;
+mod limit;
 mod sandboxes;
 mod standby;
 mod templates;
@@ -51,6 +52,8 @@ enum Task {
         /// Its id, or the beginning of it
         id: String,
     },
+    /// Change how much a running sandbox may ask of its disks in a second
+    Limit(limit::Limit),
     /// Remove what is left of sandboxes whose shim is gone (the shims do so too, now and then)
     Clean,
     /// The guest's console and the agent's log
@@ -130,6 +133,7 @@ fn run(cli: &Cli) -> Result<bool> {
         }
         Task::Ps => sandboxes::list(&config, cli.json)?,
         Task::Inspect { id } => sandboxes::inspect(&config, id, cli.json)?,
+        Task::Limit(limit) => limit::run(&config, limit)?,
         Task::Clean => return sandboxes::clean(&config, cli.json),
         Task::Console { id, follow } => sandboxes::console(&config, id, *follow, cli.json)?,
     }

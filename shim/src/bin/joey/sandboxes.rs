@@ -95,7 +95,7 @@ pub(crate) fn clean(config: &Config, json: bool) -> Result<bool> {
 }
 
 /// The one sandbox whose id begins with `prefix`.
-fn find(config: &Config, prefix: &str) -> Result<Record> {
+pub(crate) fn find(config: &Config, prefix: &str) -> Result<Record> {
     let mut matching: Vec<Record> = Record::all(&config.run_dir)?
         .into_iter()
         .filter(|record| record.id.starts_with(prefix))

@@ -17,6 +17,7 @@ use futures::future::BoxFuture;
 use joey_protocol::limits::DISK_SLOTS;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{SFlag, fstat};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -30,7 +31,7 @@ use self::args::slot_is_writable;
 use self::qmp::{Qmp, QmpError};
 pub(crate) use self::spawn::Launch;
 use super::error::VmmError;
-use super::{Disk, Phases, Vm};
+use super::{Disk, DiskLimits, Phases, Vm};
 
 /// The oldest QEMU with `file:` migration and private mappings of read-only memory files.
 pub const OLDEST: (u32, u32) = (8, 2);
@@ -239,6 +240,20 @@ impl QemuVm {
         Ok(())
     }
 
+    /// All slots are one group, which shares the limits.
+    async fn limit(&self, limits: DiskLimits) -> Result<(), VmmError> {
+        let mut qmp = self.qmp.lock().await;
+        for slot in 0..DISK_SLOTS {
+            let arguments = json!({
+                "id": format!("disk{slot}"), "group": "pod", "bps": 0, "iops": 0,
+                "bps_rd": limits.read_bytes, "bps_wr": limits.write_bytes,
+                "iops_rd": limits.read_operations, "iops_wr": limits.write_operations,
+            });
+            qmp.execute("block_set_io_throttle", arguments).await?;
+        }
+        Ok(())
+    }
+
     async fn delete_node(&self, node: &str) -> Result<(), QmpError> {
         let arguments = json!({"node-name": node});
         self.qmp.lock().await.execute("blockdev-del", arguments).await.map(drop)
@@ -267,8 +282,9 @@ async fn add_node(
     }
     let options = if disk.extents.is_empty() {
         let filename = format!("/dev/fdset/{}", fdset(slot, 0));
+        let is_device = disk.files.first().is_some_and(is_block_device);
         json!({
-            "driver": "file", "node-name": node, "read-only": read_only, "discard": "unmap",
+            "driver": if is_device { "host_device" } else { "file" }, "node-name": node, "read-only": read_only, "discard": "unmap",
             "filename": filename, "locking": "off", "cache": {"no-flush": disk.ephemeral},
         })
     } else {
@@ -284,6 +300,11 @@ async fn add_node(
     };
     qmp.execute("blockdev-add", options).await?;
     Ok(())
+}
+
+fn is_block_device(file: &OwnedFd) -> bool {
+    let kind = fstat(file).map(|meta| SFlag::from_bits_truncate(meta.st_mode) & SFlag::S_IFMT);
+    kind == Ok(SFlag::S_IFBLK)
 }
 
 async fn add_file(
@@ -397,6 +418,10 @@ impl Vm for QemuVm {
 
     fn resize_disk(&self, slot: u32, bytes: u64) -> BoxFuture<'_, Result<(), VmmError>> {
         Box::pin(self.resize(slot, bytes))
+    }
+
+    fn limit_disks(&self, limits: DiskLimits) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(self.limit(limits))
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<(), VmmError>> {
