@@ -16,10 +16,10 @@ use serde_json::from_slice;
 use crate::boot::CGROUP_ROOT;
 use crate::container::{Container, CreateRequest, Error as EngineError};
 use crate::containers::{ContainerEntry, Process};
-use crate::identity::phase;
+use crate::phases::Phases;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::storage::{self, SlotClaim};
-use crate::{block_devices, streams, sys, volumes};
+use crate::{block_devices, streams, volumes};
 
 /// Longest signal number of Linux.
 const SIGNAL_MAX: u32 = 64;
@@ -44,7 +44,9 @@ impl Sandbox {
     ) -> Result<api::CreateContainerResponse, SandboxError> {
         let id = ContainerId::new(&request.container_id)?;
         self.require_stage_of(id.as_str())?;
+        let mut phases = Phases::begin();
         let mut spec: Spec = parse_spec(&request.spec)?;
+        phases.done("container-specification");
         let mut json = std::mem::take(&mut request.spec);
         let rootfs = request.rootfs.get_or_default();
         let mut plan = storage::plan(rootfs, &request.volumes)?;
@@ -54,6 +56,7 @@ impl Sandbox {
         let devices: Vec<_> = request.devices.iter().map(raw).collect();
         let disks: Vec<_> = rootfs.layers.iter().chain(volumes).chain(&devices).collect();
         let slots = SlotClaim::take(&self.slots, &disks)?;
+        phases.done("container-disks");
         if !devices.is_empty() {
             block_devices::name(&mut spec, &request.devices)?;
             json = serde_json::to_vec(&spec).unwrap_or_default();
@@ -65,7 +68,7 @@ impl Sandbox {
         (plan.writable, plan.scratch) = if rootfs.read_only { (None, path) } else { (path, None) };
         let shared_pid = if shares_pid(&spec) { Some(self.pod_pid()?) } else { None };
         let (ends, io) = streams::prepare(&self.mux, request.stdio.get_or_default())?;
-        let begin = sys::monotonic();
+        phases.done("container-layer");
         let mut container = Container::create(CreateRequest {
             id: id.as_str(),
             cgroup_root: Path::new(CGROUP_ROOT),
@@ -79,9 +82,7 @@ impl Sandbox {
         .await
         .map_err(engine)?;
         let child = self.reaper.adopted(Pid::from_raw(container.pid));
-        let mut phases: Vec<_> =
-            container.phases.iter().map(|(name, took)| phase(name, *took)).collect();
-        phases.push(phase("container", sys::monotonic() - begin));
+        phases.add(&container.phases);
         let pumps = ends.run(std::mem::take(&mut container.io))?;
         let pid = child.pid().as_raw().unsigned_abs();
         let init = Process::new(child, pumps);
@@ -93,7 +94,7 @@ impl Sandbox {
             (slots, layer),
             events,
         ));
-        Ok(api::CreateContainerResponse { pid, phases, ..Default::default() })
+        Ok(api::CreateContainerResponse { pid, phases: phases.end(), ..Default::default() })
     }
 
     /// Prepares a further process.
@@ -133,7 +134,7 @@ impl Sandbox {
         request: api::ProcessRequest,
     ) -> Result<api::StartResponse, SandboxError> {
         let container = self.containers.get(&request.container_id)?;
-        let begin = sys::monotonic();
+        let mut phases = Phases::begin();
         let pid = if request.exec_id.is_empty() {
             container.engine.start().await.map_err(engine)?;
             container.init.child.pid()
@@ -142,11 +143,9 @@ impl Sandbox {
             exec.start().await.map_err(engine)?;
             exec.process.child.pid()
         };
-        Ok(api::StartResponse {
-            pid: pid.as_raw().unsigned_abs(),
-            phases: vec![phase("exec", sys::monotonic() - begin)],
-            ..Default::default()
-        })
+        phases.done("exec");
+        let pid = pid.as_raw().unsigned_abs();
+        Ok(api::StartResponse { pid, phases: phases.end(), ..Default::default() })
     }
 
     /// Sends a signal to one process or to all of a container.
@@ -198,6 +197,7 @@ impl Sandbox {
         drop(reservation);
         if request.container_id == REHEARSAL {
             self.volumes.forget_file(&VolumeId::new(REHEARSAL)?)?;
+            storage::vacate(&self.slots)?;
             // In place of the one it took.
             self.spares.fork(Path::new(CGROUP_ROOT), 1).map_err(engine)?;
         }

@@ -19,6 +19,7 @@ use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
 use crate::network::{Links, NetworkError};
+use crate::phases::Phases;
 use crate::sys;
 
 /// Size of the pod's /dev/shm when the host names none, as it is mounted at boot.
@@ -143,16 +144,21 @@ impl Prepared {
         request: &api::StartSandboxRequest,
     ) -> Result<api::StartSandboxResponse, IdentityError> {
         check(request)?;
-        let mut phases = Phases::default();
-        phases.measure("clock", || set_clock(request.wall_clock_ns))?;
-        phases.measure("entropy", || set_entropy(&self.random, &request.entropy))?;
+        let mut phases = Phases::begin();
+        set_clock(request.wall_clock_ns)?;
+        phases.done("clock");
+        set_entropy(&self.random, &request.entropy)?;
         self.unique = true;
-        phases.measure("names", || set_names(&self.machine_id, request))?;
+        phases.done("entropy");
+        set_names(&self.machine_id, request)?;
+        phases.done("names");
         // Before the sysctls, which may be an interface's.
-        phases.measure("network", || Ok(self.links.apply(&request.network)?))?;
-        phases.measure("sysctls", || set_sysctls(request))?;
-        phases.measure("shared memory", || set_shared_memory(request.shm_bytes))?;
-        Ok(api::StartSandboxResponse { phases: phases.0, ..Default::default() })
+        self.links.apply(&request.network)?;
+        phases.done("network");
+        set_sysctls(request)?;
+        set_shared_memory(request.shm_bytes)?;
+        phases.done("settings");
+        Ok(api::StartSandboxResponse { phases: phases.end(), ..Default::default() })
     }
 }
 
@@ -183,31 +189,6 @@ fn check(request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
         sysctl_path(name)?;
     }
     Ok(())
-}
-
-#[derive(Default)]
-struct Phases(Vec<api::Phase>);
-
-impl Phases {
-    fn measure<T>(
-        &mut self,
-        name: &str,
-        work: impl FnOnce() -> Result<T, IdentityError>,
-    ) -> Result<T, IdentityError> {
-        let begin = sys::monotonic();
-        let result = work()?;
-        self.0.push(phase(name, sys::monotonic() - begin));
-        Ok(result)
-    }
-}
-
-/// One measured step as the protocol carries it.
-pub(crate) fn phase(name: &str, took: Duration) -> api::Phase {
-    api::Phase {
-        name: name.to_owned(),
-        nanoseconds: u64::try_from(took.as_nanos()).unwrap_or(u64::MAX),
-        ..Default::default()
-    }
 }
 
 fn set_clock(wall_clock_ns: i64) -> Result<(), IdentityError> {

@@ -20,6 +20,7 @@ mod log;
 mod network;
 mod oom;
 mod paths;
+mod phases;
 mod pod_disk;
 mod pod_pid;
 mod reap;

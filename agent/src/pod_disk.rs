@@ -31,8 +31,8 @@ use joey_protocol::limits::{MAX_POD_DISK, POD_DISK};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::device_mapper::{self, Key};
-use crate::identity::phase;
 use crate::log::warning;
+use crate::phases::Phases;
 use crate::reap::Reaper;
 use crate::storage::{self, StorageError};
 use crate::sys;
@@ -116,18 +116,12 @@ impl PodDisk {
     pub(crate) fn open(&self, bytes: u64) -> Result<Vec<api::Phase>, StorageError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         Self::close(&mut open)?;
-        let mut phases = Vec::new();
-        let mut last = sys::monotonic();
-        let mut done = |name: &str| {
-            let now = sys::monotonic();
-            phases.push(phase(name, now.saturating_sub(last)));
-            last = now;
-        };
+        let mut phases = Phases::begin();
         new_key().and_then(|key| key.replace(POD_DISK)).map_err(failed("setting its key"))?;
-        done("disk-key");
+        phases.done("disk-key");
         let mapped = device_mapper::node(POD_DISK);
         self.format(&mapped, bytes / GROUP).map_err(failed("writing an empty file system"))?;
-        done("disk-format");
+        phases.done("disk-format");
         fs::create_dir_all(DISK).map_err(failed("making the mount point"))?;
         mount(Some(&mapped), DISK, Some("ext4"), MsFlags::MS_NODEV, Some(OPTIONS))
             .map_err(|error| failed("mounting it")(error.into()))?;
@@ -137,8 +131,8 @@ impl PodDisk {
         for path in [LAYERS, VOLUMES] {
             fs::create_dir(path).map_err(failed("making its directories"))?;
         }
-        done("disk-mount");
-        Ok(phases)
+        phases.done("disk-mount");
+        Ok(phases.end())
     }
 
     /// Writes an empty file system of so many block groups.

@@ -217,6 +217,11 @@ impl SlotClaim {
     }
 }
 
+/// Takes back what the rehearsal made of its slots, so that the pod's first disk finds nothing to remove.
+pub(crate) fn vacate(slots: &SharedSlots) -> Result<(), StorageError> {
+    slots.lock().unwrap_or_else(PoisonError::into_inner).vacate()
+}
+
 impl Drop for SlotClaim {
     fn drop(&mut self) {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).give_back(&self.taken);
@@ -278,6 +283,17 @@ impl Slots {
             let made = verity.create(slot, &device);
             made.map_err(|source| StorageError::Device { slot, device, source })?;
             self.mapped.insert(slot, verity);
+        }
+        Ok(())
+    }
+
+    /// Takes the devices away from slots that nobody uses, and what is cached of their disks: as if they had
+    /// never been used.
+    fn vacate(&mut self) -> Result<(), StorageError> {
+        let unused = self.used.iter().copied().filter(|slot| !self.users.contains_key(slot));
+        for slot in unused.collect::<Vec<_>>() {
+            self.change(slot, device(slot)?, None)?;
+            self.used.remove(&slot);
         }
         Ok(())
     }

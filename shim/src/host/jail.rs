@@ -102,13 +102,8 @@ fn c(path: &OsStr) -> io::Result<CString> {
 }
 
 impl Jail {
-    /// A jail on top of `root`, an existing directory, for `program`.
-    pub fn new(
-        root: &Path,
-        program: &Path,
-        identity: Identity,
-        cgroups: Vec<OwnedFd>,
-    ) -> io::Result<Self> {
+    /// A jail on top of `root`, an existing directory.
+    pub fn new(root: &Path, identity: Identity, cgroups: Vec<OwnedFd>) -> io::Result<Self> {
         let mut jail = Self {
             root: c(root.as_os_str())?,
             binds: Vec::new(),
@@ -128,10 +123,16 @@ impl Jail {
                 Err(_) => {}
             }
         }
-        if !program.starts_with("/usr/lib") {
-            jail.bind(program, program, false)?;
-        }
         Ok(jail)
+    }
+
+    /// Shows `program` as `name`, from whose place it finds its data.
+    pub fn program(&mut self, program: &Path, name: &Path) -> io::Result<()> {
+        if SYSTEM.iter().any(|shown| name.starts_with(shown)) {
+            // It is there already, and nothing can be made beside it.
+            return Ok(());
+        }
+        self.bind(program, name, false)
     }
 
     /// Shows `source` in the jail as `target`, read-only unless `writable`.

@@ -20,7 +20,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::disks::Disks;
 use super::record::ProcessId;
-use super::{Guest, Handle, PodDisk, Progress, SandboxError, plan, teardown};
+use super::{Guest, Handle, Opening, PodDisk, Progress, SandboxError, plan, teardown};
 use crate::guest::GuestChannel;
 use crate::host::cgroup;
 use crate::host::net::{self, Wire};
@@ -325,16 +325,22 @@ impl Handle {
             .map_or(Ok(()), Wire::open)
             .map_err(|error| SandboxError::host(id, "open the pod's network to its VM", error))?;
         self.record(|record| record.machine_id = hex(machine_id))?;
-        let guest = Guest { client: channel.client, streams: channel.streams, vm, disks };
+        let (client, streams) = (channel.client, channel.streams);
+        let mut guest = Guest { client, streams, vm, disks, pod_disk: Opening::done() };
         self.limit_disks(&guest, &wanted.annotations).await?;
         if disk.is_none_or(|disk| disk.mib() != disk_mib) {
-            let start = Instant::now();
             let directory = self.0.config.disk_dir();
-            let (_, phases) = PodDisk::open(&guest, &directory, disk_mib, disk)
+            let disk = PodDisk::attach(&guest, &directory, disk_mib, disk)
                 .await
                 .map_err(|error| SandboxError::Refused(format!("sandbox {id}: {error}")))?;
-            self.0.timeline.host("pod-disk", "", start);
-            self.note_phases("", &phases);
+            let (handle, client) = (self.clone(), guest.client.clone());
+            guest.pod_disk = Opening::beside(async move {
+                let start = Instant::now();
+                let phases = disk.open(&client).await?;
+                handle.0.timeline.host("pod-disk", "", start);
+                handle.note_phases("", &phases);
+                Ok(())
+            });
         }
         self.watch(guest.clone(), channel.events, channel.lost);
         Ok(guest)

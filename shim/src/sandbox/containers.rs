@@ -123,6 +123,11 @@ impl Handle {
             .map_err(|error| SandboxError::host(id, "prepare the root file system", error))?;
         self.0.timeline.host("image", id, start);
         let guest = self.guest().await?;
+        guest
+            .pod_disk
+            .wait()
+            .await
+            .map_err(|reason| SandboxError::Refused(format!("container {id}: {reason}")))?;
         let start = Instant::now();
         let mut rootfs = api::Rootfs { read_only: plan.read_only_root, ..Default::default() };
         for image in images {

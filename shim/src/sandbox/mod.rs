@@ -40,7 +40,7 @@ use tokio::task::JoinHandle;
 pub(crate) use self::bringup::Wanted;
 use self::containers::Container;
 pub(crate) use self::disks::Disks;
-pub(crate) use self::pod_disk::PodDisk;
+pub(crate) use self::pod_disk::{Opening, PodDisk};
 use self::record::{ProcessId, Record};
 use self::state::{Exit, Process};
 use self::timeline::Timeline;
@@ -63,6 +63,8 @@ pub(crate) struct Guest {
     pub(crate) streams: Streams,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) disks: Arc<Disks>,
+    /// The pod's own disk.
+    pub(crate) pod_disk: Opening,
 }
 
 /// How far the sandbox's start has come.

@@ -8,12 +8,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared, ready};
 use joey_protocol::api;
 use joey_protocol::limits::POD_DISK;
 
 use super::Guest;
-use crate::guest::GuestError;
+use crate::guest::{Client, GuestError};
 use crate::vmm::{Disk, VmmError};
 
 /// Why the pod has no disk.
@@ -46,13 +49,13 @@ pub(crate) struct PodDisk {
 }
 
 impl PodDisk {
-    /// Gives the guest a disk of this size, empty, in place of `former`.
-    pub(crate) async fn open(
+    /// Puts a disk of this size into its slot, empty, in place of `former`. The guest is still to open it.
+    pub(crate) async fn attach(
         guest: &Guest,
         directory: &Path,
         mib: u64,
         former: Option<Self>,
-    ) -> Result<(Self, Vec<api::Phase>), PodDiskError> {
+    ) -> Result<Self, PodDiskError> {
         let bytes = mib << 20;
         if former.is_some() {
             // What there was of it, an empty file system, is noise under the next key.
@@ -65,14 +68,51 @@ impl PodDisk {
             let disk = Disk { ephemeral: true, ..Disk::from(file) };
             guest.vm.attach_disk(POD_DISK, &disk, false).await?;
         }
-        let request = api::OpenDiskRequest { bytes, ..Default::default() };
-        let opened = guest.client.open_disk(&request).await?;
-        Ok((Self { mib }, opened.phases))
+        Ok(Self { mib })
+    }
+
+    /// Has the guest put its cipher and an empty file system on it. Says what took how long.
+    pub(crate) async fn open(self, client: &Client) -> Result<Vec<api::Phase>, PodDiskError> {
+        let request = api::OpenDiskRequest { bytes: self.mib << 20, ..Default::default() };
+        Ok(client.open_disk(&request).await?.phases)
     }
 
     /// Its size.
     pub(crate) fn mib(self) -> u64 {
         self.mib
+    }
+}
+
+/// A disk that the guest is opening: beside the sandbox's start, since only containers need it.
+#[derive(Clone)]
+pub(crate) struct Opening(Shared<BoxFuture<'static, Result<(), Arc<str>>>>);
+
+impl Opening {
+    /// One that is open.
+    pub(crate) fn done() -> Self {
+        Self(ready(Ok(())).boxed().shared())
+    }
+
+    /// What goes on even if nobody waits for it.
+    pub(crate) fn beside(
+        opening: impl Future<Output = Result<(), PodDiskError>> + Send + 'static,
+    ) -> Self {
+        let opening = tokio::spawn(opening);
+        let end = async {
+            match opening.await {
+                Ok(opened) => opened.map_err(|error| error.to_string().into()),
+                Err(error) => Err(error.to_string().into()),
+            }
+        };
+        Self(end.boxed().shared())
+    }
+
+    /// Waits until it is open.
+    ///
+    /// # Errors
+    /// Why it could not be opened, each time.
+    pub(crate) async fn wait(&self) -> Result<(), Arc<str>> {
+        self.0.clone().await
     }
 }
 

@@ -19,7 +19,7 @@ use crate::guest::GuestChannel;
 use crate::host::cgroup;
 use crate::host::net::ParkedTap;
 use crate::sandbox::record::{self, ProcessId, Record};
-use crate::sandbox::{Disks, Guest, teardown};
+use crate::sandbox::{Disks, Guest, Opening, teardown};
 use crate::sizing::Sizing;
 use crate::vmm::{self, VmSpec};
 use crate::{serve, sys};
@@ -201,6 +201,7 @@ async fn prepare(config: &Config, sizing: Sizing, id: &str, directory: &Path) ->
         streams: channel.streams.clone(),
         vm: vm.clone(),
         disks: disks.clone(),
+        pod_disk: Opening::done(),
     };
     let disk = rehearse(config, &guest, &mut channel.events).await?;
     Ok(Standby { sizing, vm, channel, disks, disk, tap })

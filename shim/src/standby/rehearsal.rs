@@ -35,7 +35,8 @@ pub(super) async fn rehearse(
     let verity = image.verity.as_ref().map(api::Verity::from);
     guest.client.rehearse_sandbox(&identity()?).await.context("rehearsing a sandbox's start")?;
     let mib = sizing::disk_mib(config, &HashMap::new())?;
-    let (pod_disk, _) = PodDisk::open(guest, &config.disk_dir(), mib, None).await?;
+    let pod_disk = PodDisk::attach(guest, &config.disk_dir(), mib, None).await?;
+    pod_disk.open(&guest.client).await?;
     let slot = guest.disks.attach(guest.vm.as_ref(), image).await?;
     let disk = api::Disk {
         slot,

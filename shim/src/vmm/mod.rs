@@ -203,7 +203,12 @@ async fn clone(
     spec: VmSpec,
     phases: &mut Phases,
 ) -> Result<QemuVm, VmmError> {
-    let paths = Paths { kernel: template.kernel(), initrd: None, memory: Some(template.memory()) };
+    let paths = Paths {
+        kernel: template.kernel(),
+        initrd: None,
+        memory: Some(template.memory()),
+        vmm: template.vmm(),
+    };
     let state = template.open_state()?;
     let launch = prepare(config, store, Mode::Clone, spec, &paths, Some(state))?;
     let vm = QemuVm::start(launch, phases).await?;
@@ -223,6 +228,7 @@ async fn cold(
         kernel: config.guest_dir.join("vmlinuz"),
         initrd: Some(config.guest_dir.join("initrd")),
         memory: None,
+        vmm: None,
     };
     let launch = prepare(config, store, Mode::Cold, spec, &paths, None)?;
     let vm = QemuVm::start(launch, &mut phases).await?;
@@ -234,6 +240,8 @@ pub(crate) struct Paths {
     pub(crate) kernel: PathBuf,
     pub(crate) initrd: Option<PathBuf>,
     pub(crate) memory: Option<PathBuf>,
+    /// What is executed as the configured QEMU; none: that itself.
+    pub(crate) vmm: Option<PathBuf>,
 }
 
 /// Command line, jail and descriptors of one machine.
@@ -264,7 +272,9 @@ pub(crate) fn prepare<'a>(
         source,
     };
     let identity = config.ids.of(&spec.id);
-    let mut jail = Jail::new(&root, &config.qemu, identity, spec.cgroup_procs).map_err(jailing)?;
+    let mut jail = Jail::new(&root, identity, spec.cgroup_procs).map_err(jailing)?;
+    let vmm = paths.vmm.as_ref().unwrap_or(&config.qemu);
+    jail.program(vmm, &config.qemu).map_err(jailing)?;
     let files = [
         (Some(&paths.kernel), "/vmlinuz", false),
         (paths.initrd.as_ref(), "/initrd", false),

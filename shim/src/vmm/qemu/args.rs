@@ -7,7 +7,7 @@ use joey_protocol::limits::{DISK_SLOTS, MAX_POD_DISK};
 use serde_json::json;
 
 /// Version of the machine's layout; part of a template's key.
-pub const LAYOUT: u32 = 4;
+pub const LAYOUT: u32 = 5;
 /// The last slots can be written, the others only read: a guest learns that once, when it boots.
 pub const WRITABLE_SLOTS: u32 = 4;
 /// Size of an empty slot: no disk is larger, so that one is never cut off by a guest that has not heard of
@@ -137,10 +137,10 @@ const MACHINE: &str = "microvm,acpi=on,rtc=on,pit=on,pic=on,ioapic2=on,isa-seria
     x-option-roms=on,auto-kernel-cmdline=off,memory-backend=memory";
 /// `panic=-1`, `reboot=t` and QEMU's `-no-reboot`: the guest's end is QEMU's end. Entropy comes from
 /// the host with each sandbox, not from the processor, which a template would have asked once.
-/// Beyond that, less work for a small machine: no pressure accounting, no watchdogs, no huge pages
-/// but where asked for, no security module but the one that containers may use for themselves.
+/// Beyond that, less work for a small machine: no pressure accounting, no watchdogs, no waiting for
+/// quiet ticks where few processors can be asked at once (`rcu_expedited`), no huge pages but where asked for, no security module but the one that containers may use for themselves.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 random.trust_cpu=off edd=off tsc=reliable \
-     psi=0 nowatchdog transparent_hugepage=madvise init_on_alloc=0 lsm=landlock";
+     psi=0 nowatchdog rcupdate.rcu_expedited=1 transparent_hugepage=madvise init_on_alloc=0 lsm=landlock";
 
 fn memory(machine: &Machine<'_>) -> String {
     let size = machine.memory_mib;

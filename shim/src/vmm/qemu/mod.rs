@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod qmp;
+pub(crate) mod relocate;
 mod spawn;
 
 use std::collections::BTreeMap;

@@ -15,11 +15,12 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::time::timeout;
 
 use super::{
-    KERNEL, MANIFEST, MEMORY, Manifest, STATE, Template, TemplateError, TemplateStore, file_error,
-    record,
+    KERNEL, MANIFEST, MEMORY, Manifest, STATE, Template, TemplateError, TemplateStore, VMM,
+    file_error, record,
 };
 use crate::config::DISK_MIB;
 use crate::vmm::qemu::args::Mode;
+use crate::vmm::qemu::relocate::{random_base, relocate};
 use crate::vmm::qemu::{QemuVm, kernel_stub};
 use crate::vmm::{Disk, Paths, Phases, Vm as _, VmSpec, VmmError, prepare};
 
@@ -114,6 +115,7 @@ impl TemplateStore<'_> {
             kernel: self.config.guest_dir.join("vmlinuz"),
             initrd: Some(self.config.guest_dir.join("initrd")),
             memory: Some(memory.clone()),
+            vmm: None,
         };
         let launch = prepare(self.config, self, Mode::Build, spec, &paths, None)?;
         let vm = QemuVm::start(launch, &mut Phases::new()).await?;
@@ -134,15 +136,32 @@ impl TemplateStore<'_> {
         vm.save(target.into()).await?;
         vm.kill();
         vm.exited().await;
+        self.relocate_vmm(&work.join(VMM)).map_err(error(&work.join(VMM)))?;
         self.publish(work, key, vcpus, memory_mib)
+    }
+
+    /// Makes the copy of QEMU that clones run. Without one they run QEMU itself, for more time and memory.
+    fn relocate_vmm(&self, copy: &Path) -> io::Result<()> {
+        let mut image = fs::read(&self.config.qemu)?;
+        match relocate(&mut image, random_base()?) {
+            Ok(()) => fs::write(copy, image),
+            Err(error) => {
+                tracing::warn!("clones run {} as it is: {error}", self.config.qemu.display());
+                Ok(())
+            }
+        }
     }
 
     fn publish(&self, work: &Path, key: &str, vcpus: u32, memory_mib: u32) -> Result<(), VmmError> {
         let mut files = BTreeMap::new();
-        for name in [MEMORY, STATE, KERNEL] {
+        for name in [MEMORY, STATE, KERNEL, VMM] {
             let path = work.join(name);
+            if name == VMM && !path.exists() {
+                continue;
+            }
             // Every VMM has an id of its own and may read; the directory keeps everyone else out.
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
+            let mode = if name == VMM { 0o555 } else { 0o444 };
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode))
                 .and_then(|()| std::os::unix::fs::chown(&path, Some(0), Some(0)))
                 .and_then(|()| File::open(&path)?.sync_all())
                 .map_err(file_error(key, &path))?;

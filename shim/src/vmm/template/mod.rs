@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <templates>/<key>.lock     held while one is built       <key>.<pid>.new/  being built
-//! <templates>/<key>/         memory state kernel manifest.json      published by rename
+//! <templates>/<key>/         memory state kernel qemu manifest.json published by rename
 //! ```
 //!
 //! Invariants: a published template is complete and never changes; what it depends on is its key; it
@@ -31,6 +31,8 @@ use super::{VmmConfig, VmmError};
 const MEMORY: &str = "memory";
 const STATE: &str = "state";
 const KERNEL: &str = "kernel";
+/// QEMU with its addresses put in; not there if that could not be done.
+const VMM: &str = "qemu";
 const MANIFEST: &str = "manifest.json";
 
 /// What is wrong with a template.
@@ -116,6 +118,10 @@ impl Template {
 
     pub(crate) fn kernel(&self) -> PathBuf {
         self.directory.join(KERNEL)
+    }
+
+    pub(crate) fn vmm(&self) -> Option<PathBuf> {
+        self.manifest.files.contains_key(VMM).then(|| self.directory.join(VMM))
     }
 
     pub(crate) fn open_state(&self) -> Result<OwnedFd, TemplateError> {
