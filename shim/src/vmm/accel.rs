@@ -30,12 +30,21 @@ pub struct Acceleration {
     /// Under software emulation the guest reads the host's time-stamp counter, and finding its speed
     /// out by itself takes longer than its kernel waits on a busy node: so it is told, in kHz.
     pub tsc_khz: Option<u64>,
+    /// The processor's model and abilities: what a machine has seen of them it remembers.
+    pub processor: String,
 }
 
 impl Acceleration {
     /// `kvm` or `tcg`.
     pub fn name(&self) -> &'static str {
         if self.kvm { "kvm" } else { "tcg" }
+    }
+
+    /// All that a guest which has booted depends on: a template's disk may come to another node.
+    pub(crate) fn identity(&self) -> String {
+        // The speed as far as it is the same at each measurement.
+        let mhz = self.tsc_khz.map(|khz| (khz + 5_000) / 10_000 * 10);
+        format!("{} {mhz:?} {}", self.name(), self.processor)
     }
 }
 
@@ -70,9 +79,16 @@ fn keep(path: &Path, found: &Acceleration) -> std::io::Result<()> {
 
 /// Probes without looking at what is known.
 pub fn probe_now() -> Acceleration {
-    match try_kvm() {
-        Ok(()) => Acceleration { kvm: true, reason: "a trial guest ran".to_owned(), tsc_khz: None },
-        Err(reason) => Acceleration { kvm: false, reason, tsc_khz: Some(tsc_khz()) },
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = |name| cpuinfo.lines().find(|line: &&str| line.starts_with(name));
+    let processor = ["vendor_id", "model name", "flags"].map(|name| line(name).unwrap_or_default());
+    let processor = processor.join("\n");
+    match try_kvm(line("flags").unwrap_or_default()) {
+        Ok(()) => {
+            let reason = "a trial guest ran".to_owned();
+            Acceleration { kvm: true, reason, tsc_khz: None, processor }
+        }
+        Err(reason) => Acceleration { kvm: false, reason, tsc_khz: Some(tsc_khz()), processor },
     }
 }
 
@@ -86,9 +102,7 @@ fn tsc_khz() -> u64 {
     u64::try_from(khz).unwrap_or(0)
 }
 
-fn try_kvm() -> Result<(), String> {
-    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = processor.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+fn try_kvm(flags: &str) -> Result<(), String> {
     if !flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
         return Err("the processor offers no virtualization (no vmx or svm flag)".to_owned());
     }
@@ -156,7 +170,12 @@ mod tests {
     #[test]
     fn what_is_known_is_not_probed_again() {
         let directory = tempfile::tempdir().unwrap();
-        let known = Acceleration { kvm: true, reason: "known".to_owned(), tsc_khz: None };
+        let known = Acceleration {
+            kvm: true,
+            reason: "known".to_owned(),
+            tsc_khz: None,
+            processor: String::new(),
+        };
         keep(&directory.path().join("accelerator.json"), &known).unwrap();
         assert_eq!(probe(directory.path()), known);
     }

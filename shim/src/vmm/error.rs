@@ -4,6 +4,9 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// How a VMM that ended by itself is told of.
+pub(crate) const EXITED: &str = "exit status";
+
 /// A failed operation on a virtual machine, a template or the VMM.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
@@ -98,6 +101,16 @@ pub enum VmmError {
 }
 
 impl VmmError {
+    /// Whether it is for the template that a clone did not come up: QEMU itself refused it, which a VMM that
+    /// was killed, or was given no time or memory, does not say.
+    pub(crate) fn is_templates_fault(&self) -> bool {
+        match self {
+            Self::Ended { status, .. } => status.starts_with(EXITED),
+            Self::Template(error) => error.is_damage(),
+            _ => false,
+        }
+    }
+
     /// Names what was tried when the kernel refused.
     pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();

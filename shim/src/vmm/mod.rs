@@ -22,7 +22,7 @@ use tokio::net::UnixStream;
 pub use self::error::VmmError;
 use self::qemu::args::{Machine, Mode, arguments};
 use self::qemu::{Launch, QemuVm};
-use self::template::{Template, TemplateStore};
+use self::template::{Template, TemplateError, TemplateStore};
 use crate::host::jail::{IdRange, Jail};
 use crate::sys;
 
@@ -160,7 +160,7 @@ pub async fn start(config: &VmmConfig, spec: VmSpec) -> Result<Started, VmmError
     if !config.use_templates {
         return cold(config, &store, spec, phases).await;
     }
-    let template = match store.open(&key) {
+    let template = match open(config, &store, &key).await {
         Ok(template) => template,
         Err(error) => {
             tracing::warn!("sandbox {}: boots cold: {error}", spec.id);
@@ -175,14 +175,34 @@ pub async fn start(config: &VmmConfig, spec: VmSpec) -> Result<Started, VmmError
     let again = copy_of(&spec)?;
     match clone(config, &store, &template, spec, &mut phases).await {
         Ok(vm) => Ok(Started { vm: Box::new(vm), cloned: true, phases }),
-        Err(error @ (VmmError::Ended { .. } | VmmError::Deadline { .. })) => {
+        Err(error) => {
             tracing::warn!("sandbox {}: cloning failed, boots cold: {error}", again.id);
-            store.condemn(&key);
-            build_beside(config, again.vcpus, again.memory_mib);
+            if error.is_templates_fault() {
+                store.condemn(&key);
+                build_beside(config, again.vcpus, again.memory_mib);
+            } else {
+                store.doubt(&key);
+            }
             cold(config, &store, again, phases).await
         }
-        Err(error) => Err(error),
     }
+}
+
+/// Opens a template; a check of its content, which takes a while, leaves this thread to others.
+async fn open(
+    config: &VmmConfig,
+    store: &TemplateStore<'_>,
+    key: &str,
+) -> Result<Template, TemplateError> {
+    if let Some(template) = store.open_known(key) {
+        return Ok(template);
+    }
+    let (config, key) = (config.clone(), key.to_owned());
+    let opening = tokio::task::spawn_blocking(move || {
+        let store = TemplateStore::new(&config);
+        store.map_err(|_| TemplateError::Missing(key.clone())).and_then(|store| store.open(&key))
+    });
+    opening.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
 fn copy_of(spec: &VmSpec) -> Result<VmSpec, VmmError> {

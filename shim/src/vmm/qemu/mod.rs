@@ -31,7 +31,7 @@ use tokio::time::timeout;
 use self::args::slot_is_writable;
 use self::qmp::{Qmp, QmpError};
 pub(crate) use self::spawn::Launch;
-use super::error::VmmError;
+use super::error::{EXITED, VmmError};
 use super::{Disk, DiskLimits, Phases, Vm};
 
 /// The oldest QEMU with `file:` migration and private mappings of read-only memory files.
@@ -469,7 +469,7 @@ fn reap(pid: i32, pidfd: OwnedFd) -> Result<watch::Receiver<Option<String>>, Vmm
     tokio::spawn(async move {
         let _ = pidfd.readable().await;
         let how = match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED) {
-            Ok(WaitStatus::Exited(_, code)) => format!("exit status {code}"),
+            Ok(WaitStatus::Exited(_, code)) => format!("{EXITED} {code}"),
             Ok(WaitStatus::Signaled(_, signal, _)) => format!("killed by {signal}"),
             Ok(status) => format!("{status:?}"),
             Err(error) => format!("process {pid} is gone ({error})"),

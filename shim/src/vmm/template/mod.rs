@@ -171,7 +171,7 @@ impl<'a> TemplateStore<'a> {
             self.guest,
             self.qemu.text,
             self.qemu.identity,
-            self.acceleration.name(),
+            self.acceleration.identity(),
         );
         let mut key = hex(&Sha256::digest(text.as_bytes()));
         key.truncate(24);
@@ -192,20 +192,41 @@ impl<'a> TemplateStore<'a> {
         found
     }
 
-    /// A template that may be used: complete, and checked since it last changed.
+    /// A template that may be used: complete, and checked since it last changed. The check reads all of it.
     pub fn open(&self, key: &str) -> Result<Template, TemplateError> {
         let template = self.read(key)?;
-        let stamp = self.config.run_dir.join(format!("template-{key}"));
         let identity = template.identity()?;
-        if fs::read_to_string(&stamp).is_ok_and(|known| known == identity) {
+        if self.is_known(key, &identity) {
             return Ok(template);
         }
         template.check()?;
+        let stamp = self.stamp(key);
         let _ = fs::create_dir_all(&self.config.run_dir);
         if let Err(error) = fs::write(&stamp, identity) {
             tracing::warn!("keeping {}: {error}", stamp.display());
         }
         Ok(template)
+    }
+
+    /// A template that has been checked already, and so takes no time.
+    pub(crate) fn open_known(&self, key: &str) -> Option<Template> {
+        let template = self.read(key).ok()?;
+        let identity = template.identity().ok()?;
+        self.is_known(key, &identity).then_some(template)
+    }
+
+    /// What a template was when it was checked.
+    fn stamp(&self, key: &str) -> PathBuf {
+        self.config.run_dir.join(format!("template-{key}"))
+    }
+
+    fn is_known(&self, key: &str, identity: &str) -> bool {
+        fs::read_to_string(self.stamp(key)).is_ok_and(|known| known == identity)
+    }
+
+    /// Has a template that a machine ended with checked before it is used again.
+    pub(crate) fn doubt(&self, key: &str) {
+        let _ = fs::remove_file(self.stamp(key));
     }
 
     /// Checks a template in full.
@@ -250,7 +271,7 @@ impl<'a> TemplateStore<'a> {
 
     /// Takes away a template that proved bad, so that the next build makes a new one.
     pub(crate) fn condemn(&self, key: &str) {
-        let _ = fs::remove_file(self.config.run_dir.join(format!("template-{key}")));
+        self.doubt(key);
         if let Err(error) = self.remove(key) {
             tracing::warn!("removing a bad template: {error}");
         }

@@ -22,7 +22,12 @@ fn config(root: &Path) -> VmmConfig {
 fn store(config: &VmmConfig) -> TemplateStore<'_> {
     TemplateStore {
         config,
-        acceleration: Acceleration { kvm: false, reason: String::new(), tsc_khz: None },
+        acceleration: Acceleration {
+            kvm: false,
+            reason: String::new(),
+            tsc_khz: None,
+            processor: String::new(),
+        },
         qemu: Version { text: "10.0.0".to_owned(), identity: String::new() },
         guest: "0".repeat(64),
     }
@@ -103,4 +108,36 @@ fn what_other_images_and_dead_builders_left_is_collected() {
     assert_eq!(removed, expected);
     store.open(&good).unwrap();
     assert!(config.templates_dir.join(ours).exists());
+}
+
+#[test]
+fn a_template_in_doubt_is_checked_again() {
+    let root = tempfile::tempdir().unwrap();
+    let config = config(root.path());
+    let store = store(&config);
+    let key = publish(&store);
+    assert!(store.open_known(&key).is_none());
+    store.open(&key).unwrap();
+    assert!(store.open_known(&key).is_some());
+    store.doubt(&key);
+    assert!(store.open_known(&key).is_none());
+    store.open(&key).unwrap();
+}
+
+#[test]
+fn a_template_is_of_one_processor() {
+    let root = tempfile::tempdir().unwrap();
+    let config = config(root.path());
+    let with = |khz, processor: &str| {
+        let acceleration = Acceleration {
+            tsc_khz: khz,
+            processor: processor.to_owned(),
+            ..store(&config).acceleration
+        };
+        TemplateStore { acceleration, ..store(&config) }.key(1, 256).unwrap()
+    };
+    let key = with(Some(2_449_998), "one");
+    assert_eq!(key, with(Some(2_450_002), "one"));
+    assert_ne!(key, with(Some(2_650_000), "one"));
+    assert_ne!(key, with(Some(2_449_998), "another"));
 }
