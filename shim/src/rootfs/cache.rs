@@ -56,12 +56,42 @@ pub fn all(config: &Config) -> Result<Vec<Cached>, RootfsError> {
     Ok(found)
 }
 
+/// Holds the lock at `path`, a file that whoever is done with it removes: what was waited for may be the lock
+/// of nothing by then.
+pub(super) fn lock(path: &Path, how: FlockArg) -> io::Result<Flock<File>> {
+    loop {
+        let held = Flock::lock(File::create(path)?, how).map_err(|(_, errno)| errno)?;
+        let same = std::fs::metadata(path).is_ok_and(|there| {
+            held.metadata().is_ok_and(|held| (held.dev(), held.ino()) == (there.dev(), there.ino()))
+        });
+        if same {
+            return Ok(held);
+        }
+    }
+}
+
+/// Removes what converters left that were killed.
+fn sweep(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let unfinished =
+            path.extension().is_some_and(|kind| ["new", "mnt"].iter().any(|other| kind == *other));
+        let lock_path = path.with_extension("lock");
+        if unfinished && let Ok(_held) = lock(&lock_path, FlockArg::LockExclusiveNonblock) {
+            let _ = std::fs::remove_file(&path);
+            let _ = std::fs::remove_dir(&path);
+            let _ = std::fs::remove_file(lock_path);
+        }
+    }
+}
+
 /// Removes images, those that were not used for longest first, until no more than `bound` bytes are
-/// left; images in use stay. Gives the keys of the removed ones.
+/// left; images in use stay. Gives the keys of the removed ones. What was never finished goes in any case.
 ///
 /// # Errors
 /// The folder cannot be read.
 pub fn shrink(config: &Config, bound: u64) -> Result<Vec<String>, RootfsError> {
+    sweep(&folder(config));
     let images = all(config)?;
     let mut total: u64 = images.iter().map(|image| image.bytes).sum();
     let mut removed = Vec::new();
@@ -127,5 +157,39 @@ mod tests {
         assert_eq!(shrink(&config, 0).unwrap(), ["c"]);
         let left: Vec<String> = all(&config).unwrap().into_iter().map(|image| image.key).collect();
         assert_eq!(left, ["a"]);
+    }
+
+    #[test]
+    fn what_killed_converters_left_is_swept_but_not_what_is_under_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config { state_dir: dir.path().to_owned(), ..Config::default() };
+        let folder = folder(&config);
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("dead.new"), "half").unwrap();
+        std::fs::create_dir(folder.join("dead.mnt")).unwrap();
+        std::fs::write(folder.join("busy.new"), "half").unwrap();
+        let held = lock(&folder.join("busy.lock"), FlockArg::LockExclusive).unwrap();
+        shrink(&config, u64::MAX).unwrap();
+        let mut left: Vec<_> =
+            std::fs::read_dir(&folder).unwrap().flatten().map(|entry| entry.file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["busy.lock", "busy.new"]);
+        drop(held);
+    }
+
+    #[test]
+    fn a_lock_that_was_removed_is_taken_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("k.lock");
+        let first = lock(&path, FlockArg::LockExclusive).unwrap();
+        let waiting = std::thread::spawn({
+            let path = path.clone();
+            move || lock(&path, FlockArg::LockExclusive).unwrap()
+        });
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::fs::remove_file(&path).unwrap();
+        drop(first);
+        let _second = waiting.join().unwrap();
+        assert!(lock(&path, FlockArg::LockExclusiveNonblock).is_err());
     }
 }

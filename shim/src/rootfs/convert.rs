@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::FlockArg;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
@@ -35,14 +35,12 @@ pub fn run(
     let folder = cache::folder(config);
     fs::create_dir_all(&folder).map_err(io_error("make folder", &folder))?;
     let lock = output.with_extension("lock");
-    let held = File::create(&lock).map_err(io_error("make lock", &lock))?;
-    let held = Flock::lock(held, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| io_error("lock", &lock)(errno.into()))?;
+    let held = cache::lock(&lock, FlockArg::LockExclusive).map_err(io_error("lock", &lock))?;
     if !output.exists() {
         make(config, output, lowers)?;
     }
-    drop(held);
     let _ = fs::remove_file(lock);
+    drop(held);
     let fifth = nix::sys::statvfs::statvfs(&folder)
         .map_or(u64::MAX, |stat| stat.blocks() * stat.fragment_size() / 5);
     cache::shrink(config, (bound_mib << 20).min(fifth))?;
