@@ -91,6 +91,7 @@ impl Sandbox {
             container,
             init,
             (slots, layer),
+            shared_pid.is_some(),
             events,
         ));
         Ok(api::CreateContainerResponse { pid, phases, ..Default::default() })

@@ -12,14 +12,13 @@ use joey_protocol::api;
 use joey_protocol::ids::ContainerId;
 use oci_spec::runtime::Spec;
 
-use super::plan::{self, Plan, Source, Volume};
+use super::plan::{self, Plan, Source};
 use super::state::{self, Exit, Operation, Process, Status};
 use super::{CreateTask, Deleted, Guest, Handle, KILLED, SandboxError, SandboxEvent, StdioPaths};
 use crate::host::{block, mounts};
 use crate::rootfs;
 use crate::rootfs::{FileSystem, Image, described};
 use crate::stdio::{Copies, DRAIN, Stdio};
-use crate::volumes::Published;
 
 /// How long the exits of a deleted container's execs may take: their output is read first.
 const LAST_EXITS: Duration = DRAIN.saturating_add(Duration::from_secs(1));
@@ -36,6 +35,8 @@ pub(crate) struct Container {
     pub(super) acquired: Acquired,
     /// Whether its deletion is under way.
     pub(super) deleting: bool,
+    /// When containerd was last told of a memory kill in it.
+    pub(super) oom_told: Option<tokio::time::Instant>,
 }
 
 /// A further process of a container.
@@ -84,6 +85,7 @@ impl Handle {
                 execs: HashMap::new(),
                 acquired: Acquired::default(),
                 deleting: false,
+                oom_told: None,
             };
             table.containers.insert(task.id.clone(), container);
         }
@@ -147,10 +149,11 @@ impl Handle {
                 opened.map_err(|error| SandboxError::host(id, "share files of the host", error))?;
             }
         }
-        let published = crate::volumes::copy_in(&guest.client, &plan.volumes)
+        self.0
+            .volumes
+            .copy_in(&guest.client, &plan.volumes)
             .await
             .map_err(|error| SandboxError::host(id, "copy files into the guest", error))?;
-        self.follow(&guest, published);
         self.0.timeline.host("files", id, start);
         acquired.write_back = std::mem::take(&mut plan.write_back);
         let request = api::CreateContainerRequest {
@@ -162,17 +165,6 @@ impl Handle {
             ..Default::default()
         };
         self.create_in_guest(&guest, request, stdio, acquired).await
-    }
-
-    /// Keeps volumes in the guest up to date for as long as it lives. One of several containers that
-    /// mount a volume is enough.
-    fn follow(&self, guest: &Guest, published: Vec<(Volume, Published)>) {
-        let mut table = self.table();
-        for (volume, published) in published {
-            if table.followed.insert(volume.id.clone()) {
-                tokio::spawn(published.follow(guest.client.clone(), volume));
-            }
-        }
     }
 
     fn plan(&self, id: &str, spec: &Spec) -> Result<Plan, SandboxError> {
