@@ -21,6 +21,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::task::JoinHandle;
 
+use crate::block_devices;
 use crate::container::{Container, Error as EngineError, Exec};
 use crate::events::Events;
 use crate::log::warning;
@@ -77,8 +78,8 @@ impl ExecEntry {
     }
 }
 
-/// What a container's root file system is made of.
-type Root = (SlotClaim, Option<Layer>);
+/// What a container's root file system is made of, and its devices.
+type Root = (SlotClaim, block_devices::Use, Option<Layer>);
 
 /// A container.
 pub(crate) struct ContainerEntry {

@@ -407,9 +407,12 @@ fn the_rest_of_a_shared_pid_namespace_ends_with_the_first_process() {
         let init = reaper.adopted(Pid::from_raw(container.pid));
         tokio::spawn(reaper.run());
         let slots = SlotClaim::take(&Default::default(), &[]).unwrap();
+        let devices = crate::block_devices::Users::default();
+        let devices = crate::block_devices::name(&mut Spec::default(), &[], &devices).unwrap();
         let (events, _told) = Events::new();
         let process = crate::containers::Process::new(init.clone(), Pumps::default());
-        let entry = ContainerEntry::watched("c", container, process, (slots, None), true, events);
+        let entry =
+            ContainerEntry::watched("c", container, process, (slots, devices, None), true, events);
         entry.engine.start().await.unwrap();
         assert_eq!(init.wait().await.status, 4);
         while !entry.engine.pids().unwrap().is_empty() {
