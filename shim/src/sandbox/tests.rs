@@ -94,6 +94,7 @@ async fn sandbox(starts: Option<ttrpc::Code>) -> Fake {
         execs: HashMap::new(),
         acquired: Acquired::default(),
         deleting: false,
+        oom_score: None,
         oom_told: None,
     };
     handle.table().containers.insert("c".to_owned(), container);
@@ -210,6 +211,17 @@ async fn memory_kills_are_told_of_own_containers_alone_and_not_without_end() {
     fake.exit("", 137).await;
     fake.handle.wait("c", None).await.unwrap();
     assert_eq!(fake.told(), ["Oom { id: \"c\" }", "exit c 137"]);
+}
+
+#[tokio::test]
+async fn nobody_waits_for_the_end_of_a_sandbox_that_did_not_start() {
+    let fake = sandbox(None).await;
+    let handle = fake.handle.clone();
+    let waiting = tokio::spawn(async move { handle.wait_sandbox().await });
+    tokio::task::yield_now().await;
+    fake.handle.0.progress.send_replace(Progress::Failed("no room".into()));
+    let error = waiting.await.unwrap().unwrap_err().to_string();
+    assert_eq!(error, "sandbox pod did not start: no room");
 }
 
 #[tokio::test]

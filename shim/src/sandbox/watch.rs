@@ -24,6 +24,7 @@ const OOM_PAUSE: Duration = Duration::from_secs(10);
 impl Handle {
     /// Starts the tasks that listen to the guest.
     pub(super) fn watch(&self, guest: Guest, mut events: Events, mut lost: Lost) {
+        self.rate_vmm(&guest);
         let handle = self.clone();
         let listening = guest.clone();
         let listener = tokio::spawn(async move {

@@ -16,8 +16,8 @@ use super::{PREFIX, Role, Standby, class, folder};
 use crate::bootstrap::Invocation;
 use crate::config::{CONFIG, Config};
 use crate::guest::GuestChannel;
-use crate::host::cgroup;
 use crate::host::net::ParkedTap;
+use crate::host::{cgroup, oom};
 use crate::sandbox::record::{self, ProcessId, Record};
 use crate::sandbox::{Disks, Guest, teardown};
 use crate::sizing::Sizing;
@@ -199,6 +199,7 @@ async fn prepare(config: &Config, sizing: Sizing, id: &str, directory: &Path) ->
     };
     let settings = vmm::VmmConfig { builder: None, ..config.vmm()? };
     let started = vmm::start(&settings, spec).await?;
+    oom::set_of_pod(started.vm.pid(), std::iter::empty());
     if !started.cloned {
         bail!("there is no template to clone");
     }
