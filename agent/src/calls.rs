@@ -56,9 +56,9 @@ impl Sandbox {
         let devices: Vec<_> = request.devices.iter().map(raw).collect();
         let disks: Vec<_> = rootfs.layers.iter().chain(volumes).chain(&devices).collect();
         let slots = SlotClaim::take(&self.slots, &disks)?;
+        let devices_in_use = block_devices::name(&mut spec, &request.devices, &self.devices)?;
         phases.done("container-disks");
         if !devices.is_empty() {
-            block_devices::name(&mut spec, &request.devices)?;
             json = serde_json::to_vec(&spec).unwrap_or_default();
         }
         let writable = plan.layers.iter().any(|disk| disk.writable);
@@ -91,7 +91,8 @@ impl Sandbox {
             id.as_str(),
             container,
             init,
-            (slots, layer),
+            (slots, devices_in_use, layer),
+            shared_pid.is_some(),
             events,
         ));
         Ok(api::CreateContainerResponse { pid, phases: phases.end(), ..Default::default() })

@@ -17,9 +17,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use joey_protocol::api;
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::task::JoinHandle;
 
+use crate::block_devices;
 use crate::container::{Container, Error as EngineError, Exec};
 use crate::events::Events;
 use crate::log::warning;
@@ -76,8 +78,8 @@ impl ExecEntry {
     }
 }
 
-/// What a container's root file system is made of.
-type Root = (SlotClaim, Option<Layer>);
+/// What a container's root file system is made of, and its devices.
+type Root = (SlotClaim, block_devices::Use, Option<Layer>);
 
 /// A container.
 pub(crate) struct ContainerEntry {
@@ -162,12 +164,15 @@ impl Drop for Reservation<'_> {
 }
 
 impl ContainerEntry {
-    /// Wraps a created container and begins to watch it.
+    /// Wraps a created container and begins to watch it. With a PID namespace that is not its own
+    /// (`shares_pid`) nothing ends the rest of it when its first process ends, so that is done here,
+    /// as runc's shim does: they would keep its output open, for which the host waits.
     pub(crate) fn watched(
         id: &str,
         container: Container,
         init: Process,
         root: Root,
+        shares_pid: bool,
         events: Events,
     ) -> Arc<Self> {
         let entry = Arc::new(Self {
@@ -194,9 +199,22 @@ impl ContainerEntry {
         tokio::spawn(async move {
             let exit = ending.init.child.wait().await;
             ending.init.ended();
+            if shares_pid {
+                ending.end_the_rest();
+            }
             ending.tell_exit("", &ending.init.child, exit);
         });
         entry
+    }
+
+    /// Kills what the first process left behind.
+    fn end_the_rest(&self) {
+        if let Err(error) = self.engine.kill_all(Signal::SIGKILL)
+            // Deleted meanwhile, which kills too.
+            && self.engine.cgroup().exists()
+        {
+            warning!("ending the rest of container {}: {error}", self.id);
+        }
     }
 
     /// Tells the host of memory kills that it does not know of yet.

@@ -20,6 +20,7 @@ use joey_protocol::{api, handshake, limits};
 use protobuf::MessageField;
 use ttrpc::Code;
 
+use crate::block_devices;
 use crate::container::{Kind, Spares};
 use crate::containers::Containers;
 use crate::events::Events;
@@ -177,6 +178,8 @@ pub(crate) struct Sandbox {
     pub(crate) containers: Containers,
     /// The disks in use.
     pub(crate) slots: SharedSlots,
+    /// Those of them that are containers' devices.
+    pub(crate) devices: block_devices::Users,
     /// The channel, for stdio.
     pub(crate) mux: Mux,
     /// The sole waiter.
@@ -203,6 +206,7 @@ impl Sandbox {
             spares: Spares::new(SOURCES),
             containers: Containers::default(),
             slots: SharedSlots::default(),
+            devices: block_devices::Users::default(),
             mux,
             reaper,
             events,

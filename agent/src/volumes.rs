@@ -230,10 +230,9 @@ impl Volumes {
                 File::from(paths::open_entry(directory, name, libc::O_DIRECTORY)?)
             }
             _ => {
-                let truncate = if entry.offset == 0 { libc::O_TRUNC } else { 0 };
-                let flags = libc::O_WRONLY | libc::O_CREAT | truncate;
+                let flags = libc::O_RDWR | libc::O_CREAT;
                 let file = File::from(paths::open_entry(directory, name, flags)?);
-                file.write_all_at(&entry.data, entry.offset)?;
+                write_piece(&file, &entry.data, entry.offset)?;
                 file
             }
         };
@@ -288,6 +287,20 @@ impl Volumes {
         file.take(limit).read_to_end(&mut data)?;
         Ok(data)
     }
+}
+
+/// Writes a piece of a file; what is there already stays. Containers may be reading it, as mount of its
+/// own even: it cannot be replaced by another, and must not be empty for a moment. The first piece says
+/// that nothing is behind it but what follows.
+fn write_piece(file: &File, data: &[u8], offset: u64) -> io::Result<()> {
+    let length = file.metadata()?.len();
+    let end = offset + data.len() as u64;
+    let mut there = vec![0; if length >= end { data.len() } else { 0 }];
+    file.read_exact_at(&mut there, offset)?;
+    if there != data {
+        file.write_all_at(data, offset)?;
+    }
+    if offset == 0 && length > end { file.set_len(end) } else { Ok(()) }
 }
 
 /// Whether it was missing.
@@ -361,6 +374,26 @@ mod tests {
         assert_eq!(mode & 0o7777, 0o711);
         volumes.put(&id, &entry("..2024/key", libc::S_IFREG | 0o600, b"new", 0)).unwrap();
         assert_eq!(volumes.read(&id, "key", 0).unwrap(), b"new");
+    }
+
+    #[test]
+    fn what_is_there_is_not_written_anew_and_never_emptied() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        fs::write(&path, "hello world").unwrap();
+        let open = || File::options().read(true).write(true).open(&path).unwrap();
+        let long_ago = std::time::SystemTime::UNIX_EPOCH;
+        open().set_modified(long_ago).unwrap();
+        write_piece(&open(), b"hello ", 0).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "hello ");
+        open().set_modified(long_ago).unwrap();
+        write_piece(&open(), b"hello ", 0).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), long_ago);
+        write_piece(&open(), b"you", 6).unwrap();
+        write_piece(&open(), b"ou", 7).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "hello you");
+        write_piece(&open(), b"", 0).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "");
     }
 
     #[test]

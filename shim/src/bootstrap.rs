@@ -371,11 +371,33 @@ pub fn start(invocation: &Invocation, config: &Config) -> Result<Start, Bootstra
         left.map_or(Ok(()), |record| teardown::undo(&config.run_dir, &record))?;
         let _ = std::fs::remove_file(&socket);
     }
+    take_name(&config.run_dir, &directory)?;
     Record::begun(&invocation.flags.id, &invocation.flags.namespace, &socket)
         .write(&directory)
         .map_err(io_error("write the sandbox's record in", &directory))?;
     let listener = UnixListener::bind(&socket).map_err(io_error("bind socket", &socket))?;
     Ok(Start::Serve { listener, answer })
+}
+
+/// Takes a sandbox's name, so that no keeper can any more. One that has it, but was too slow to say so
+/// and was not waited for, goes with everything it had.
+fn take_name(run_dir: &Path, directory: &Path) -> Result<(), BootstrapError> {
+    let parent = directory.parent().unwrap_or(run_dir);
+    std::fs::create_dir_all(parent).map_err(io_error("create directory", parent))?;
+    loop {
+        match std::fs::create_dir(directory) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(io_error("create directory", directory)(error)),
+        }
+        // One that cannot be read is nobody's: it is written whole.
+        let record = Record::read(directory).ok().flatten();
+        match record.filter(|record| record.shim.is_some_and(|shim| shim.alive())) {
+            Some(record) => teardown::undo(run_dir, &record)?,
+            // What a killed shim has left is written over.
+            None => return Ok(()),
+        }
+    }
 }
 
 /// Writes the shim's address into the bundle, where containerd 1.7 looks for it when it is restarted.
@@ -427,6 +449,24 @@ pub fn runtime_info() -> Result<Vec<u8>, BootstrapError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_keeper_that_was_too_slow_loses_the_name_and_all_it_had() {
+        let run = tempfile::tempdir().unwrap();
+        let directory = record::directory(run.path(), "abc");
+        take_name(run.path(), &directory).unwrap();
+        take_name(run.path(), &directory).unwrap();
+        let mut keeper = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let shim = record::ProcessId::of(keeper.id()).ok();
+        let record = Record { shim, ..Record::begun("standby-7", "", Path::new("")) };
+        record.write(&directory).unwrap();
+        take_name(run.path(), &directory).unwrap();
+        assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
+        assert!(!keeper.wait().unwrap().success());
+        record.write(&directory).unwrap();
+        take_name(run.path(), &directory).unwrap();
+        assert_eq!(Record::read(&directory).unwrap().unwrap().id, "abc", "to be written over");
+    }
 
     #[test]
     fn major_version_is_found_in_what_containerd_prints() {

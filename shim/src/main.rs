@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use joey_shim::bootstrap::{self, Invocation, Start};
+use joey_shim::host::oom;
 use joey_shim::standby::keeper;
 use joey_shim::{config, serve, share, sys};
 
@@ -60,6 +61,8 @@ fn start(invocation: Invocation) -> Result<()> {
     match bootstrap::start(&invocation, &config)? {
         Start::Running(answer) => Ok(bootstrap::print(&answer)?),
         Start::Serve { listener, answer } => {
+            // For the server, which inherits it; a keeper has it from the shim that made it.
+            oom::set_above_parent();
             if sys::fork_server().context("fork the shim's server")? {
                 serve::run(config, invocation, listener)
             } else {

@@ -149,6 +149,8 @@ pub fn delete(config: &Config, invocation: &Invocation) -> Result<Vec<u8>> {
     if id == sandbox {
         // A shim that was killed before its first record has a socket all the same.
         let _ = std::fs::remove_file(invocation.socket_path());
+        // A `start` that was killed before its record leaves the name alone, with nothing in it.
+        let _ = std::fs::remove_dir(directory(&config.run_dir, id));
     }
     let response = DeleteResponse {
         pid: 0,

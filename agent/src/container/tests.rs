@@ -17,6 +17,11 @@ use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::containers::ContainerEntry;
+use crate::events::Events;
+use crate::reap::Reaper;
+use crate::storage::SlotClaim;
+use crate::streams::Pumps;
 
 const AGAIN: &str = "JOEY_CONTAINER_TEST";
 const BUSYBOX: &str = "/usr/bin/busybox";
@@ -171,9 +176,11 @@ async fn create(
     io: ProcessIo,
 ) -> Result<Container, Error> {
     let id = id();
+    let shared_pid = spec["linux"]["namespaces"][0]
+        .get("path")
+        .map(|path| OwnedFd::from(File::open(path.as_str().unwrap()).unwrap()));
     let json = serde_json::to_vec(&spec).unwrap();
     let spec = parse(spec);
-    let shared_pid = None;
     Container::create(CreateRequest {
         id: &id,
         cgroup_root: root,
@@ -182,7 +189,7 @@ async fn create(
         rootfs: bundle.directory.path().display().to_string(),
         spares: &Spares::new(SOURCES),
         io,
-        shared_pid,
+        shared_pid: shared_pid.as_ref(),
     })
     .await
 }
@@ -385,6 +392,35 @@ fn exec_joins_freeze_stops_destroy_kills() {
         assert_eq!(stopped.to_string(), "cannot exec in a container that has stopped");
         container.destroy().await.unwrap();
         container.destroy().await.unwrap();
+    });
+}
+
+#[test]
+fn the_rest_of_a_shared_pid_namespace_ends_with_the_first_process() {
+    alone("the_rest_of_a_shared_pid_namespace_ends_with_the_first_process", async |root| {
+        let bundle = bundle();
+        let mut spec = spec("sleep 1000 & exit 4");
+        spec["linux"]["namespaces"][0]["path"] = json!("/proc/self/ns/pid");
+        let mut container = create(root, &bundle, spec, OUTPUT).await.unwrap();
+        let mut io = std::mem::take(&mut container.io);
+        let reaper = Reaper::default();
+        let init = reaper.adopted(Pid::from_raw(container.pid));
+        tokio::spawn(reaper.run());
+        let slots = SlotClaim::take(&Default::default(), &[]).unwrap();
+        let devices = crate::block_devices::Users::default();
+        let devices = crate::block_devices::name(&mut Spec::default(), &[], &devices).unwrap();
+        let (events, _told) = Events::new();
+        let process = crate::containers::Process::new(init.clone(), Pumps::default());
+        let entry =
+            ContainerEntry::watched("c", container, process, (slots, devices, None), true, events);
+        entry.engine.start().await.unwrap();
+        assert_eq!(init.wait().await.status, 4);
+        while !entry.engine.pids().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // Ends only when nobody has the output open any more.
+        assert_eq!(read_both(&mut io), "");
+        entry.engine.destroy().await.unwrap();
     });
 }
 

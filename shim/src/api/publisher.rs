@@ -92,6 +92,16 @@ async fn deliver_all(
     }
 }
 
+/// Whether an answer says that containerd could not take the event now, not that it will not have it:
+/// a busy one lets the time run out that the call was given.
+fn is_passing(code: ttrpc::Code) -> bool {
+    use ttrpc::Code as C;
+    matches!(
+        code,
+        C::UNAVAILABLE | C::DEADLINE_EXCEEDED | C::CANCELLED | C::ABORTED | C::RESOURCE_EXHAUSTED
+    )
+}
+
 async fn deliver(
     client: &mut Option<EventsClient>,
     address: &str,
@@ -113,7 +123,7 @@ async fn deliver(
     match connected.forward(context, request).await {
         Ok(_) => true,
         // containerd looked at it and refused: trying again would block everything behind it.
-        Err(ttrpc::Error::RpcStatus(status)) if status.code() != ttrpc::Code::UNAVAILABLE => {
+        Err(ttrpc::Error::RpcStatus(status)) if !is_passing(status.code()) => {
             tracing::warn!(topic = request.envelope().topic(), ?status, "containerd refused event");
             true
         }
@@ -121,6 +131,22 @@ async fn deliver(
             tracing::debug!(%error, "deliver event");
             *client = None;
             false
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_dropped_only_where_containerd_will_not_have_it() {
+        use ttrpc::Code as C;
+        for code in [C::UNAVAILABLE, C::DEADLINE_EXCEEDED, C::CANCELLED, C::RESOURCE_EXHAUSTED] {
+            assert!(is_passing(code), "{code:?}");
+        }
+        for code in [C::INVALID_ARGUMENT, C::NOT_FOUND, C::INTERNAL, C::UNIMPLEMENTED] {
+            assert!(!is_passing(code), "{code:?}");
         }
     }
 }

@@ -5,3 +5,5 @@ pub mod cgroup;
 pub mod jail;
 pub(crate) mod mounts;
 pub mod net;
+pub mod oom;
+pub(crate) mod patience;

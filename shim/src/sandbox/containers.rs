@@ -5,21 +5,21 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use joey_protocol::api;
 use joey_protocol::ids::ContainerId;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Process as OciProcess, Spec};
 
-use super::plan::{self, Plan, Source, Volume};
+use super::plan::{self, Plan, Source};
 use super::state::{self, Exit, Operation, Process, Status};
 use super::{CreateTask, Deleted, Guest, Handle, KILLED, SandboxError, SandboxEvent, StdioPaths};
-use crate::host::{block, mounts};
+use crate::host::patience::{self, PATIENCE};
+use crate::host::{block, mounts, oom};
 use crate::rootfs;
 use crate::rootfs::{FileSystem, Image, described};
 use crate::stdio::{Copies, DRAIN, Stdio};
-use crate::volumes::Published;
 
 /// How long the exits of a deleted container's execs may take: their output is read first.
 const LAST_EXITS: Duration = DRAIN.saturating_add(Duration::from_secs(1));
@@ -36,6 +36,10 @@ pub(crate) struct Container {
     pub(super) acquired: Acquired,
     /// Whether its deletion is under way.
     pub(super) deleting: bool,
+    /// `process.oomScoreAdj` of its specification.
+    pub(super) oom_score: Option<i32>,
+    /// When containerd was last told of a memory kill in it.
+    pub(super) oom_told: Option<tokio::time::Instant>,
 }
 
 /// A further process of a container.
@@ -84,6 +88,8 @@ impl Handle {
                 execs: HashMap::new(),
                 acquired: Acquired::default(),
                 deleting: false,
+                oom_score: spec.process().as_ref().and_then(OciProcess::oom_score_adj),
+                oom_told: None,
             };
             table.containers.insert(task.id.clone(), container);
         }
@@ -116,7 +122,6 @@ impl Handle {
         let id = &task.id;
         let config = &self.0.config;
         let start = Instant::now();
-        let mut plan = self.plan(id, spec)?;
         let stdio = self.open_stdio(id, &format!("container {id}"), &task.stdio).await?;
         let images = rootfs::prepare(id, &task.rootfs, config)
             .await
@@ -128,7 +133,10 @@ impl Handle {
             .wait()
             .await
             .map_err(|reason| SandboxError::Refused(format!("container {id}: {reason}")))?;
+        self.rate_vmm(&guest);
         let start = Instant::now();
+        // Not before the VM runs: its process is forked off, and there must be no other thread then.
+        let mut plan = self.plan(id, spec).await?;
         let mut rootfs = api::Rootfs { read_only: plan.read_only_root, ..Default::default() };
         for image in images {
             rootfs.layers.push(attach(&guest, id, image, acquired).await?);
@@ -152,10 +160,11 @@ impl Handle {
                 opened.map_err(|error| SandboxError::host(id, "share files of the host", error))?;
             }
         }
-        let published = crate::volumes::copy_in(&guest.client, &plan.volumes)
+        self.0
+            .volumes
+            .copy_in(&guest.client, &plan.volumes)
             .await
             .map_err(|error| SandboxError::host(id, "copy files into the guest", error))?;
-        self.follow(&guest, published);
         self.0.timeline.host("files", id, start);
         acquired.write_back = std::mem::take(&mut plan.write_back);
         let request = api::CreateContainerRequest {
@@ -169,29 +178,39 @@ impl Handle {
         self.create_in_guest(&guest, request, stdio, acquired).await
     }
 
-    /// Keeps volumes in the guest up to date for as long as it lives. One of several containers that
-    /// mount a volume is enough.
-    fn follow(&self, guest: &Guest, published: Vec<(Volume, Published)>) {
-        let mut table = self.table();
-        for (volume, published) in published {
-            if table.followed.insert(volume.id.clone()) {
-                tokio::spawn(published.follow(guest.client.clone(), volume));
-            }
-        }
+    /// Plans a container; what it mounts from the host is looked at, which may take for ever.
+    async fn plan(&self, id: &str, spec: &Spec) -> Result<Plan, SandboxError> {
+        let vmm_pid = self.table().vmm_pid;
+        let pod_files = self.0.pod_files.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let looked = Arc::new(Mutex::new(PathBuf::new()));
+        let (asked, noted) = (spec.clone(), looked.clone());
+        let planning = patience::within(PATIENCE, move || {
+            let look = |path: &Path| {
+                path.clone_into(&mut noted.lock().unwrap_or_else(PoisonError::into_inner));
+                look(path)
+            };
+            let facts = plan::Facts {
+                vmm_pid,
+                pod_files: &pod_files,
+                look: &look,
+                mounted: &mounts::root_of,
+                described: &described::of_mount,
+            };
+            Plan::new(&asked, &facts)
+        });
+        let planned = planning.await.map_err(|error| {
+            let source = looked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let mount = mount_of(spec, &source);
+            SandboxError::host(id, "look at what it mounts", format!("{mount}: {error}"))
+        })?;
+        planned.map_err(|refusal| SandboxError::Refused(format!("container {id}: {refusal}")))
     }
 
-    fn plan(&self, id: &str, spec: &Spec) -> Result<Plan, SandboxError> {
-        let vmm_pid = self.table().vmm_pid;
-        let pod_files = self.0.pod_files.lock().unwrap_or_else(PoisonError::into_inner);
-        let facts = plan::Facts {
-            vmm_pid,
-            pod_files: &pod_files,
-            look: &look,
-            mounted: &mounts::root_of,
-            described: &described::of_mount,
-        };
-        Plan::new(spec, &facts)
-            .map_err(|refusal| SandboxError::Refused(format!("container {id}: {refusal}")))
+    /// Lets the host's memory killer treat the VMM as it would the pod's containers.
+    pub(super) fn rate_vmm(&self, guest: &Guest) {
+        let table = self.table();
+        let scores = table.containers.values().filter_map(|container| container.oom_score);
+        oom::set_of_pod(guest.vm.pid(), scores);
     }
 
     async fn create_in_guest(
@@ -370,7 +389,9 @@ async fn give(
     acquired: &mut Acquired,
 ) -> Result<api::BlockDevice, SandboxError> {
     let (major, minor) = device.numbers;
-    let (file, bytes) = block::open(device.numbers, device.writable).map_err(|error| {
+    let (numbers, writable) = (device.numbers, device.writable);
+    let opened = patience::within(PATIENCE, move || block::open(numbers, writable)).await;
+    let (file, bytes) = opened.and_then(|opened| opened).map_err(|error| {
         SandboxError::host(id, "open a block volume", format!("device {major}:{minor}: {error}"))
     })?;
     let image = Image {
@@ -384,6 +405,14 @@ async fn give(
     };
     let slot = attach(guest, id, image, acquired).await?.slot;
     Ok(api::BlockDevice { slot, bytes, major, minor, ..Default::default() })
+}
+
+/// How an error names the mount whose source this is.
+fn mount_of(spec: &Spec, source: &Path) -> String {
+    let mut mounts = spec.mounts().iter().flatten();
+    let mount = mounts.find(|mount| mount.source().as_deref() == Some(source));
+    let destination = mount.map_or(Path::new("?"), |mount| mount.destination());
+    format!("mount {} (from {})", destination.display(), source.display())
 }
 
 /// What a path of the host is, links followed.
@@ -404,5 +433,21 @@ pub(super) fn deleted(process: &Process) -> Deleted {
         pid: process.pid(),
         status: exit.map_or(if never_ran { 0 } else { KILLED }, |exit| exit.status),
         exited_at: exit.map_or_else(SystemTime::now, |exit| exit.at),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_names_the_mount_that_does_not_answer() {
+        let mounts = serde_json::json!([
+            {"destination": "/a", "source": "/one"}, {"destination": "/b", "source": "/two"}
+        ]);
+        let text = serde_json::json!({"ociVersion": "1.1.0", "mounts": mounts});
+        let spec: Spec = serde_json::from_value(text).unwrap();
+        assert_eq!(mount_of(&spec, Path::new("/two")), "mount /b (from /two)");
+        assert_eq!(mount_of(&spec, Path::new("/three")), "mount ? (from /three)");
     }
 }

@@ -214,14 +214,25 @@ impl Handle {
     /// Sandbox API: waits for the VM's end.
     ///
     /// # Errors
-    /// The shim ends meanwhile.
+    /// It did not start, or the shim ends meanwhile.
     pub async fn wait_sandbox(&self) -> Result<Exit, SandboxError> {
+        let id = self.0.boot.id.clone();
         let mut ended = self.0.ended.subscribe();
-        let exit = ended.wait_for(Option::is_some).await;
-        exit.ok().and_then(|exit| *exit).ok_or_else(|| SandboxError::Ended {
-            id: self.0.boot.id.clone(),
-            reason: "the shim is ending".into(),
-        })
+        let mut progress = self.0.progress.subscribe();
+        let exit = tokio::select! {
+            biased;
+            exit = ended.wait_for(Option::is_some) => exit.ok().and_then(|exit| *exit),
+            // What never ran has no end to wait for.
+            failed = progress.wait_for(|now| matches!(now, Progress::Failed(_))) => {
+                match failed.as_deref() {
+                    Ok(Progress::Failed(reason)) => {
+                        return Err(SandboxError::NotStarted { id, reason: reason.clone() });
+                    }
+                    _ => None,
+                }
+            }
+        };
+        exit.ok_or_else(|| SandboxError::Ended { id, reason: "the shim is ending".into() })
     }
 
     /// Sandbox API: ends the VM and the shim.

@@ -29,7 +29,7 @@ pub mod timeline;
 mod types;
 mod watch;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -52,6 +52,7 @@ use crate::guest::{Client, Streams};
 use crate::share::Shares;
 use crate::standby::Standby;
 use crate::vmm::{DiskLimits, Vm};
+use crate::volumes::Volumes;
 
 /// Exit status of what was killed: 128 + SIGKILL.
 pub(crate) const KILLED: u32 = 137;
@@ -92,8 +93,6 @@ struct Table {
     vmm_pid: u32,
     /// Shutdown came while something was left.
     leaving: bool,
-    /// Names of the volumes that follow the kubelet's changes.
-    followed: HashSet<String>,
 }
 
 /// The sandbox's task: runs as long as the VM.
@@ -121,6 +120,8 @@ struct Sandbox {
     starting: Mutex<Option<JoinHandle<()>>>,
     /// What the guest sees of the host's files.
     shares: Shares,
+    /// What it has copies of.
+    volumes: Volumes,
     /// What its disks may do at most.
     disk_limits: AsyncMutex<DiskLimits>,
     /// Held while the sandbox's traces are removed.
@@ -168,6 +169,7 @@ impl Handle {
             ended: channel::Sender::new(None),
             starting: Mutex::default(),
             shares: Shares::default(),
+            volumes: Volumes::default(),
             disk_limits: AsyncMutex::default(),
             undoing: AsyncMutex::default(),
             leave: channel::Sender::new(false),

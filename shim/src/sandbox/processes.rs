@@ -232,6 +232,9 @@ impl Handle {
         signal: u32,
         all: bool,
     ) -> Result<(), SandboxError> {
+        if all && exec.is_none() && self.has_ended(id) {
+            return self.kill_the_rest(id, signal).await;
+        }
         self.check(id, exec, Operation::Kill)?;
         if exec.is_none() && self.is_pause(id) {
             return self.kill_pause(signal).await;
@@ -245,6 +248,33 @@ impl Handle {
             ..Default::default()
         };
         guest.client.signal(&signal).await.map_err(Self::guest_error(id, exec))
+    }
+
+    /// Whether the first process of a container has ended.
+    fn has_ended(&self, id: &str) -> bool {
+        !self.is_pause(id)
+            && self
+                .with_process(id, None, |process| Ok(process.status() == Status::Stopped))
+                .unwrap_or(false)
+    }
+
+    /// Signals what may be left of a container whose first process has ended. That nothing is left,
+    /// or no guest, is what the caller wants: containerd stops a container so before it deletes it.
+    async fn kill_the_rest(&self, id: &str, signal: u32) -> Result<(), SandboxError> {
+        let Ok(guest) = self.guest().await else { return Ok(()) };
+        let signal = api::SignalRequest {
+            container_id: id.to_owned(),
+            signal,
+            all: true,
+            ..Default::default()
+        };
+        match guest.client.signal(&signal).await {
+            Err(error) if !error.is_not_found() => {
+                tracing::warn!(container = id, %error, "what is left of a container not signalled");
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Numbers of a container's processes; never empty while the task is not deleted, for containerd

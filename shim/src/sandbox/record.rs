@@ -7,6 +7,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
 /// File name in the sandbox's run directory.
@@ -47,7 +48,7 @@ impl ProcessId {
 /// The record.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// containerd's id of the pod.
+    /// containerd's id of the pod; the name of the directory that the record lies in.
     pub id: String,
     /// containerd's namespace.
     pub namespace: String,
@@ -97,6 +98,15 @@ impl Record {
         }
     }
 
+    /// Gives a sandbox's directory another name, which must be free: once somebody has it, be it with
+    /// nothing in it yet, it is theirs.
+    ///
+    /// # Errors
+    /// The name is taken, or the file system refuses.
+    pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+        Ok(renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE)?)
+    }
+
     /// Writes the record into `directory`, which is made if it is missing.
     ///
     /// # Errors
@@ -124,7 +134,14 @@ impl Record {
     /// It exists and cannot be read.
     pub fn read(directory: &Path) -> io::Result<Option<Self>> {
         match std::fs::read(directory.join(FILE)) {
-            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+            Ok(text) => {
+                let mut record: Self = serde_json::from_slice(&text)?;
+                // Whoever was killed between a renaming and the writing left another one.
+                if let Some(name) = directory.file_name().and_then(|name| name.to_str()) {
+                    name.clone_into(&mut record.id);
+                }
+                Ok(Some(record))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -170,6 +187,19 @@ mod tests {
         record.write(&dir).unwrap();
         assert_eq!(Record::read(&dir).unwrap().as_ref(), Some(&record));
         assert_eq!(Record::all(run.path()).unwrap(), [record]);
+    }
+
+    #[test]
+    fn a_name_is_taken_once_and_is_the_records_id() {
+        let run = tempfile::tempdir().unwrap();
+        let [from, to] = ["standby-1", "abc"].map(|id| directory(run.path(), id));
+        Record { id: "standby-1".to_owned(), ..Record::default() }.write(&from).unwrap();
+        std::fs::create_dir(&to).unwrap();
+        let taken = Record::rename(&from, &to).unwrap_err();
+        assert_eq!(taken.kind(), io::ErrorKind::AlreadyExists);
+        std::fs::remove_dir(&to).unwrap();
+        Record::rename(&from, &to).unwrap();
+        assert_eq!(Record::read(&to).unwrap().unwrap().id, "abc");
     }
 
     #[test]

@@ -95,6 +95,8 @@ async fn sandbox(starts: Option<ttrpc::Code>) -> Fake {
         execs: HashMap::new(),
         acquired: Acquired::default(),
         deleting: false,
+        oom_score: None,
+        oom_told: None,
     };
     handle.table().containers.insert("c".to_owned(), container);
     Fake { handle, events, guest, machine, _server: server, _run_dir: run_dir }
@@ -113,6 +115,13 @@ impl Fake {
         container.execs.insert(exec.to_owned(), exec_entry);
     }
 
+    /// The guest tells of a memory kill.
+    async fn oom(&mut self, id: &str) {
+        let mut event = api::Event::new();
+        event.set_oom(api::OomEvent { container_id: id.to_owned(), ..Default::default() });
+        self.send(&event).await;
+    }
+
     /// The guest tells of an exit.
     async fn exit(&mut self, exec: &str, status: u32) {
         let mut event = api::Event::new();
@@ -122,6 +131,10 @@ impl Fake {
             status,
             ..Default::default()
         });
+        self.send(&event).await;
+    }
+
+    async fn send(&mut self, event: &api::Event) {
         let bytes = event.write_to_bytes().unwrap();
         self.guest.write_u32_le(u32::try_from(bytes.len()).unwrap()).await.unwrap();
         self.guest.write_all(&bytes).await.unwrap();
@@ -188,6 +201,40 @@ async fn a_start_and_its_exit_are_told_in_this_order() {
     fake.exit("", 3).await;
     assert_eq!(fake.handle.wait("c", None).await.unwrap().status, 3);
     assert_eq!(fake.told(), ["start c", "exit c 3"]);
+}
+
+#[tokio::test]
+async fn memory_kills_are_told_of_own_containers_alone_and_not_without_end() {
+    let mut fake = sandbox(Some(ttrpc::Code::OK)).await;
+    for id in ["another-pods", "c", "c", "pod", "c"] {
+        fake.oom(id).await;
+    }
+    fake.exit("", 137).await;
+    fake.handle.wait("c", None).await.unwrap();
+    assert_eq!(fake.told(), ["Oom { id: \"c\" }", "exit c 137"]);
+}
+
+#[tokio::test]
+async fn nobody_waits_for_the_end_of_a_sandbox_that_did_not_start() {
+    let fake = sandbox(None).await;
+    let handle = fake.handle.clone();
+    let waiting = tokio::spawn(async move { handle.wait_sandbox().await });
+    tokio::task::yield_now().await;
+    fake.handle.0.progress.send_replace(Progress::Failed("no room".into()));
+    let error = waiting.await.unwrap().unwrap_err().to_string();
+    assert_eq!(error, "sandbox pod did not start: no room");
+}
+
+#[tokio::test]
+async fn a_kill_of_all_is_no_error_when_the_first_process_has_ended() {
+    let mut fake = sandbox(Some(ttrpc::Code::OK)).await;
+    fake.handle.start("c", None).await.unwrap();
+    fake.exit("", 3).await;
+    fake.handle.wait("c", None).await.unwrap();
+    fake.handle.kill("c", None, 9, false).await.unwrap_err();
+    // The fake agent does not know the call: what is left is logged, not told.
+    fake.handle.kill("c", None, 9, true).await.unwrap();
+    fake.handle.kill("other", None, 9, true).await.unwrap_err();
 }
 
 #[tokio::test(start_paused = true)]

@@ -5,9 +5,10 @@
 //! the VM is lost, every process that was left has been killed.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use joey_protocol::api;
+use tokio::time::Instant;
 
 use super::plan::WriteBack;
 use super::state::Exit;
@@ -16,19 +17,20 @@ use crate::guest::{self, Event, Events, Lost};
 use crate::rootfs::described;
 use crate::stdio::DRAIN;
 
+/// A container's memory kills that follow one within this time are not told: one is enough for its
+/// status, and more of them would only load containerd.
+const OOM_PAUSE: Duration = Duration::from_secs(10);
+
 impl Handle {
     /// Starts the tasks that listen to the guest.
     pub(super) fn watch(&self, guest: Guest, mut events: Events, mut lost: Lost) {
+        self.rate_vmm(&guest);
         let handle = self.clone();
         let listening = guest.clone();
         let listener = tokio::spawn(async move {
             while let Some(event) = events.recv().await {
                 match event {
-                    Event::Oom { container } => {
-                        let id = container.to_string();
-                        tracing::warn!(container = %id, "killed for want of memory in the guest");
-                        handle.emit(SandboxEvent::Oom { id });
-                    }
+                    Event::Oom { container } => handle.on_oom(container.to_string()),
                     Event::Exit(exit) => handle.on_exit(&listening, exit),
                     Event::Damage { slot, block } => handle.on_damage(&listening, slot, block),
                 }
@@ -47,6 +49,22 @@ impl Handle {
         });
     }
 
+    /// Passes a memory kill on: of a container of this sandbox alone, and at most once in
+    /// [`OOM_PAUSE`]. containerd takes any container's name, and a guest may say what it likes.
+    fn on_oom(&self, id: String) {
+        {
+            let mut table = self.table();
+            let Some(container) = table.containers.get_mut(&id) else { return };
+            let now = Instant::now();
+            if container.oom_told.is_some_and(|told| now.duration_since(told) < OOM_PAUSE) {
+                return;
+            }
+            container.oom_told = Some(now);
+        }
+        tracing::warn!(container = %id, "killed for want of memory in the guest");
+        self.emit(SandboxEvent::Oom { id });
+    }
+
     fn on_exit(&self, guest: &Guest, exit: guest::Exit) {
         let id = exit.container.to_string();
         let exec = exit.exec.as_ref().map(ToString::to_string);
@@ -61,6 +79,7 @@ impl Handle {
                 None => container.acquired.write_back.clone(),
                 Some(_) => Vec::new(),
             };
+            copies.inspect(|copies| copies.process_ended());
             (copies.map(|copies| copies.drained(DRAIN)), write_back)
         };
         let handle = self.clone();

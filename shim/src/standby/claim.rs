@@ -54,7 +54,9 @@ pub(crate) struct Terms {
 pub(crate) struct Claim(UnixStream);
 
 impl Claim {
-    /// Finds a keeper for the sandbox. None is the usual case, and no error.
+    /// Finds a keeper for the sandbox. None is the usual case, and no error. A keeper that does not
+    /// answer in time may have taken the sandbox's name all the same, or take it at any moment: whoever
+    /// goes on without it must take the name first (`bootstrap::take_name`).
     pub(crate) fn find(config: &Config, invocation: &Invocation) -> Option<Self> {
         if config.standby == 0 {
             return None;

@@ -16,8 +16,8 @@ use super::{PREFIX, Role, Standby, class, folder};
 use crate::bootstrap::Invocation;
 use crate::config::{CONFIG, Config};
 use crate::guest::GuestChannel;
-use crate::host::cgroup;
 use crate::host::net::ParkedTap;
+use crate::host::{cgroup, oom};
 use crate::sandbox::record::{self, ProcessId, Record};
 use crate::sandbox::{Disks, Guest, Opening, teardown};
 use crate::sizing::Sizing;
@@ -99,14 +99,23 @@ pub fn run(config: Config, role: &str) -> Result<()> {
     let served = wait_and_serve(&config, &role, record, &name);
     if !matches!(served, Ok(true)) {
         // It never became a sandbox's shim, whoever's its machine is by now.
-        if let Some(record) = Record::read(&record::directory(&config.run_dir, &name.borrow()))? {
-            teardown::undo(&config.run_dir, &record)?;
-        }
+        undo_own(&config.run_dir, &name.borrow())?;
     }
     if let Err(error) = &served {
         let _ = fs::write(config.run_dir.join("standby.log"), format!("{id}: {error:#}\n"));
     }
     served.map(drop)
+}
+
+/// Undoes what lies under `id` if it is this process's. `start` has little patience: by now another shim
+/// may serve the sandbox that this one was claimed for.
+fn undo_own(run_dir: &Path, id: &str) -> Result<()> {
+    let record = Record::read(&record::directory(run_dir, id))?;
+    let me = ProcessId::of(std::process::id())?;
+    match record.filter(|record| record.shim == Some(me)) {
+        Some(record) => Ok(teardown::undo(run_dir, &record)?),
+        None => Ok(()),
+    }
 }
 
 /// Whether it has become a sandbox's shim. `name` is under which id its record lies.
@@ -155,7 +164,7 @@ async fn keep(
     let claimed = wait(config, role, &standby, &listener, |terms| {
         fs::remove_file(&socket)?;
         let target = record::directory(&config.run_dir, &terms.id);
-        fs::rename(&directory, &target)
+        Record::rename(&directory, &target)
             .with_context(|| format!("rename {} to {}", directory.display(), target.display()))?;
         // From here on it is the sandbox's: should either side or both die now, it is found by this name.
         name.replace(terms.id.clone());
@@ -190,6 +199,7 @@ async fn prepare(config: &Config, sizing: Sizing, id: &str, directory: &Path) ->
     };
     let settings = vmm::VmmConfig { builder: None, ..config.vmm()? };
     let started = vmm::start(&settings, spec).await?;
+    oom::set_of_pod(started.vm.pid(), std::iter::empty());
     if !started.cloned {
         bail!("there is no template to clone");
     }
@@ -234,5 +244,28 @@ async fn wait(
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_keeper_undoes_its_own_record_alone() {
+        let run = tempfile::tempdir().unwrap();
+        let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        for (id, pid) in [("others", other.id()), ("own", std::process::id())] {
+            let shim = ProcessId::of(pid).ok();
+            let record = Record { shim, ..Record::begun(id, "", Path::new("")) };
+            record.write(&record::directory(run.path(), id)).unwrap();
+            undo_own(run.path(), id).unwrap();
+        }
+        undo_own(run.path(), "nobodys").unwrap();
+        let left: Vec<_> = Record::all(run.path()).unwrap().into_iter().map(|it| it.id).collect();
+        assert_eq!(left, ["others"]);
+        assert!(other.try_wait().unwrap().is_none(), "it lives");
+        other.kill().unwrap();
+        other.wait().unwrap();
     }
 }

@@ -44,6 +44,8 @@ pub struct Copies {
     outputs: Arc<watch::Sender<usize>>,
     moved: Arc<AtomicU64>,
     first: Arc<watch::Sender<bool>>,
+    /// Whether the process has ended.
+    over: watch::Sender<bool>,
     logger: Option<Logger>,
 }
 
@@ -55,6 +57,7 @@ impl Copies {
             outputs: Arc::new(watch::Sender::new(0)),
             moved: Arc::default(),
             first: Arc::new(watch::Sender::new(false)),
+            over: watch::Sender::new(false),
             logger,
         }
     }
@@ -76,8 +79,9 @@ impl Copies {
         self.outputs.send_modify(|count| *count += 1);
         let outputs = self.outputs.clone();
         let (moved, first) = (self.moved.clone(), self.first.clone());
+        let over = self.over.subscribe();
         let task = tokio::spawn(async move {
-            if let Err(error) = output(stream, sink, &moved, &first).await {
+            if let Err(error) = output(stream, sink, over, &moved, &first).await {
                 tracing::warn!("copying output: {error}");
             }
             outputs.send_modify(|count| *count -= 1);
@@ -97,6 +101,13 @@ impl Copies {
             // Kept until the task looks: it may be writing.
             close.notify_one();
         }
+    }
+
+    /// The process has ended: output that from now on brings nothing for [`DRAIN`] is closed, although
+    /// a grandchild keeps its other end open, for containerd deletes no process before its output's
+    /// end. What a slow reader has not taken yet is no silence: nothing is lost.
+    pub fn process_ended(&self) {
+        self.over.send_replace(true);
     }
 
     /// A future that waits until all output has been passed on, or nothing moved for `idle`
@@ -134,11 +145,19 @@ impl Drop for Copies {
 async fn output(
     mut stream: MuxStream,
     mut sink: Sink,
+    mut over: watch::Receiver<bool>,
     moved: &AtomicU64,
     first: &watch::Sender<bool>,
 ) -> io::Result<()> {
     loop {
-        let data = stream.fill_buf().await?;
+        let data = tokio::select! {
+            biased;
+            data = stream.fill_buf() => data?,
+            () = silence(&mut over) => {
+                tracing::info!("output is still open after the exit; nobody waits for more");
+                return Ok(());
+            }
+        };
         if data.is_empty() {
             return Ok(());
         }
@@ -151,6 +170,15 @@ async fn output(
             first.send_replace(true);
         }
     }
+}
+
+/// Until [`DRAIN`] has passed since the process's end, or since now if that was before.
+async fn silence(over: &mut watch::Receiver<bool>) {
+    if over.wait_for(|over| *over).await.is_err() {
+        // Whoever drops the copies ends this task.
+        std::future::pending::<()>().await;
+    }
+    tokio::time::sleep(DRAIN).await;
 }
 
 async fn input(fifo: pipe::Receiver, mut stream: MuxStream, close: &Notify) -> io::Result<()> {

@@ -81,6 +81,25 @@ async fn output_survives_a_reader_that_comes_back() {
 }
 
 #[tokio::test]
+async fn silent_output_of_an_ended_process_is_closed_but_not_what_its_reader_has_yet_to_take() {
+    let rig = rig();
+    let path = rig.fifo("out");
+    let (_, copies) = rig.run(request("", &path, "")).await;
+    let mut process = rig.guest.open(16).unwrap();
+    let mut reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
+    // More than the FIFO takes, and a grandchild that keeps its end open.
+    let sent = vec![b'x'; 100_000];
+    process.write_all(&sent).await.unwrap();
+    copies.process_ended();
+    tokio::time::sleep(DRAIN + Duration::from_millis(500)).await;
+    let mut got = vec![0; sent.len()];
+    soon(reader.read_exact(&mut got)).await.unwrap();
+    assert!(got == sent);
+    assert_eq!(soon(reader.read(&mut got)).await.unwrap(), 0, "the end");
+    assert!(soon(copies.drained(DRAIN)).await);
+}
+
+#[tokio::test]
 async fn eight_mebibytes_and_exit_arrive_whole() {
     let rig = rig();
     let path = rig.fifo("out");

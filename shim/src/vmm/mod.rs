@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 
 pub use self::error::VmmError;
 use self::qemu::args::{Machine, Mode, arguments};
@@ -198,11 +199,18 @@ async fn open(
         return Ok(template);
     }
     let (config, key) = (config.clone(), key.to_owned());
-    let opening = tokio::task::spawn_blocking(move || {
+    let (sender, opened) = oneshot::channel();
+    let thread = std::thread::spawn(move || {
         let store = TemplateStore::new(&config);
-        store.map_err(|_| TemplateError::Missing(key.clone())).and_then(|store| store.open(&key))
+        let store = store.map_err(|_| TemplateError::Missing(key.clone()));
+        let _ = sender.send(store.and_then(|store| store.open(&key)));
     });
-    opening.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    let opened = opened.await;
+    // Gone for good: the VMM is forked off, and there must be no other thread then.
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+    opened.unwrap_or_else(|_| Err(TemplateError::Missing(String::new())))
 }
 
 fn copy_of(spec: &VmSpec) -> Result<VmSpec, VmmError> {

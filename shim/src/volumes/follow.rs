@@ -9,33 +9,32 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use joey_protocol::api;
-use nix::errno::Errno;
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
 
+use super::watch::{Watch, Watches};
 use super::{Sender, VolumeError};
-use crate::guest::Client;
+use crate::guest::{Client, GuestError};
 use crate::sandbox::plan::Volume;
 
-const DATA: &str = "..data";
+pub(super) const DATA: &str = "..data";
 /// The kubelet makes and removes its links within this time after a swap.
 const SETTLE: Duration = Duration::from_millis(50);
-/// How long what cannot be read is tried again.
+/// How long what cannot be read or put is left alone at first, and at most.
 const AGAIN: Duration = Duration::from_secs(1);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(60);
+/// How often a container's creation tries.
+const ATTEMPTS: u32 = 5;
 
-/// A published volume, watched from before it was first copied.
+/// A published volume, as the guest has it.
 #[derive(Debug)]
-pub(crate) struct Published {
+pub(super) struct Published {
     root: PathBuf,
-    inotify: Inotify,
-    /// Tells when it can be read.
-    ready: AsyncFd<OwnedFd>,
     seen: Listing,
 }
 
@@ -54,72 +53,31 @@ fn list(root: &Path) -> io::Result<Listing> {
 }
 
 impl Published {
-    /// Begins to watch `source` if it is such a volume. Must run inside a runtime.
-    pub(super) fn watch(source: &Path) -> io::Result<Option<Self>> {
+    /// Begins to watch `source` if it is such a volume, before it is first copied. Must run inside a runtime.
+    pub(super) fn watch(source: &Path, watches: &Watches) -> io::Result<Option<(Self, Watch)>> {
         let root = fs::canonicalize(source)?;
         if fs::read_link(root.join(DATA)).is_err() {
             return Ok(None);
         }
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        let changes = AddWatchFlags::IN_CREATE
-            | AddWatchFlags::IN_DELETE
-            | AddWatchFlags::IN_MOVED_TO
-            | AddWatchFlags::IN_ONLYDIR;
-        inotify.add_watch(&root, changes)?;
+        let watch = watches.watch(&root);
         let seen = list(&root)?;
-        let ready = inotify.as_fd().try_clone_to_owned()?;
-        #[allow(deprecated, reason = "an OwnedFd is what the new one asks for, unsafely")]
-        let ready = AsyncFd::new(ready)?;
-        Ok(Some(Self { root, inotify, ready, seen }))
+        Ok(Some((Self { root, seen }, watch)))
     }
 
-    /// Waits for a change; false if the volume is gone.
-    async fn changed(&self) -> io::Result<bool> {
-        loop {
-            let mut ready = self.ready.readable().await?;
-            match self.inotify.read_events() {
-                Ok(events) => {
-                    let gone = |flags: AddWatchFlags| flags.contains(AddWatchFlags::IN_IGNORED);
-                    return Ok(!events.iter().any(|event| gone(event.mask)));
-                }
-                Err(Errno::EAGAIN) => ready.clear_ready(),
-                Err(errno) => return Err(errno.into()),
+    /// Carries what has changed into the guest, for a container that is about to be created. The
+    /// kubelet may just be swapping.
+    pub(super) async fn refresh(
+        &mut self,
+        client: &Client,
+        volume: &Volume,
+    ) -> Result<(), VolumeError> {
+        for _ in 1..ATTEMPTS {
+            match self.carry(client, volume).await {
+                Err(VolumeError::Read { .. }) => tokio::time::sleep(SETTLE).await,
+                carried => return carried,
             }
         }
-    }
-
-    /// Carries changes into the guest until volume or guest are gone.
-    pub(crate) async fn follow(mut self, client: Client, volume: Volume) {
-        loop {
-            match self.changed().await {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => {
-                    let path = self.root.display();
-                    tracing::warn!(%path, %error, "volume not followed any more");
-                    return;
-                }
-            }
-            tokio::time::sleep(SETTLE).await;
-            loop {
-                match self.carry(&client, &volume).await {
-                    Ok(()) => break,
-                    // The kubelet was quicker, or has removed the pod: the next listing tells.
-                    Err(VolumeError::Read { .. }) if self.root.exists() => {
-                        tokio::time::sleep(AGAIN).await;
-                    }
-                    Err(VolumeError::Read { .. }) => return,
-                    Err(error @ VolumeError::Guest(_)) => {
-                        tracing::debug!(%error, "volume not followed: the guest is gone");
-                        return;
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "change of a volume not carried into the guest");
-                        break;
-                    }
-                }
-            }
-        }
+        self.carry(client, volume).await
     }
 
     async fn carry(&mut self, client: &Client, volume: &Volume) -> Result<(), VolumeError> {
@@ -153,5 +111,59 @@ impl Published {
         sender.flush().await?;
         self.seen = now;
         Ok(())
+    }
+}
+
+/// Carries changes into the guest until volume or guest are gone.
+pub(super) async fn follow(
+    published: Arc<Mutex<Published>>,
+    mut watch: Watch,
+    client: Client,
+    volume: Volume,
+) {
+    while watch.changed().await {
+        tokio::time::sleep(SETTLE).await;
+        if !insist(&published, &client, &volume).await {
+            return;
+        }
+    }
+}
+
+/// Carries a change until the guest has it: a guest that refuses, or does not answer, may do so later.
+/// False if volume or guest are gone. What changes meanwhile is carried with it.
+async fn insist(published: &Mutex<Published>, client: &Client, volume: &Volume) -> bool {
+    let mut pause = AGAIN;
+    let mut warned = false;
+    loop {
+        let mut published = published.lock().await;
+        match published.carry(client, volume).await {
+            Ok(()) => {
+                if warned {
+                    tracing::info!(volume = volume.id, "changes are in the guest now");
+                }
+                return true;
+            }
+            // The kubelet was quicker, or has removed the pod: the next listing tells.
+            Err(VolumeError::Read { .. }) if published.root.exists() => {}
+            Err(VolumeError::Read { .. }) => return false,
+            Err(VolumeError::Guest(error @ GuestError::Lost { .. })) => {
+                tracing::debug!(%error, "volume not followed: the guest is gone");
+                return false;
+            }
+            Err(VolumeError::Guest(error)) => {
+                if !std::mem::replace(&mut warned, true) {
+                    let path = published.root.display();
+                    tracing::warn!(%path, %error, "change of a volume not in the guest yet: tried again");
+                }
+            }
+            // Only another change can help.
+            Err(error @ (VolumeError::TooLarge { .. } | VolumeError::Special { .. })) => {
+                tracing::warn!(%error, "change of a volume not carried into the guest");
+                return true;
+            }
+        }
+        drop(published);
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(AGAIN_AT_MOST);
     }
 }

@@ -4,24 +4,33 @@
 //! mounted directory does not get in.
 
 mod follow;
+#[cfg(test)]
+mod tests;
+mod watch;
 
+use std::collections::HashMap;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use joey_protocol::api;
 use joey_protocol::limits::MAX_COPY_IN_CHUNK;
+use tokio::sync::Mutex as AsyncMutex;
 
-pub(crate) use self::follow::Published;
+use self::follow::Published;
+use self::watch::{Watch, Watches};
 use crate::guest::{Client, GuestError};
 use crate::sandbox::plan::{Source, Volume};
 
 /// Most bytes of one volume: it lives in the guest's memory.
 pub const MAX_BYTES: u64 = 32 << 20;
-/// Most entries of one volume.
-pub const MAX_ENTRIES: usize = 10_000;
+/// What the guest needs at least for an entry, however small.
+const ENTRY_BYTES: u64 = 256;
+/// Most entries of one volume: as many as [`MAX_BYTES`] holds empty files.
+pub const MAX_ENTRIES: u64 = MAX_BYTES / ENTRY_BYTES;
 /// Bytes after which a message is sent; ttrpc takes 4 MiB.
 const MESSAGE: usize = 2 << 20;
 
@@ -62,43 +71,92 @@ pub enum VolumeError {
     Guest(#[from] GuestError),
 }
 
-/// Copies the volumes into the guest. Gives those that the kubelet changes while they are in use.
-///
-/// # Errors
-/// A file cannot be read, is too large, or the guest refuses it.
-pub(crate) async fn copy_in(
-    client: &Client,
-    volumes: &[Volume],
-) -> Result<Vec<(Volume, Published)>, VolumeError> {
-    let mut published = Vec::new();
-    for volume in volumes {
-        let mut sender = Sender::new(client, volume);
-        match &volume.source {
-            Source::Inline(content) => {
-                let entry = api::FileEntry {
-                    mode: libc::S_IFREG | 0o644,
-                    data: content.clone(),
-                    ..Default::default()
-                };
-                sender.push(Path::new(""), entry).await?;
+/// The volumes of a sandbox that the kubelet changes while they are in use.
+#[derive(Debug, Default)]
+pub(crate) struct Volumes {
+    watches: Watches,
+    followed: Arc<Followed>,
+}
+
+/// Those that are followed, by name. Only what is in the guest is here.
+type Followed = Mutex<HashMap<String, Arc<AsyncMutex<Published>>>>;
+
+fn lock(followed: &Followed) -> MutexGuard<'_, HashMap<String, Arc<AsyncMutex<Published>>>> {
+    followed.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Volumes {
+    /// Copies volumes into the guest, and keeps those up to date there that the kubelet changes.
+    ///
+    /// # Errors
+    /// A file cannot be read, is too large, or the guest refuses it.
+    pub(crate) async fn copy_in(
+        &self,
+        client: &Client,
+        volumes: &[Volume],
+    ) -> Result<(), VolumeError> {
+        for volume in volumes {
+            let mut sender = Sender::new(client, volume);
+            match &volume.source {
+                Source::Inline(content) => {
+                    let entry = api::FileEntry {
+                        mode: libc::S_IFREG | 0o644,
+                        data: content.clone(),
+                        ..Default::default()
+                    };
+                    sender.push(Path::new(""), entry).await?;
+                }
+                Source::Host(path) => self.copy(client, volume, path).await?,
+                // Not copied.
+                Source::Shared(_) => {}
+                Source::Empty(path) => {
+                    let meta = fs::metadata(path).map_err(sender.read_error(path))?;
+                    (sender.medium, sender.size_bytes) =
+                        medium(path).map_err(sender.read_error(path))?;
+                    sender.push(Path::new(""), entry(Path::new(""), &meta, Vec::new())).await?;
+                }
             }
-            Source::Host(path) => {
-                let found = Published::watch(path).map_err(sender.read_error(path))?;
-                published.extend(found.map(|found| (volume.clone(), found)));
-                sender.tree(path).await?;
-            }
-            // Not copied.
-            Source::Shared(_) => {}
-            Source::Empty(path) => {
-                let meta = fs::metadata(path).map_err(sender.read_error(path))?;
-                (sender.medium, sender.size_bytes) =
-                    medium(path).map_err(sender.read_error(path))?;
-                sender.push(Path::new(""), entry(Path::new(""), &meta, Vec::new())).await?;
-            }
+            sender.flush().await?;
         }
-        sender.flush().await?;
+        Ok(())
     }
-    Ok(published)
+
+    /// Copies a volume of the host. One that is followed is in the guest, and containers read it: what
+    /// has changed in it is carried there as always, and nothing is written anew.
+    async fn copy(&self, client: &Client, volume: &Volume, path: &Path) -> Result<(), VolumeError> {
+        let followed = lock(&self.followed).get(&volume.id).cloned();
+        if let Some(published) = followed {
+            return published.lock().await.refresh(client, volume).await;
+        }
+        let mut sender = Sender::new(client, volume);
+        let found = Published::watch(path, &self.watches).map_err(sender.read_error(path))?;
+        sender.tree(path).await?;
+        sender.flush().await?;
+        if let Some((published, watch)) = found {
+            self.follow(client.clone(), volume.clone(), published, watch);
+        }
+        Ok(())
+    }
+
+    /// Keeps a volume in the guest up to date, for all containers that mount it.
+    fn follow(&self, client: Client, volume: Volume, published: Published, watch: Watch) {
+        let published = Arc::new(AsyncMutex::new(published));
+        {
+            let mut followed = lock(&self.followed);
+            if followed.contains_key(&volume.id) {
+                // A container that was created beside this one was first.
+                return;
+            }
+            followed.insert(volume.id.clone(), published.clone());
+        }
+        let followed = Arc::clone(&self.followed);
+        tokio::spawn(async move {
+            let id = volume.id.clone();
+            follow::follow(published, watch, client, volume).await;
+            // Should a container name it again, it is copied again.
+            lock(&followed).remove(&id);
+        });
+    }
 }
 
 /// Where an emptyDir is kept in the guest: as the kubelet has it on the host, which mounts a tmpfs for
@@ -121,7 +179,7 @@ struct Sender<'a> {
     pending: Vec<api::FileEntry>,
     bytes: usize,
     total: u64,
-    count: usize,
+    count: u64,
 }
 
 impl<'a> Sender<'a> {

@@ -32,7 +32,7 @@ pub(crate) struct Limit {
     write_operations: Option<String>,
 }
 
-pub(crate) fn run(config: &Config, limit: &Limit) -> Result<()> {
+pub(crate) fn run(config: &Config, limit: &Limit, json: bool) -> Result<()> {
     let given =
         [&limit.read_bytes, &limit.write_bytes, &limit.read_operations, &limit.write_operations];
     let annotations: HashMap<String, String> = DISK_LIMITS
@@ -52,7 +52,11 @@ pub(crate) fn run(config: &Config, limit: &Limit) -> Result<()> {
         let deadline = i64::try_from(PATIENCE.as_nanos()).unwrap_or(i64::MAX);
         let context = ttrpc::context::with_timeout(deadline);
         TaskClient::new(shim).update(context, &request).await?;
-        println!("sandbox {}: limited", record.id);
+        if json {
+            println!("{}", serde_json::json!({"sandbox": record.id, "limited": true}));
+        } else {
+            println!("sandbox {}: limited", record.id);
+        }
         Ok(())
     })
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout)]
 
 mod check;
+mod console;
 mod limit;
 mod sandboxes;
 mod standby;
@@ -12,7 +13,7 @@ mod timeline;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 use joey_shim::config::Config;
 
@@ -124,18 +125,23 @@ fn run(cli: &Cli) -> Result<bool> {
             }
         }
         Task::Image(Image::Convert { output, bound, lowers }) => {
+            ensure!(!cli.json, "`image convert` prints nothing: --json does not go with it");
             joey_shim::rootfs::convert::run(&config, output, *bound, lowers)?;
         }
         Task::Image(Image::Ls) => joey_shim::rootfs::cache::list(&config, cli.json)?,
         Task::Image(Image::Prune) => {
             let removed = joey_shim::rootfs::cache::shrink(&config, 0)?;
-            println!("{} images removed", removed.len());
+            if cli.json {
+                println!("{}", serde_json::json!({ "removed": removed }));
+            } else {
+                println!("{} images removed", removed.len());
+            }
         }
         Task::Ps => sandboxes::list(&config, cli.json)?,
         Task::Inspect { id } => sandboxes::inspect(&config, id, cli.json)?,
-        Task::Limit(limit) => limit::run(&config, limit)?,
+        Task::Limit(limit) => limit::run(&config, limit, cli.json)?,
         Task::Clean => return sandboxes::clean(&config, cli.json),
-        Task::Console { id, follow } => sandboxes::console(&config, id, *follow, cli.json)?,
+        Task::Console { id, follow } => console::show(&config, id, *follow, cli.json)?,
     }
     Ok(true)
 }

@@ -1,7 +1,4 @@
-//! `joey ps`, `joey inspect`, `joey console`: from the records that shims keep.
-
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
-use std::time::Duration;
+//! `joey ps`, `joey inspect`, `joey clean`: from the records that shims keep.
 
 use anyhow::{Context as _, Result};
 use joey_shim::config::Config;
@@ -138,35 +135,5 @@ pub(crate) fn inspect(config: &Config, id: &str, json: bool) -> Result<()> {
         println!("network    {}", netns.display());
     }
     print!("\n{}", timeline::draw(&steps));
-    Ok(())
-}
-
-pub(crate) fn console(config: &Config, id: &str, follow: bool, json: bool) -> Result<()> {
-    let record = find(config, id)?;
-    let path = directory(&config.run_dir, &record.id).join("console.log");
-    let mut file = std::fs::File::open(&path)
-        .with_context(|| format!("the guest has printed nothing yet ({})", path.display()))?;
-    let mut text = Vec::new();
-    file.read_to_end(&mut text)?;
-    if json {
-        let text = String::from_utf8_lossy(&text);
-        println!("{}", json!({"sandbox": record.id, "console": text}));
-        return Ok(());
-    }
-    let mut out = std::io::stdout().lock();
-    out.write_all(&text)?;
-    while follow && directory(&config.run_dir, &record.id).exists() {
-        out.flush()?;
-        std::thread::sleep(Duration::from_millis(200));
-        text.clear();
-        // A console that was started anew is shorter than what was read of it.
-        let position = file.stream_position()?;
-        if std::fs::metadata(&path).is_ok_and(|meta| meta.len() < position) {
-            file = std::fs::File::open(&path)?;
-            file.seek(SeekFrom::Start(0))?;
-        }
-        file.read_to_end(&mut text)?;
-        out.write_all(&text)?;
-    }
     Ok(())
 }

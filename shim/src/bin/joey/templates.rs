@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use clap::Subcommand;
 use joey_shim::config::Config;
 use joey_shim::host::cgroup;
-use joey_shim::vmm::template::TemplateStore;
+use joey_shim::vmm::template::{Manifest, TemplateStore};
 
 #[derive(Subcommand)]
 pub(crate) enum Task {
@@ -61,8 +61,9 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
 }
 
 fn list(store: &TemplateStore<'_>, json: bool) -> Result<()> {
-    let all = store.list();
+    let all: Vec<_> = store.list().into_iter().map(|it| (state(store, &it), it)).collect();
     if json {
+        let all: Vec<_> = all.iter().map(|(state, it)| described(state, it)).collect();
         println!("{}", serde_json::to_string_pretty(&all)?);
         return Ok(());
     }
@@ -71,19 +72,36 @@ fn list(store: &TemplateStore<'_>, json: bool) -> Result<()> {
         return Ok(());
     }
     println!("{:<26} {:>5} {:>10}  STATE", "KEY", "VCPUS", "MEMORY");
-    for manifest in all {
-        let state = match store.key(manifest.vcpus, manifest.memory_mib) {
-            Ok(key) if key == manifest.key => match store.open(&manifest.key) {
-                Ok(_) => "good".to_owned(),
-                Err(error) => format!("damaged: {error}"),
-            },
-            Ok(_) => "stale: of another guest image, VMM or accelerator".to_owned(),
-            Err(error) => error.to_string(),
-        };
+    for ((word, reason), manifest) in all {
+        let state = reason.map_or_else(|| word.to_owned(), |reason| format!("{word}: {reason}"));
         let memory = format!("{} MiB", manifest.memory_mib);
         println!("{:<26} {:>5} {:>10}  {state}", manifest.key, manifest.vcpus, memory);
     }
     Ok(())
+}
+
+/// Whether it can be cloned, in a word, and why not.
+type State = (&'static str, Option<String>);
+
+fn state(store: &TemplateStore<'_>, manifest: &Manifest) -> State {
+    match store.key(manifest.vcpus, manifest.memory_mib) {
+        Ok(key) if key == manifest.key => match store.open(&manifest.key) {
+            Ok(_) => ("good", None),
+            Err(error) => ("damaged", Some(error.to_string())),
+        },
+        Ok(_) => ("stale", Some("of another guest image, VMM or accelerator".to_owned())),
+        Err(error) => ("unknown", Some(error.to_string())),
+    }
+}
+
+/// The manifest with its state.
+fn described((word, reason): &State, manifest: &Manifest) -> serde_json::Value {
+    let mut all = serde_json::json!(manifest);
+    if let Some(all) = all.as_object_mut() {
+        all.insert("state".to_owned(), (*word).into());
+        all.insert("reason".to_owned(), reason.clone().into());
+    }
+    all
 }
 
 fn remove(store: &TemplateStore<'_>, key: Option<&str>, stale: bool, json: bool) -> Result<()> {
@@ -109,4 +127,23 @@ fn remove(store: &TemplateStore<'_>, key: Option<&str>, stale: bool, json: bool)
         println!("{} removed", removed.len());
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_says_of_each_template_whether_it_is_good() {
+        let manifest: Manifest = serde_json::from_value(serde_json::json!({
+            "key": "k", "qemu": "10.0", "accelerator": "kvm", "vcpus": 1, "memory_mib": 256,
+            "guest": "g", "files": {}
+        }))
+        .unwrap();
+        let good = described(&("good", None), &manifest);
+        assert_eq!((&good["state"], &good["reason"]), (&"good".into(), &().into()));
+        let stale = described(&("stale", Some("old".to_owned())), &manifest);
+        assert_eq!((&stale["key"], &stale["reason"]), (&"k".into(), &"old".into()));
+    }
 }

@@ -1,8 +1,9 @@
 //! Client of QEMU's control socket: one command at a time, bounded lines, events kept apart.
 //!
-//! Invariants: a command's answer is the first line that is not an event (QEMU answers in order);
+//! Invariants: a command's answer is the line with the command's number, which QEMU repeats (`id`): one
+//! that came too late for its own command answers no other;
 //! a line is at most [`MAX_LINE`]; at most [`MAX_EVENTS`] events wait, older ones are dropped; once a
-//! command failed by deadline or end of file the client refuses further use.
+//! command could not be sent whole the client refuses further use.
 
 use std::collections::VecDeque;
 use std::io;
@@ -69,6 +70,10 @@ pub struct Qmp {
     socket: UnixStream,
     buffer: Vec<u8>,
     events: VecDeque<Event>,
+    /// The last command's number.
+    number: u64,
+    /// Whether a command may have been sent in part.
+    torn: bool,
 }
 
 /// Something QEMU told without being asked.
@@ -83,7 +88,13 @@ pub struct Event {
 impl Qmp {
     /// Reads the greeting and enables commands.
     pub async fn connect(socket: UnixStream) -> Result<Self, QmpError> {
-        let mut client = Self { socket, buffer: Vec::with_capacity(1024), events: VecDeque::new() };
+        let mut client = Self {
+            socket,
+            buffer: Vec::with_capacity(1024),
+            events: VecDeque::new(),
+            number: 0,
+            torn: false,
+        };
         let greeting = client.line("greeting").await?;
         if greeting.get("QMP").is_none() {
             return Err(malformed("greeting", "no greeting of QEMU"));
@@ -104,10 +115,18 @@ impl Qmp {
         arguments: Value,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, QmpError> {
+        if self.torn {
+            return Err(malformed(command, "an earlier command was sent in part only"));
+        }
+        self.number += 1;
         let exchange = async {
-            let mut text = json!({"execute": command, "arguments": arguments}).to_string();
+            let id = self.number;
+            let mut text =
+                json!({"execute": command, "arguments": arguments, "id": id}).to_string();
             text.push('\n');
+            self.torn = true;
             self.send(command, text.as_bytes(), fd).await?;
+            self.torn = false;
             self.answer(command).await
         };
         timeout(COMMAND_DEADLINE, exchange)
@@ -129,7 +148,7 @@ impl Qmp {
     async fn answer(&mut self, command: &str) -> Result<Value, QmpError> {
         loop {
             let mut line = self.line(command).await?;
-            if self.keep_event(&line) {
+            if self.keep_event(&line) || self.is_late(&line) {
                 continue;
             }
             if let Some(result) = line.get_mut("return") {
@@ -143,6 +162,12 @@ impl Qmp {
                 reason: reason.chars().take(500).collect(),
             });
         }
+    }
+
+    /// Whether this answers a command that nobody waits for any more. What QEMU cannot even read as a
+    /// command it answers without a number: it is taken for an answer to the last one.
+    fn is_late(&self, line: &Value) -> bool {
+        line.get("id").and_then(Value::as_u64).is_some_and(|id| id != self.number)
     }
 
     fn keep_event(&mut self, line: &Value) -> bool {
@@ -240,6 +265,7 @@ mod tests {
         for answer in answers {
             let mut line = String::new();
             socket.read_line(&mut line).await.unwrap();
+            assert!(line.contains("\"id\":"), "{line}");
             socket.write_all(answer.as_bytes()).await.unwrap();
         }
     }
@@ -269,6 +295,29 @@ mod tests {
             let error = qmp.execute("x", json!({})).await.unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_comes_too_late_answers_no_other_command() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let late = "{\"return\": \"late\", \"id\": 2}\n{\"return\": \"own\", \"id\": 3}\n";
+        tokio::spawn(server(theirs, vec!["{\"return\": {}, \"id\": 1}\n", "", late]));
+        let mut qmp = Qmp::connect(ours).await.unwrap();
+        let error = qmp.execute("x", json!({})).await.unwrap_err();
+        assert!(matches!(error, QmpError::Deadline { .. }), "{error}");
+        assert_eq!(qmp.execute("y", json!({})).await.unwrap(), json!("own"));
+    }
+
+    #[tokio::test]
+    async fn a_command_that_was_sent_in_part_is_the_last() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        tokio::spawn(server(theirs, vec!["{\"return\": {}, \"id\": 1}\n"]));
+        let mut qmp = Qmp::connect(ours).await.unwrap();
+        let big = json!({"x": "x".repeat(8 << 20)});
+        let cut = qmp.execute("x", big);
+        let _ = timeout(Duration::from_millis(50), cut).await;
+        let error = qmp.execute("y", json!({})).await.unwrap_err();
+        assert!(!matches!(error, QmpError::Deadline { .. }), "{error}");
     }
 
     #[tokio::test]
