@@ -12,9 +12,13 @@ use tar::{Builder, EntryType, Header};
 
 use crate::disk::{self, Disk};
 use crate::layer::{self, BLOCK, LayerError};
-use crate::tree::{Body, Tree};
+use crate::tree::{Body, Limits, Tree};
 
 const MUCH: u64 = 1 << 30;
+
+fn limits() -> Limits {
+    Limits::of(crate::memory::LARGE)
+}
 
 /// A tar stream in the making.
 struct Stream(Builder<Vec<u8>>);
@@ -90,7 +94,7 @@ impl Image {
         }
         let folder = dir.path().join("disk");
         fs::create_dir(&folder).unwrap();
-        Ok(Self { disk: disk::make(&folder, &layers)?, dir })
+        Ok(Self { disk: disk::make(&folder, &layers, limits())?, dir })
     }
 
     /// The disk as a guest sees it.
@@ -294,8 +298,8 @@ fn sparse_files_keep_their_holes() {
         assert!(image.disk.data_blocks < 1024, "{format}: {} blocks", image.disk.data_blocks);
         // Not by fsck.erofs, of which 1.5 reads holes wrongly; the kernel does it in the node's tests.
         let layer = image.dir.path().join("layer0");
-        let mut tree = Tree::of_layers([layer.as_path()]).unwrap();
-        let Body::Regular(_, content) = &tree.find(b"sparse").unwrap().body else { panic!() };
+        let mut tree = Tree::of_layers([layer.as_path()], limits()).unwrap();
+        let Body::Regular(content) = &tree.find(b"sparse").unwrap().body else { panic!() };
         let data = fs::read(layer.join("data")).unwrap();
         let mut seen = Vec::new();
         for chunk in &content.chunks {
@@ -322,7 +326,7 @@ fn extended_attributes_are_bytes() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), &stream.bytes()).unwrap();
     // Extensions in two headers, as some builders write them, all hold for the entry that follows.
-    let mut tree = Tree::of_layers([dir.path()]).unwrap();
+    let mut tree = Tree::of_layers([dir.path()], limits()).unwrap();
     let inode = tree.find("n\u{e4}me".as_bytes()).unwrap();
     assert!(matches!(inode.body, Body::Regular(..)));
     assert_eq!(inode.meta.xattrs, [(b"security.capability".to_vec(), value.to_vec())]);
