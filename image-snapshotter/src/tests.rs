@@ -257,6 +257,16 @@ fn hostile_streams_are_refused_by_entry() {
         (cut(Stream::new().file("cut", b"x"), 700), "cut", "end of file"),
         (checksum, "Sum", "checksum"),
         (huge, "huge", "max_layer_bytes"),
+        (
+            Stream::new().pax("size", b"18446744073709551615").file("endless", b"x").bytes(),
+            "endless",
+            "a size of 18446744073709551615",
+        ),
+        (
+            Stream::new().pax("size", b"18446744073709551000").dir("endless").bytes(),
+            "endless",
+            "end of file",
+        ),
     ];
     for (stream, entry, problem) in cases {
         let Err(error) = Image::of(&[stream]) else {
@@ -276,6 +286,60 @@ fn headers_without_end_are_refused() {
     }
     let error = Image::of(&[stream.file("f", b"").bytes()]).err().unwrap().to_string();
     assert!(error.contains("extended attributes of 1"), "{error}");
+}
+
+#[test]
+fn attributes_without_end_are_refused() {
+    let mut records = Vec::new();
+    for number in 0..1025 {
+        records.push((format!("SCHILY.xattr.user.{number}"), *b"x"));
+    }
+    let mut stream = Stream::new();
+    stream.0.append_pax_extensions(records.iter().map(|(k, v)| (k.as_str(), &v[..]))).unwrap();
+    let error = Image::of(&[stream.file("f", b"").bytes()]).err().unwrap().to_string();
+    assert!(error.contains("user.1024"), "{error}");
+}
+
+/// Links whose targets, beside their inodes and attributes, would cross a block: old kernels refuse
+/// those, so such a link is moved, or has a block of its own.
+#[test]
+fn long_links_with_attributes_can_be_read() {
+    let target = |length: usize| format!("{length}/").repeat(length)[..length].to_owned();
+    let cases: Vec<(usize, usize)> = [1, 60, 1000, 3900, 4031, 4032, 4033, 4095]
+        .into_iter()
+        .flat_map(|length| [0, 100, 3900, 6000].map(|value| (length, value)))
+        .collect();
+    let mut stream = Stream::new();
+    for (length, value) in &cases {
+        stream = match value {
+            0 => stream,
+            _ => stream.pax("SCHILY.xattr.trusted.x", &vec![b'v'; *value]),
+        };
+        let link = target(*length);
+        stream = stream.pax("linkpath", link.as_bytes());
+        stream = stream.add(&format!("l{length}-{value}"), EntryType::Symlink, "x", &[]);
+    }
+    let image = Image::of(&[stream.bytes()]).unwrap();
+    let out = image.extract();
+    for (length, value) in &cases {
+        let link = fs::read_link(out.join(format!("l{length}-{value}"))).unwrap();
+        assert!(link == Path::new(&target(*length)), "{length} bytes, attributes of {value}");
+    }
+    // As Linux before 6.10 looks at inline links.
+    let index = image.bytes();
+    let mut inline = 0;
+    for at in (BLOCK..index.len() - 64).step_by(64) {
+        let half = |at: usize| u16::from_le_bytes([index[at], index[at + 1]]);
+        let (format, xattrs, mode) = (half(at), usize::from(half(at + 2)), half(at + 4));
+        if format != 5 || mode & 0o170_000 != 0o120_000 {
+            continue;
+        }
+        let size = usize::from(half(at + 8));
+        let attributes = if xattrs > 0 { 12 + (xattrs - 1) * 4 } else { 0 };
+        assert!(at % BLOCK + 64 + attributes + size <= BLOCK, "a link of {size} bytes at {at}");
+        inline += 1;
+    }
+    assert!(inline >= 10, "{inline} inline links were found");
 }
 
 #[test]
