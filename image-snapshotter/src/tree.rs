@@ -26,6 +26,8 @@ const INODE_COST: usize = 192;
 /// Memory for a name besides its bytes: its allocation, its part of a directory's node, and what
 /// listing and ordering directories take.
 const NAME_COST: usize = 104;
+/// Memory for a directory on top: the first node of its names.
+const DIRECTORY_COST: usize = 240;
 /// Memory for an extended attribute besides its bytes.
 const XATTR_COST: usize = 112;
 
@@ -134,6 +136,7 @@ impl Inode {
         let body = match &self.body {
             Body::Regular(data) => size_of_val(&*data.chunks),
             Body::Symlink(target) => target.len(),
+            Body::Directory(_) => DIRECTORY_COST,
             _ => 0,
         };
         INODE_COST + xattrs_cost(&self.meta) + body
@@ -147,7 +150,7 @@ impl Inode {
 impl Tree {
     fn new(limits: Limits) -> Self {
         let root = Inode { names: 1, ..directory(0o755) };
-        Self { inodes: vec![root], free: Vec::new(), limits, bytes: INODE_COST, steps: 0 }
+        Self { inodes: vec![root], free: Vec::new(), limits, bytes: 0, steps: 0 }
     }
 
     /// The layers in these folders, lowest first.

@@ -34,7 +34,7 @@ const MESSAGES: usize = 2;
 
 /// Largest window that a zstd stream may ask for, as a power of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Window {
+pub(crate) enum Window {
     /// The format's recommended limit for decoders (RFC 8878), 8 MiB.
     Usual = 23,
     /// What image builders use at most (`zstd --ultra`), 128 MiB.
@@ -327,7 +327,7 @@ async fn share(shares: &Arc<Shares>) -> Result<Share, Status> {
 }
 
 /// Makes a layer of a compressed stream and applies it; `None` if it needs a larger window.
-fn write(
+pub(crate) fn write(
     store: &Store,
     input: impl Read + Send,
     key: &str,
