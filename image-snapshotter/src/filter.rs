@@ -66,7 +66,7 @@ impl Filters {
                     }
                 }
                 // What is not there is unequal to everything but nothing.
-                Test::Unequal(to) => !same(to) && !(value.is_none() && to.is_empty()),
+                Test::Unequal(to) => !(same(to) || value.is_none() && to.is_empty()),
             }
         };
         self.0.is_empty() || self.0.iter().any(|all| all.iter().all(holds))

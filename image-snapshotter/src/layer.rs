@@ -329,27 +329,30 @@ impl Writer {
         }
         let start = self.totals.blocks;
         let mut content = Content { size, start, chunks: Vec::new(), tail: Vec::new() };
-        let (mut left, mut holes) = (size, false);
+        let mut left = size;
         let mut chunk = std::mem::take(&mut self.chunk);
         while left > 0 {
             let length = usize::try_from(left).unwrap_or(usize::MAX).min(chunk.len());
             let Some(bytes) = chunk.get_mut(..length) else { break };
-            if length == CHUNK * BLOCK && input.skip_hole(length as u64) {
-                left -= length as u64;
-                content.chunks.push(HOLE);
-                holes = true;
-                continue;
+            let is_chunk = length == CHUNK * BLOCK;
+            let is_hole = is_chunk && input.skip_hole(length as u64);
+            if !is_hole {
+                input
+                    .read_exact(bytes)
+                    .map_err(|source| TarError::Read { after: shown(path), source })?;
             }
-            input
-                .read_exact(bytes)
-                .map_err(|source| TarError::Read { after: shown(path), source })?;
             left -= length as u64;
-            if length == CHUNK * BLOCK && bytes == ZEROS {
+            if is_hole || (is_chunk && bytes == ZEROS) {
+                if content.chunks.is_empty() {
+                    content.chunks = self.chunks(&content);
+                }
                 content.chunks.push(HOLE);
-                holes = true;
                 continue;
             }
-            content.chunks.push(self.totals.blocks);
+            let holes = !content.chunks.is_empty();
+            if holes {
+                content.chunks.push(self.totals.blocks);
+            }
             let whole = length - length % BLOCK;
             let (blocks, tail) = bytes.split_at(whole);
             for block in blocks.chunks_exact(BLOCK) {
@@ -366,10 +369,16 @@ impl Writer {
             }
         }
         self.chunk = chunk;
-        if !holes {
-            content.chunks = Vec::new();
-        }
         Ok(content)
+    }
+
+    /// The chunks so far of a file that has had no hole, and room for the others. Most files have no
+    /// hole, so for them nothing is held.
+    fn chunks(&self, content: &Content) -> Vec<u32> {
+        let all = usize::try_from(content.size).unwrap_or(0).div_ceil(CHUNK * BLOCK);
+        let mut chunks = Vec::with_capacity(all.min(MAX_ENTRIES));
+        chunks.extend((content.start..self.totals.blocks).step_by(CHUNK));
+        chunks
     }
 
     fn block(&mut self, path: &[u8], block: &[u8]) -> Result<(), LayerError> {

@@ -2,7 +2,7 @@
 //!
 //! | who | how many at once | bytes each |
 //! | --- | --- | --- |
-//! | layer being applied | [`APPLIES`] | about 16 MiB: pieces on their way and a zstd window of 8 MiB |
+//! | layer being applied | [`APPLIES`] | about 16 MiB: pieces on their way and a zstd window of 8 MiB; 28 for a file of 64 GiB of holes |
 //! | disk being made, up to [`SMALL`] | [`DISKS`] | [`SMALL`] |
 //! | greater disk, or layer with a greater window | 1 | [`LARGE`] |
 //!
@@ -13,7 +13,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Layers that are applied at once.
-pub const APPLIES: usize = 4;
+pub const APPLIES: usize = 3;
 /// Small disks that are made at once.
 pub const DISKS: usize = 2;
 /// Memory of a small disk's tree.

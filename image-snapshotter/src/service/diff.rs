@@ -28,6 +28,12 @@ impl Diff for Differ {
         let namespace = request.metadata().get("containerd-namespace").cloned();
         let namespace = namespace.unwrap_or_else(|| MetadataValue::from_static("default"));
         let request = request.into_inner();
+        if let Some(disk) = option(&request.mounts, DISK_OPTION) {
+            return Err(Status::failed_precondition(format!(
+                "joey-snapshotter: mount {DISK_OPTION}{disk}: a layer goes into a snapshot that was made \
+                 for one (extract-…), not into a container's"
+            )));
+        }
         let ours = option(&request.mounts, SNAPSHOT_OPTION);
         // By this answer containerd asks the next differ of its list.
         let Some(key) = ours else {
@@ -109,6 +115,11 @@ mod tests {
                 DiffRequest { left: mount(left), right: mount(right), ..DiffRequest::default() };
             let status = differ.diff(Request::new(request)).await.unwrap_err();
             assert_eq!(status.code(), code, "{left}, {right}: {}", status.message());
+        }
+        for (option, _, code) in [cases[0], cases[3]] {
+            let request = ApplyRequest { mounts: mount(option), ..ApplyRequest::default() };
+            let status = differ.apply(Request::new(request)).await.unwrap_err();
+            assert_eq!(status.code(), code, "{option}: {}", status.message());
         }
     }
 }
