@@ -20,6 +20,8 @@ pub struct Config {
     /// Most bytes that the files of one layer may have together, holes included, and that its stream
     /// may have when it is decompressed.
     pub max_layer_bytes: u64,
+    /// Unix socket on which metrics are given, if at all.
+    pub metrics: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -29,6 +31,7 @@ impl Default for Config {
             socket: "/run/joey/snapshotter.sock".into(),
             containerd: "/run/containerd/containerd.sock".into(),
             max_layer_bytes: 64 << 30,
+            metrics: None,
         }
     }
 }

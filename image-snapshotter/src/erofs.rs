@@ -3,14 +3,15 @@
 //!
 //! Layout: block 0 has the superblock; then come the inodes, each followed by its extended attributes
 //! and by what is inline (short directories, link targets, ends of files, chunk maps); then whole
-//! blocks of larger directories. Everything is uncompressed: what a guest reads is what the host's
+//! blocks of larger directories and of links that do not fit beside their inode. Everything is uncompressed: what a guest reads is what the host's
 //! page cache holds, once for all guests.
 
-use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt as _;
 
-use crate::layer::{BLOCK, CHUNK, Content, HOLE};
-use crate::tree::{Body, Id, Inode, ROOT, Tree};
+use crate::layer::{BLOCK, CHUNK, HOLE};
+use crate::tree::{Body, Data, Id, Inode, ROOT, Tree};
 
 const MAGIC: u32 = 0xE0F5_E1E2;
 /// Incompatible features: files in chunks.
@@ -33,7 +34,8 @@ pub struct Layout<'a> {
     tree: &'a Tree,
     /// Files in the order of their inodes.
     order: Vec<Id>,
-    places: HashMap<Id, Place>,
+    /// By number; a file that is not in the tree has no link.
+    places: Vec<Place>,
     /// Blocks of superblock, inodes and directories.
     blocks: u64,
     /// Block after the last inode.
@@ -51,6 +53,29 @@ struct Place {
     block: u64,
     /// Bytes after inode and extended attributes.
     inline: u64,
+}
+
+/// Where files' bytes are, layer by layer.
+#[derive(Debug)]
+pub struct Source<'a> {
+    /// The block of the disk at which its data begin.
+    pub bases: &'a [u32],
+    /// Its table.
+    pub tables: &'a [File],
+}
+
+impl Source<'_> {
+    /// What comes after a file's last whole block.
+    ///
+    /// # Errors
+    /// The layer's table cannot be read.
+    pub fn tail(&self, data: &Data) -> io::Result<Vec<u8>> {
+        let mut tail = vec![0; usize::from(data.tail)];
+        if let (false, Some(table)) = (tail.is_empty(), self.tables.get(data.layer)) {
+            table.read_exact_at(&mut tail, data.tail_end.saturating_sub(u64::from(data.tail)))?;
+        }
+        Ok(tail)
+    }
 }
 
 /// Why a tree cannot be an EROFS file system.
@@ -94,7 +119,7 @@ impl<'a> Listing<'a> {
         let mut bytes = Vec::with_capacity(BLOCK);
         let mut at = entries.len() * DIRENT;
         for (name, id) in entries {
-            let number = layout.places.get(id).map_or(0, |place| layout.number(place));
+            let number = layout.place(*id).map_or(0, |place| layout.number(place));
             bytes.extend_from_slice(&number.to_le_bytes());
             bytes.extend_from_slice(&(at as u16).to_le_bytes());
             bytes.push(layout.tree.inode(*id).map_or(0, file_type));
@@ -177,18 +202,27 @@ impl<'a> Layout<'a> {
     /// # Errors
     /// The tree does not fit the format's counters.
     pub fn of(tree: &'a Tree) -> Result<Self, TooLarge> {
-        let mut layout =
-            Self { tree, order: Vec::new(), places: HashMap::new(), blocks: 0, directories: 0 };
+        let places = vec![Place::default(); tree.numbers()];
+        let mut layout = Self { tree, order: Vec::new(), places, blocks: 0, directories: 0 };
         layout.count();
         let mut at = BLOCK as u64;
         let mut whole = 0;
         for id in &layout.order {
-            let (Some(inode), Some(place)) = (tree.inode(*id), layout.places.get_mut(id)) else {
+            let (Some(inode), Some(place)) = (tree.inode(*id), layout.places.get_mut(*id as usize))
+            else {
                 continue;
             };
             let (inline, in_one_block, blocks) = payload(inode, *id, place.parent);
-            let head = INODE + xattrs(inode).len() as u64;
+            let head = head(inode);
             at = at.next_multiple_of(INODE);
+            // Linux before 6.10 takes a link's target for damaged unless all of it, inode and
+            // attributes included, is in one block.
+            let whole_link = head + inline;
+            if matches!(inode.body, Body::Symlink(_))
+                && at % BLOCK as u64 + whole_link > BLOCK as u64
+            {
+                at = at.next_multiple_of(BLOCK as u64);
+            }
             let end = (at + head) % BLOCK as u64 + inline;
             if in_one_block && inline > 0 && end > BLOCK as u64 {
                 // Where the inline part begins a block, or, if nothing is before it, the inode does.
@@ -204,7 +238,7 @@ impl<'a> Layout<'a> {
         }
         layout.directories = blocks_of(at);
         layout.blocks = layout.directories + whole;
-        for place in layout.places.values_mut() {
+        for place in &mut layout.places {
             place.block += layout.directories;
         }
         if layout.blocks >= u64::from(HOLE) {
@@ -217,7 +251,8 @@ impl<'a> Layout<'a> {
     fn count(&mut self) {
         let mut left = std::collections::VecDeque::from([(ROOT, ROOT)]);
         while let Some((id, parent)) = left.pop_front() {
-            if let Some(place) = self.places.get_mut(&id) {
+            let Some(place) = self.places.get_mut(id as usize) else { continue };
+            if place.links > 0 {
                 place.links += 1;
                 continue;
             }
@@ -231,7 +266,9 @@ impl<'a> Layout<'a> {
                     links += u32::from(self.tree.inode(*child).is_some_and(is_directory));
                 }
             }
-            self.places.insert(id, Place { links, parent, ..Place::default() });
+            if let Some(place) = self.places.get_mut(id as usize) {
+                *place = Place { links, parent, ..Place::default() };
+            }
         }
     }
 
@@ -240,30 +277,42 @@ impl<'a> Layout<'a> {
         self.blocks
     }
 
+    fn place(&self, id: Id) -> Option<&Place> {
+        self.places.get(id as usize)
+    }
+
     fn number(&self, place: &Place) -> u64 {
         (place.at - BLOCK as u64) / SLOT
     }
 
-    /// Writes the file system; `bases` tells at which block of the disk each layer's data begin, and
-    /// `total` how many blocks the disk has.
+    /// Writes the file system; `total` tells how many blocks the disk has.
     ///
     /// # Errors
-    /// Writing failed.
-    pub fn write(&self, bases: &[u32], total: u32, output: &mut impl Write) -> io::Result<()> {
+    /// Writing failed, or reading an end of a file.
+    pub fn write(
+        &self,
+        source: &Source<'_>,
+        total: u32,
+        output: &mut impl Write,
+    ) -> io::Result<()> {
         let mut output = Counted { output, at: 0 };
         output.write(&self.superblock(total))?;
         for id in &self.order {
-            let (Some(inode), Some(place)) = (self.tree.inode(*id), self.places.get(id)) else {
+            let (Some(inode), Some(place)) = (self.tree.inode(*id), self.place(*id)) else {
                 continue;
             };
             output.pad_to(place.at)?;
-            self.inode(*id, inode, place, bases, &mut output)?;
+            self.inode(*id, inode, place, source, &mut output)?;
         }
         output.pad_to(self.directories * BLOCK as u64)?;
         for id in &self.order {
-            let (Some(inode), Some(place)) = (self.tree.inode(*id), self.places.get(id)) else {
+            let (Some(inode), Some(place)) = (self.tree.inode(*id), self.place(*id)) else {
                 continue;
             };
+            if let (Body::Symlink(target), 0) = (&inode.body, place.inline) {
+                output.write(target)?;
+                output.pad_to(output.at.next_multiple_of(BLOCK as u64))?;
+            }
             let Body::Directory(children) = &inode.body else { continue };
             let listing = Listing::of(children, *id, place.parent);
             let inline = u64::from(place.inline > 0);
@@ -298,7 +347,7 @@ impl<'a> Layout<'a> {
         id: Id,
         inode: &Inode,
         place: &Place,
-        bases: &[u32],
+        source: &Source<'_>,
         output: &mut Counted<'_, impl Write>,
     ) -> io::Result<()> {
         let mut layout = if place.inline > 0 { INLINE } else { PLAIN };
@@ -311,24 +360,27 @@ impl<'a> Layout<'a> {
                 }
                 (listing.size, place.block as u32)
             }
-            Body::Regular(layer, content) => {
-                let base = bases.get(*layer).copied().unwrap_or(0);
-                if content.chunks.is_empty() {
-                    inline.clone_from(&content.tail);
-                    (content.size, base + content.start)
+            Body::Regular(data) => {
+                let base = source.bases.get(data.layer).copied().unwrap_or(0);
+                if data.chunks.is_empty() {
+                    inline = source.tail(data)?;
+                    (data.size, base + data.start)
                 } else {
                     layout = CHUNKED;
-                    for chunk in &content.chunks {
+                    for chunk in &data.chunks {
                         let address = if *chunk == HOLE { HOLE } else { base + chunk };
                         inline.extend_from_slice(&address.to_le_bytes());
                     }
                     // Blocks in a chunk, as a power of two.
-                    (content.size, CHUNK.ilog2())
+                    (data.size, CHUNK.ilog2())
                 }
             }
             Body::Symlink(target) => {
-                inline.clone_from(target);
-                (target.len() as u64, 0)
+                let beside = place.inline > 0;
+                if beside {
+                    inline = target.to_vec();
+                }
+                (target.len() as u64, if beside { 0 } else { place.block as u32 })
             }
             Body::Char(major, minor) | Body::Block(major, minor) => {
                 (0, minor & 0xff | major << 8 | (minor & !0xff) << 12)
@@ -361,6 +413,11 @@ impl<'a> Layout<'a> {
     }
 }
 
+/// Bytes of a file's inode and extended attributes.
+fn head(inode: &Inode) -> u64 {
+    INODE + xattrs(inode).len() as u64
+}
+
 /// Bytes that follow a file's inode, whether they must be in one block, and whole blocks of its own
 /// beside the inodes.
 fn payload(inode: &Inode, id: Id, parent: Id) -> (u64, bool, u64) {
@@ -375,10 +432,11 @@ fn payload(inode: &Inode, id: Id, parent: Id) -> (u64, bool, u64) {
                 (last, true, listing.blocks.len() as u64 - 1)
             }
         }
-        Body::Regular(_, Content { chunks, .. }) if !chunks.is_empty() => {
+        Body::Regular(Data { chunks, .. }) if !chunks.is_empty() => {
             (4 * chunks.len() as u64, false, 0)
         }
-        Body::Regular(_, content) => (content.tail.len() as u64, true, 0),
+        Body::Regular(data) => (u64::from(data.tail), true, 0),
+        Body::Symlink(target) if head(inode) + target.len() as u64 > BLOCK as u64 => (0, false, 1),
         Body::Symlink(target) => (target.len() as u64, true, 0),
         _ => (0, false, 0),
     }

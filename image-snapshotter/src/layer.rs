@@ -29,10 +29,14 @@ pub const HASH: usize = 32;
 const MAX_TAIL: usize = 1024;
 /// Blocks that are a hole if all their bytes are zero.
 pub const CHUNK: usize = 16;
+/// A chunk that is not stored.
+const ZEROS: &[u8] = &[0; CHUNK * BLOCK];
 /// In place of a chunk's block: a hole.
 pub const HOLE: u32 = u32::MAX;
 /// Most entries of one layer.
 const MAX_ENTRIES: usize = 1_000_000;
+/// Most bytes of a layer's table: it is read again for each image that has the layer.
+const MAX_TABLE: u64 = 512 << 20;
 /// Deepest path.
 const MAX_DEPTH: usize = 256;
 const MAX_COMPONENT: usize = 255;
@@ -115,6 +119,25 @@ pub enum LayerError {
         entry: String,
         /// What is wrong.
         problem: String,
+    },
+    /// What is known of the image so far takes more memory than it may.
+    #[error(
+        "entry {entry:?}: with it the names, attributes and maps of the image take more than {most} \
+         bytes of memory"
+    )]
+    Memory {
+        /// The path of the entry that was one too many.
+        entry: String,
+        /// The limit.
+        most: usize,
+    },
+    /// One layer of an image.
+    #[error("layer {layer}: {source}")]
+    Layer {
+        /// Its folder's name, which is its digest.
+        layer: String,
+        /// What is wrong with it.
+        source: Box<LayerError>,
     },
     /// The store's own files.
     #[error("{what} {path}: {source}")]
@@ -249,6 +272,8 @@ struct Writer {
     totals: Totals,
     max_bytes: u64,
     bytes: u64,
+    /// What the table may still grow by.
+    table_left: u64,
     chunk: Vec<u8>,
 }
 
@@ -267,6 +292,7 @@ impl Writer {
             totals: Totals::default(),
             max_bytes,
             bytes: 0,
+            table_left: MAX_TABLE,
             chunk: vec![0; CHUNK * BLOCK],
         })
     }
@@ -279,6 +305,10 @@ impl Writer {
         }
         let bytes = postcard::to_allocvec(entry)
             .map_err(|error| entry_error(&entry.path, error.to_string()))?;
+        self.table_left = self.table_left.checked_sub(bytes.len() as u64 + 4).ok_or_else(|| {
+            let problem = format!("the layer's table has more than {MAX_TABLE} bytes");
+            entry_error(&entry.path, problem)
+        })?;
         let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes();
         let written = self.table.write_all(&length).and_then(|()| self.table.write_all(&bytes));
         written.map_err(io_error("write", &self.folder.join("table")))
@@ -289,7 +319,7 @@ impl Writer {
         &mut self,
         path: &[u8],
         size: u64,
-        input: &mut impl Read,
+        input: &mut Archive<impl Read>,
     ) -> Result<Content, LayerError> {
         self.bytes = self.bytes.saturating_add(size);
         if self.bytes > self.max_bytes {
@@ -299,21 +329,30 @@ impl Writer {
         }
         let start = self.totals.blocks;
         let mut content = Content { size, start, chunks: Vec::new(), tail: Vec::new() };
-        let (mut left, mut holes) = (size, false);
+        let mut left = size;
         let mut chunk = std::mem::take(&mut self.chunk);
         while left > 0 {
             let length = usize::try_from(left).unwrap_or(usize::MAX).min(chunk.len());
             let Some(bytes) = chunk.get_mut(..length) else { break };
-            input
-                .read_exact(bytes)
-                .map_err(|source| TarError::Read { after: shown(path), source })?;
+            let is_chunk = length == CHUNK * BLOCK;
+            let is_hole = is_chunk && input.skip_hole(length as u64);
+            if !is_hole {
+                input
+                    .read_exact(bytes)
+                    .map_err(|source| TarError::Read { after: shown(path), source })?;
+            }
             left -= length as u64;
-            if length == CHUNK * BLOCK && bytes.iter().all(|byte| *byte == 0) {
+            if is_hole || (is_chunk && bytes == ZEROS) {
+                if content.chunks.is_empty() {
+                    content.chunks = self.chunks(&content);
+                }
                 content.chunks.push(HOLE);
-                holes = true;
                 continue;
             }
-            content.chunks.push(self.totals.blocks);
+            let holes = !content.chunks.is_empty();
+            if holes {
+                content.chunks.push(self.totals.blocks);
+            }
             let whole = length - length % BLOCK;
             let (blocks, tail) = bytes.split_at(whole);
             for block in blocks.chunks_exact(BLOCK) {
@@ -330,10 +369,16 @@ impl Writer {
             }
         }
         self.chunk = chunk;
-        if !holes {
-            content.chunks = Vec::new();
-        }
         Ok(content)
+    }
+
+    /// The chunks so far of a file that has had no hole, and room for the others. Most files have no
+    /// hole, so for them nothing is held.
+    fn chunks(&self, content: &Content) -> Vec<u32> {
+        let all = usize::try_from(content.size).unwrap_or(0).div_ceil(CHUNK * BLOCK);
+        let mut chunks = Vec::with_capacity(all.min(MAX_ENTRIES));
+        chunks.extend((content.start..self.totals.blocks).step_by(CHUNK));
+        chunks
     }
 
     fn block(&mut self, path: &[u8], block: &[u8]) -> Result<(), LayerError> {
@@ -370,6 +415,19 @@ impl Writer {
 pub struct Entries {
     path: PathBuf,
     table: BufReader<File>,
+    /// Bytes of the table that have been read, and all.
+    at: u64,
+    size: u64,
+}
+
+/// An entry, and where in the table it ends. The end of a file comes last in its entry, so it can be
+/// read again from there and need not be held.
+#[derive(Debug)]
+pub struct Record {
+    /// The entry.
+    pub entry: Entry,
+    /// Byte of the table after it.
+    pub end: u64,
 }
 
 /// Opens the table of the layer in `folder`.
@@ -379,24 +437,32 @@ pub struct Entries {
 pub fn entries(folder: &Path) -> Result<Entries, LayerError> {
     let path = folder.join("table");
     let file = File::open(&path).map_err(io_error("open", &path))?;
-    Ok(Entries { path, table: BufReader::with_capacity(64 << 10, file) })
+    let size = file.metadata().map_err(io_error("look at", &path))?.len();
+    Ok(Entries { path, table: BufReader::with_capacity(64 << 10, file), at: 0, size })
 }
 
 impl Entries {
-    fn read(&mut self) -> io::Result<Option<Entry>> {
-        let mut length = [0; 4];
-        match self.table.read_exact(&mut length) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-            read => read?,
+    fn read(&mut self) -> io::Result<Option<Record>> {
+        if self.at == self.size {
+            return Ok(None);
         }
-        let mut bytes = vec![0; u32::from_le_bytes(length) as usize];
+        let mut length = [0; 4];
+        self.table.read_exact(&mut length)?;
+        let length = u32::from_le_bytes(length);
+        self.at += 4 + u64::from(length);
+        // A damaged length must not become memory.
+        if self.at > self.size {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut bytes = vec![0; length as usize];
         self.table.read_exact(&mut bytes)?;
-        postcard::from_bytes(&bytes).map(Some).map_err(io::Error::other)
+        let entry = postcard::from_bytes(&bytes).map_err(io::Error::other)?;
+        Ok(Some(Record { entry, end: self.at }))
     }
 }
 
 impl Iterator for Entries {
-    type Item = Result<Entry, LayerError>;
+    type Item = Result<Record, LayerError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.read().map_err(io_error("read", &self.path)).transpose()

@@ -9,6 +9,8 @@ pub mod disk;
 pub mod erofs;
 pub mod filter;
 pub mod layer;
+pub mod memory;
+pub mod metrics;
 pub mod service;
 pub mod store;
 pub mod tar;

@@ -1,12 +1,13 @@
 //! `joey-snapshotter`: images as block data for containerd, one daemon per node.
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
 use joey_snapshotter::config::Config;
+use joey_snapshotter::metrics;
 use joey_snapshotter::service::api::services::diff::v1::diff_server::DiffServer;
 use joey_snapshotter::service::api::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use joey_snapshotter::service::apply::Applier;
@@ -67,17 +68,26 @@ fn main() -> ExitCode {
     }
 }
 
+/// Listens on a socket for root, in place of what is there.
+fn listen(socket: &Path) -> anyhow::Result<UnixListener> {
+    if let Some(folder) = socket.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket)
+        .map_err(|error| anyhow::anyhow!("listen on {}: {error}", socket.display()))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
 async fn serve(config: Config) -> anyhow::Result<()> {
     // The store's lock comes first: whoever has it owns the socket.
     let store = Arc::new(Store::open(&config.root)?);
     let applier = Applier::new(Arc::clone(&store), config.containerd, config.max_layer_bytes)?;
-    if let Some(folder) = config.socket.parent() {
-        std::fs::create_dir_all(folder)?;
+    let listener = listen(&config.socket)?;
+    if let Some(socket) = &config.metrics {
+        tokio::spawn(metrics::serve(listen(socket)?, Arc::clone(&store)));
     }
-    let _ = std::fs::remove_file(&config.socket);
-    let listener = UnixListener::bind(&config.socket)
-        .map_err(|error| anyhow::anyhow!("listen on {}: {error}", config.socket.display()))?;
-    std::fs::set_permissions(&config.socket, std::fs::Permissions::from_mode(0o600))?;
     tracing::info!(socket = %config.socket.display(), root = %config.root.display(), "serving");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

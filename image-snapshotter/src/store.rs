@@ -11,22 +11,32 @@
 //! a layer or disk that no snapshot needs is removed with the last one that did. After a crash the
 //! database is as of its last transaction, and folders that it does not name are removed.
 
+mod blobs;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Condvar, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{Database, ReadableDatabase as _, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::disk::{self, Layer};
+pub use self::blobs::New;
+use crate::disk;
 use crate::layer::{self, LayerError};
+use crate::memory::Memory;
+use crate::metrics::Metrics;
 
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
+/// Memory that the database may use for itself.
+const DATABASE_CACHE: usize = 4 << 20;
 
 /// What a snapshot is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,22 +107,13 @@ pub struct Store {
     database: Database,
     /// Held while blobs are published or collected, so that none goes while it is being named.
     blobs: Mutex<()>,
-    /// Held while a disk is made.
-    disks: Mutex<()>,
+    /// Names of the disks that are being made, and the end of one.
+    building: (Mutex<HashSet<String>>, Condvar),
     counter: AtomicU64,
-}
-
-/// A folder that is being filled; removed unless published.
-#[derive(Debug)]
-pub struct New {
-    /// The folder.
-    pub path: PathBuf,
-}
-
-impl Drop for New {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.path);
-    }
+    /// Who may use how much memory.
+    pub memory: Memory,
+    /// What has been done.
+    pub metrics: Metrics,
 }
 
 /// Hexadecimal part of a digest, which must be SHA-256's.
@@ -126,11 +127,22 @@ fn now() -> (u64, u32) {
 }
 
 impl Store {
-    /// Opens the store in `root`, or makes one, and removes what a crash has left.
+    /// Opens the store in `root`, or makes one, and removes what a crash has left. The folder is for
+    /// this process's user only: what is in images is nobody else's on the host.
     ///
     /// # Errors
-    /// The folder cannot be used, or another process has the store.
+    /// The folder cannot be used, or another process has the store, which is then not touched.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(root).map_err(io_error("create", root))?;
+        fs::set_permissions(root, fs::Permissions::from_mode(0o700))
+            .map_err(io_error("set the mode of", root))?;
+        // Its lock is the store's: nothing else is done before.
+        let path = root.join("snapshots.redb");
+        let database = Database::builder()
+            .set_cache_size(DATABASE_CACHE)
+            .create(&path)
+            .map_err(|error| StoreError::Database(format!("{}: {error}", path.display())))?;
         let new = root.join("new");
         match fs::remove_dir_all(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -140,11 +152,9 @@ impl Store {
         }
         for folder in ["layers", "disks", "new", "unpack"] {
             let path = root.join(folder);
-            fs::create_dir_all(&path).map_err(io_error("create", &path))?;
+            builder.create(&path).map_err(io_error("create", &path))?;
         }
-        let path = root.join("snapshots.redb");
-        let database = Database::create(&path)
-            .map_err(|error| StoreError::Database(format!("{}: {error}", path.display())))?;
+        disk::sync(root)?;
         let begin = database.begin_write().map_err(self::database)?;
         begin.open_table(SNAPSHOTS).map_err(self::database)?;
         begin.commit().map_err(self::database)?;
@@ -152,8 +162,10 @@ impl Store {
             root: root.to_owned(),
             database,
             blobs: Mutex::default(),
-            disks: Mutex::default(),
+            building: Default::default(),
             counter: AtomicU64::default(),
+            memory: Memory::default(),
+            metrics: Metrics::default(),
         };
         store.collect()?;
         Ok(store)
@@ -186,8 +198,14 @@ impl Store {
     pub fn get(&self, name: &str) -> Result<Snapshot, StoreError> {
         let read = self.database.begin_read().map_err(database)?;
         let table = read.open_table(SNAPSHOTS).map_err(database)?;
-        let value = table.get(name).map_err(database)?;
-        decode(value.ok_or_else(|| StoreError::NotFound(name.to_owned()))?.value())
+        row(&table, name)
+    }
+
+    /// Digests of the layers of a committed snapshot (none for an empty name), the lowest first.
+    fn layers(&self, committed: &str) -> Result<Vec<String>, StoreError> {
+        let read = self.database.begin_read().map_err(database)?;
+        let table = read.open_table(SNAPSHOTS).map_err(database)?;
+        chain(committed, |name| row(&table, name))
     }
 
     /// Changes the table within one transaction; nothing is changed if `change` fails.
@@ -242,10 +260,12 @@ impl Store {
         })
     }
 
-    /// Makes an active snapshot a committed one under another name.
+    /// Makes an active snapshot a committed one under another name. It must have its layer, which may
+    /// be one without entries: containerd's unpackers apply every layer before they commit. Whoever
+    /// commits without has written into the mount, where nothing is kept.
     ///
     /// # Errors
-    /// There is no such active snapshot, or the name is taken.
+    /// There is no such active snapshot, it has no layer, or the name is taken.
     pub fn commit(
         &self,
         key: &str,
@@ -260,6 +280,13 @@ impl Store {
             let mut snapshot = found.ok_or_else(|| StoreError::NotFound(key.to_owned()))?;
             if snapshot.kind != Kind::Active {
                 return Err(precondition(key, "is not active, so it cannot be committed"));
+            }
+            if snapshot.layer.is_none() {
+                return Err(precondition(
+                    key,
+                    "has no layer, so there is nothing to commit; what was written into its mount is \
+                     not kept",
+                ));
             }
             snapshot.kind = Kind::Committed;
             snapshot.updated = now();
@@ -314,126 +341,18 @@ impl Store {
             rows.remove(name)
         })
     }
-
-    /// Removes layers and disks that no snapshot needs. What an error keeps is kept for the next time.
-    ///
-    /// # Errors
-    /// The database or a folder cannot be read.
-    pub fn collect(&self) -> Result<(), StoreError> {
-        let _blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
-        let all = self.all()?;
-        let (mut layers, mut disks) = (HashSet::new(), HashSet::new());
-        for (name, snapshot) in &all {
-            if let Some(layer) = &snapshot.layer {
-                layers.insert(hex(layer).to_owned());
-            }
-            if snapshot.kind == Kind::Committed {
-                disks.insert(disk_name(&chain(&all, name)?));
-            } else if snapshot.parent.is_empty() {
-                disks.insert(disk_name(&[]));
-            }
-        }
-        for (folder, needed) in [("layers", layers), ("disks", disks)] {
-            let folder = self.root.join(folder);
-            for entry in fs::read_dir(&folder).map_err(io_error("read", &folder))? {
-                let entry = entry.map_err(io_error("read", &folder))?;
-                let name = entry.file_name().to_string_lossy().into_owned();
-                if !needed.contains(&name) {
-                    tracing::info!(path = %entry.path().display(), "removed: no snapshot needs it");
-                    // Moved first, so that a half-removed one is never taken for whole.
-                    let trash = self.begin()?;
-                    let target = trash.path.join("removed");
-                    fs::rename(entry.path(), &target).map_err(io_error("remove", &entry.path()))?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// A new folder to make a blob in.
-    ///
-    /// # Errors
-    /// It cannot be made.
-    pub fn begin(&self) -> Result<New, StoreError> {
-        let number = self.counter.fetch_add(1, Ordering::Relaxed);
-        let path = self.root.join("new").join(number.to_string());
-        fs::create_dir(&path).map_err(io_error("create", &path))?;
-        Ok(New { path })
-    }
-
-    /// Publishes `new` as the layer of this digest and gives it to the active snapshot `key`.
-    ///
-    /// # Errors
-    /// There is no such active snapshot, or it has a layer; the layer is then not kept.
-    pub fn apply(&self, key: &str, digest: &str, new: &New) -> Result<(), StoreError> {
-        let _blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
-        publish(&new.path, &self.root.join("layers").join(hex(digest)))?;
-        self.change(|rows| {
-            let found = rows.get(key)?;
-            let mut snapshot = found.ok_or_else(|| StoreError::NotFound(key.to_owned()))?;
-            if snapshot.kind != Kind::Active {
-                return Err(precondition(key, "is not active, so no layer can be applied"));
-            }
-            if snapshot.layer.as_ref().is_some_and(|layer| layer != digest) {
-                return Err(precondition(key, "has a layer already; a snapshot takes one"));
-            }
-            snapshot.layer = Some(digest.to_owned());
-            rows.put(key, &snapshot)
-        })
-    }
-
-    /// The folder of the disk of a committed snapshot (or of an empty image, for an empty name); it is
-    /// made if need be.
-    ///
-    /// # Errors
-    /// A layer's entry cannot be placed, or a file of the store fails.
-    pub fn disk(&self, committed: &str) -> Result<PathBuf, StoreError> {
-        let digests = match committed {
-            "" => Vec::new(),
-            name => chain(&self.all()?, name)?,
-        };
-        let folder = self.root.join("disks").join(disk_name(&digests));
-        let _disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
-        if folder.exists() {
-            return Ok(folder);
-        }
-        let layers: Vec<Layer> = digests
-            .into_iter()
-            .map(|digest| Layer {
-                folder: self.root.join("layers").join(hex(&digest)),
-                relative: Path::new("../../layers").join(hex(&digest)),
-                digest,
-            })
-            .collect();
-        let new = self.begin()?;
-        disk::make(&new.path, &layers)?;
-        let _blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
-        publish(&new.path, &folder)?;
-        Ok(folder)
-    }
-
-    /// Bytes on disk and number of files of a snapshot's own layer, and of its image's index.
-    ///
-    /// # Errors
-    /// There is no such snapshot.
-    pub fn usage(&self, name: &str) -> Result<(u64, u64), StoreError> {
-        let all = self.all()?;
-        let snapshot = all.get(name).ok_or_else(|| StoreError::NotFound(name.to_owned()))?;
-        let mut folders = Vec::new();
-        if let Some(layer) = &snapshot.layer {
-            folders.push(self.root.join("layers").join(hex(layer)));
-        }
-        if snapshot.kind == Kind::Committed {
-            folders.push(self.root.join("disks").join(disk_name(&chain(&all, name)?)));
-        }
-        let bytes = folders.iter().map(|folder| layer::disk_bytes(folder)).sum();
-        let files = folders.iter().filter_map(|folder| fs::read_dir(folder).ok());
-        Ok((bytes, files.map(|files| files.count() as u64).sum()))
-    }
 }
 
 fn precondition(name: &str, problem: &str) -> StoreError {
     StoreError::Precondition { name: name.to_owned(), problem: problem.to_owned() }
+}
+
+fn row(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    name: &str,
+) -> Result<Snapshot, StoreError> {
+    let value = table.get(name).map_err(database)?;
+    decode(value.ok_or_else(|| StoreError::NotFound(name.to_owned()))?.value())
 }
 
 fn decode(bytes: &[u8]) -> Result<Snapshot, StoreError> {
@@ -441,13 +360,16 @@ fn decode(bytes: &[u8]) -> Result<Snapshot, StoreError> {
 }
 
 /// Digests of the layers of a committed snapshot, the lowest first.
-fn chain(all: &BTreeMap<String, Snapshot>, name: &str) -> Result<Vec<String>, StoreError> {
+fn chain(
+    name: &str,
+    get: impl Fn(&str) -> Result<Snapshot, StoreError>,
+) -> Result<Vec<String>, StoreError> {
     let mut digests = Vec::new();
-    let mut at = name;
+    let mut at = name.to_owned();
     while !at.is_empty() {
-        let snapshot = all.get(at).ok_or_else(|| StoreError::NotFound(at.to_owned()))?;
-        digests.extend(snapshot.layer.clone());
-        at = &snapshot.parent;
+        let snapshot = get(&at)?;
+        digests.extend(snapshot.layer);
+        at = snapshot.parent;
     }
     digests.reverse();
     Ok(digests)
@@ -461,19 +383,6 @@ fn disk_name(digests: &[String]) -> String {
         hash.update(b"\n");
     }
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Moves a whole folder to its place, where the same may be already; both are then on disk.
-fn publish(new: &Path, place: &Path) -> Result<(), StoreError> {
-    let sync = |path: &Path| {
-        File::open(path).and_then(|folder| folder.sync_all()).map_err(io_error("sync", path))
-    };
-    sync(new)?;
-    if place.exists() {
-        return Ok(());
-    }
-    fs::rename(new, place).map_err(io_error("publish", place))?;
-    sync(place.parent().unwrap_or(place))
 }
 
 /// The table within a transaction.
@@ -502,94 +411,5 @@ impl Rows<'_> {
             }
         }
         Ok(None)
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    fn add(store: &Store, name: &str, parent: &str, digest: &str, content: &[u8]) {
-        let key = format!("extract-{name}");
-        store.prepare(&key, parent, Kind::Active, BTreeMap::new()).unwrap();
-        let new = store.begin().unwrap();
-        layer::write(&new.path, content, 1 << 20).unwrap();
-        store.apply(&key, digest, &new).unwrap();
-        store.commit(&key, name, BTreeMap::new()).unwrap();
-    }
-
-    fn folders(root: &Path, kind: &str) -> usize {
-        fs::read_dir(root.join(kind)).unwrap().count()
-    }
-
-    #[test]
-    fn layers_are_shared_and_go_with_their_last_snapshot() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        add(&store, "a", "", "sha256:1", &[]);
-        add(&store, "b", "a", "sha256:2", &[]);
-        add(&store, "c", "", "sha256:2", &[]);
-        assert_eq!(folders(dir.path(), "layers"), 2);
-        let disk = store.disk("b").unwrap();
-        assert_eq!(store.disk("b").unwrap(), disk);
-        store.prepare("container", "b", Kind::Active, BTreeMap::new()).unwrap();
-        for (name, why) in [("a", "parent of b"), ("b", "parent of container")] {
-            assert!(store.remove(name).unwrap_err().to_string().contains(why));
-        }
-        store.remove("container").unwrap();
-        store.remove("b").unwrap();
-        store.collect().unwrap();
-        assert!(!disk.exists());
-        assert_eq!(folders(dir.path(), "layers"), 2);
-        store.remove("c").unwrap();
-        store.remove("a").unwrap();
-        store.collect().unwrap();
-        assert_eq!((folders(dir.path(), "layers"), folders(dir.path(), "new")), (0, 0));
-    }
-
-    #[test]
-    fn a_crash_leaves_whole_snapshots_and_nothing_else() {
-        let dir = tempfile::tempdir().unwrap();
-        {
-            let store = Store::open(dir.path()).unwrap();
-            add(&store, "a", "", "sha256:1", &[]);
-            store.disk("a").unwrap();
-            // Half a layer, and a whole one that no transaction has named.
-            std::mem::forget(store.begin().unwrap());
-            fs::create_dir(dir.path().join("layers/2")).unwrap();
-            assert!(Store::open(dir.path()).is_err(), "two processes had the store");
-        }
-        let store = Store::open(dir.path()).unwrap();
-        assert_eq!(store.get("a").unwrap().layer.as_deref(), Some("sha256:1"));
-        assert_eq!((folders(dir.path(), "layers"), folders(dir.path(), "new")), (1, 0));
-        assert_eq!(folders(dir.path(), "disks"), 1);
-    }
-
-    #[test]
-    fn what_contradicts_the_store_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        add(&store, "a", "", "sha256:1", &[]);
-        let none = BTreeMap::new;
-        assert!(matches!(store.get("x"), Err(StoreError::NotFound(_))));
-        let exists = store.prepare("a", "", Kind::Active, none());
-        assert!(matches!(exists, Err(StoreError::Exists(_))));
-        assert!(matches!(
-            store.prepare("b", "x", Kind::View, none()),
-            Err(StoreError::NotFound(_))
-        ));
-        store.prepare("b", "a", Kind::View, none()).unwrap();
-        for refused in [
-            store.commit("b", "c", none()),
-            store.prepare("c", "b", Kind::Active, none()),
-            store.apply("b", "sha256:1", &store.begin().unwrap()),
-        ] {
-            assert!(matches!(refused, Err(StoreError::Precondition { .. })), "{refused:?}");
-        }
-        let one = |key: &str| [(key.to_owned(), "1".to_owned())].into();
-        store.label("b", one("x"), None).unwrap();
-        store.label("b", one("y"), Some(vec!["y".to_owned(), "x".to_owned()])).unwrap();
-        assert_eq!(store.get("b").unwrap().labels, one("y"));
     }
 }

@@ -4,7 +4,11 @@
 //! The stream is an attacker's: every length is checked before anything is made of it, and errors
 //! name the entry. Content is handed out as a reader, never held.
 
+mod header;
+
 use std::io::{self, Read};
+
+use self::header::{Extended, Raw, decimal};
 
 const BLOCK: usize = 512;
 /// Longest path or link target; Linux takes no longer ones (PATH_MAX).
@@ -94,26 +98,13 @@ struct Sparse {
     size: u64,
 }
 
-/// What extended headers said of the next entry.
-#[derive(Debug, Default)]
-struct Extended {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    uid: Option<u32>,
-    gid: Option<u32>,
-    mtime: Option<(i64, u32)>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    sparse: PaxSparse,
-}
-
-/// GNU's sparse files in pax headers, versions 0.0, 0.1 and 1.0.
-#[derive(Debug, Default)]
-struct PaxSparse {
-    major: Option<u64>,
-    size: Option<u64>,
-    name: Option<Vec<u8>>,
-    map: Vec<u64>,
+impl Sparse {
+    /// Forgets the parts that have been read.
+    fn pass(&mut self) {
+        while self.segments.front().is_some_and(|(start, len)| self.position >= start + len) {
+            self.segments.pop_front();
+        }
+    }
 }
 
 /// Text of a path for people.
@@ -201,7 +192,7 @@ impl<R: Read> Archive<R> {
             let problem = format!("its extended header has {size} bytes, more than {most}");
             return Err(bad(&entry, problem));
         }
-        (self.left, self.padding) = (size, padding(size));
+        (self.left, self.padding) = (size, padding(size).unwrap_or(0));
         let mut content = Vec::new();
         let read = (&mut self.input).take(size).read_to_end(&mut content);
         let read = read.map_err(|error| self.failed(error))?;
@@ -222,6 +213,8 @@ impl<R: Read> Archive<R> {
         let named = extended.path.take().unwrap_or_else(|| raw.name());
         let path = extended.sparse.name.take().unwrap_or(named);
         let stored = extended.size.unwrap_or(size);
+        let padding =
+            padding(stored).ok_or_else(|| bad(&path, format!("a size of {stored} bytes")))?;
         let link = extended.link.take().unwrap_or_else(|| raw.text(157, 100));
         if [path.len(), link.len()].iter().any(|length| *length as u64 > MAX_NAME) {
             return Err(bad(&path, format!("a name of more than {MAX_NAME} bytes")));
@@ -253,9 +246,9 @@ impl<R: Read> Archive<R> {
         self.after = shown(&path);
         let content = matches!(kind, Kind::Regular);
         // pax(1): the size of a link is of no meaning, and nothing follows it.
-        (self.left, self.padding) = if content { (stored, padding(stored)) } else { (0, 0) };
+        (self.left, self.padding) = if content { (stored, padding) } else { (0, 0) };
         if !content && stored > 0 && raw.kind() != b'1' {
-            (self.left, self.padding) = (stored, padding(stored));
+            (self.left, self.padding) = (stored, padding);
         }
         let mut visible = if content { stored } else { 0 };
         if raw.kind() == b'S' {
@@ -383,6 +376,19 @@ impl<R: Read> Archive<R> {
         Ok(())
     }
 
+    /// Skips the next bytes of the content if all of them are in a hole: nothing need be read to know
+    /// that they are zeros.
+    pub fn skip_hole(&mut self, bytes: u64) -> bool {
+        let Some(sparse) = &mut self.sparse else { return false };
+        sparse.pass();
+        let until = sparse.segments.front().map_or(sparse.size, |(start, _)| *start);
+        let hole = until.checked_sub(sparse.position).is_some_and(|hole| hole >= bytes);
+        if hole {
+            sparse.position += bytes;
+        }
+        hole
+    }
+
     fn read_stored(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
         let Some(buffer) = buffer.get_mut(..most) else { return Ok(0) };
@@ -402,9 +408,7 @@ impl<R: Read> Read for Archive<R> {
     /// The current entry's content, with the holes of a sparse file as zeros.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let Some(sparse) = &mut self.sparse else { return self.read_stored(buffer) };
-        while sparse.segments.front().is_some_and(|(start, len)| sparse.position >= start + len) {
-            sparse.segments.pop_front();
-        }
+        sparse.pass();
         let (start, end) =
             sparse.segments.front().map_or((sparse.size, sparse.size), |(s, l)| (*s, s + l));
         let position = sparse.position;
@@ -424,152 +428,7 @@ impl<R: Read> Read for Archive<R> {
     }
 }
 
-fn padding(size: u64) -> u64 {
-    size.next_multiple_of(BLOCK as u64) - size
-}
-
-fn decimal(digits: &[u8]) -> Option<u64> {
-    std::str::from_utf8(digits).ok()?.parse().ok()
-}
-
-/// `1700000000.123456789`, possibly negative.
-fn time(text: &[u8]) -> Option<(i64, u32)> {
-    let text = std::str::from_utf8(text).ok()?;
-    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let nanos = format!("{fraction:0<9}");
-    let nanos: u32 = nanos.get(..9)?.parse().ok()?;
-    let whole: i64 = seconds.parse().ok()?;
-    match nanos {
-        0 => Some((whole, 0)),
-        nanos if seconds.starts_with('-') => Some((whole.checked_sub(1)?, 1_000_000_000 - nanos)),
-        nanos => Some((whole, nanos)),
-    }
-}
-
-impl Extended {
-    /// Records are `LENGTH KEY=VALUE\n`, LENGTH counting itself; values are bytes.
-    fn pax(&mut self, mut data: &[u8], entry: &[u8]) -> Result<(), TarError> {
-        let wrong = || bad(entry, "a pax header with a bad record");
-        while !data.is_empty() {
-            let space = data.iter().position(|byte| *byte == b' ').ok_or_else(wrong)?;
-            let length = data.get(..space).and_then(decimal).ok_or_else(wrong)?;
-            let length = usize::try_from(length).map_err(|_| wrong())?;
-            let record = data.get(space + 1..length).ok_or_else(wrong)?;
-            let record = record.strip_suffix(b"\n").ok_or_else(wrong)?;
-            let equals = record.iter().position(|byte| *byte == b'=').ok_or_else(wrong)?;
-            let (key, value) = record.split_at(equals);
-            let value = value.get(1..).unwrap_or_default();
-            self.record(key, value).ok_or_else(|| {
-                bad(entry, format!("pax record {} of {:?}", shown(key), shown(value)))
-            })?;
-            data = data.get(length..).unwrap_or_default();
-        }
-        // One header is bounded; of an entry there may be many.
-        let bytes: usize = self.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
-        match bytes as u64 > MAX_HEADER {
-            true => Err(bad(entry, format!("extended attributes of {bytes} bytes"))),
-            false => Ok(()),
-        }
-    }
-
-    fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
-        let id = || u32::try_from(decimal(value)?).ok();
-        match key {
-            b"path" => self.path = Some(value.to_vec()),
-            b"linkpath" => self.link = Some(value.to_vec()),
-            b"size" => self.size = Some(decimal(value)?),
-            b"uid" => self.uid = Some(id()?),
-            b"gid" => self.gid = Some(id()?),
-            b"mtime" => self.mtime = Some(time(value)?),
-            b"GNU.sparse.major" => self.sparse.major = Some(decimal(value)?),
-            b"GNU.sparse.size" | b"GNU.sparse.realsize" => {
-                self.sparse.size = Some(decimal(value)?);
-            }
-            b"GNU.sparse.name" => self.sparse.name = Some(value.to_vec()),
-            b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
-                self.sparse.map.push(decimal(value)?);
-            }
-            b"GNU.sparse.map" => {
-                let numbers = value.split(|byte| *byte == b',').map(decimal);
-                self.sparse.map = numbers.collect::<Option<_>>()?;
-            }
-            _ => {
-                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                    self.xattrs.retain(|(known, _)| known != name);
-                    self.xattrs.push((name.to_vec(), value.to_vec()));
-                }
-            }
-        }
-        (self.sparse.map.len() <= 2 * MAX_SEGMENTS).then_some(())
-    }
-}
-
-/// A header block.
-struct Raw<'a>(&'a [u8; BLOCK]);
-
-impl Raw<'_> {
-    fn field(&self, at: usize, length: usize) -> &[u8] {
-        self.0.get(at..at + length).unwrap_or_default()
-    }
-
-    fn text(&self, at: usize, length: usize) -> Vec<u8> {
-        let field = self.field(at, length);
-        let end = field.iter().position(|byte| *byte == 0).unwrap_or(field.len());
-        field.get(..end).unwrap_or_default().to_vec()
-    }
-
-    fn kind(&self) -> u8 {
-        self.0.get(156).copied().unwrap_or(0)
-    }
-
-    fn name(&self) -> Vec<u8> {
-        let name = self.text(0, 100);
-        // Only POSIX's own format has a prefix there.
-        let prefix = match self.field(257, 6) {
-            b"ustar\0" => self.text(345, 155),
-            _ => Vec::new(),
-        };
-        if prefix.is_empty() { name } else { [prefix.as_slice(), b"/", &name].concat() }
-    }
-
-    fn check(&self) -> Result<(), TarError> {
-        let stored = self.number(148, 8, "checksum")?;
-        let sum = self.0.iter().enumerate().map(|(at, byte)| match at {
-            148..156 => u64::from(b' '),
-            _ => u64::from(*byte),
-        });
-        match sum.sum::<u64>() == stored {
-            true => Ok(()),
-            false => Err(bad(&self.name(), "its header's checksum is wrong")),
-        }
-    }
-
-    fn number(&self, at: usize, length: usize, what: &str) -> Result<u64, TarError> {
-        let value = self.signed(at, length, what)?;
-        u64::try_from(value).map_err(|_| bad(&self.name(), format!("{what} {value}")))
-    }
-
-    /// Octal digits, or GNU's base 256 if the first bit is set.
-    fn signed(&self, at: usize, length: usize, what: &str) -> Result<i64, TarError> {
-        let field = self.field(at, length);
-        let wrong = || bad(&self.name(), format!("{what} {:?}", shown(field)));
-        if let Some((first, rest)) = field.split_first().filter(|(first, _)| **first & 0x80 != 0) {
-            let negative = first & 0x40 != 0;
-            let mut value =
-                if negative { i64::from(*first) - 0x100 } else { i64::from(first & 0x7f) };
-            for byte in rest {
-                value = value.checked_mul(256).ok_or_else(wrong)? + i64::from(*byte);
-            }
-            return Ok(value);
-        }
-        let mut value = 0_i64;
-        let digits = field.iter().skip_while(|byte| **byte == b' ');
-        for byte in digits.take_while(|byte| !matches!(**byte, 0 | b' ')) {
-            match byte {
-                b'0'..=b'7' => value = (value << 3) | i64::from(byte - b'0'),
-                _ => return Err(wrong()),
-            }
-        }
-        Ok(value)
-    }
+/// Bytes after a content of this size; none if both together are more than can be counted.
+fn padding(size: u64) -> Option<u64> {
+    size.checked_next_multiple_of(BLOCK as u64).map(|end| end - size)
 }

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod large;
+
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
@@ -12,9 +14,13 @@ use tar::{Builder, EntryType, Header};
 
 use crate::disk::{self, Disk};
 use crate::layer::{self, BLOCK, LayerError};
-use crate::tree::{Body, Tree};
+use crate::tree::{Body, Limits, Tree};
 
 const MUCH: u64 = 1 << 30;
+
+fn limits() -> Limits {
+    Limits::of(crate::memory::LARGE)
+}
 
 /// A tar stream in the making.
 struct Stream(Builder<Vec<u8>>);
@@ -90,7 +96,7 @@ impl Image {
         }
         let folder = dir.path().join("disk");
         fs::create_dir(&folder).unwrap();
-        Ok(Self { disk: disk::make(&folder, &layers)?, dir })
+        Ok(Self { disk: disk::make(&folder, &layers, limits())?, dir })
     }
 
     /// The disk as a guest sees it.
@@ -253,6 +259,16 @@ fn hostile_streams_are_refused_by_entry() {
         (cut(Stream::new().file("cut", b"x"), 700), "cut", "end of file"),
         (checksum, "Sum", "checksum"),
         (huge, "huge", "max_layer_bytes"),
+        (
+            Stream::new().pax("size", b"18446744073709551615").file("endless", b"x").bytes(),
+            "endless",
+            "a size of 18446744073709551615",
+        ),
+        (
+            Stream::new().pax("size", b"18446744073709551000").dir("endless").bytes(),
+            "endless",
+            "end of file",
+        ),
     ];
     for (stream, entry, problem) in cases {
         let Err(error) = Image::of(&[stream]) else {
@@ -275,6 +291,60 @@ fn headers_without_end_are_refused() {
 }
 
 #[test]
+fn attributes_without_end_are_refused() {
+    let mut records = Vec::new();
+    for number in 0..1025 {
+        records.push((format!("SCHILY.xattr.user.{number}"), *b"x"));
+    }
+    let mut stream = Stream::new();
+    stream.0.append_pax_extensions(records.iter().map(|(k, v)| (k.as_str(), &v[..]))).unwrap();
+    let error = Image::of(&[stream.file("f", b"").bytes()]).err().unwrap().to_string();
+    assert!(error.contains("user.1024"), "{error}");
+}
+
+/// Links whose targets, beside their inodes and attributes, would cross a block: old kernels refuse
+/// those, so such a link is moved, or has a block of its own.
+#[test]
+fn long_links_with_attributes_can_be_read() {
+    let target = |length: usize| format!("{length}/").repeat(length)[..length].to_owned();
+    let cases: Vec<(usize, usize)> = [1, 60, 1000, 3900, 4031, 4032, 4033, 4095]
+        .into_iter()
+        .flat_map(|length| [0, 100, 3900, 6000].map(|value| (length, value)))
+        .collect();
+    let mut stream = Stream::new();
+    for (length, value) in &cases {
+        stream = match value {
+            0 => stream,
+            _ => stream.pax("SCHILY.xattr.trusted.x", &vec![b'v'; *value]),
+        };
+        let link = target(*length);
+        stream = stream.pax("linkpath", link.as_bytes());
+        stream = stream.add(&format!("l{length}-{value}"), EntryType::Symlink, "x", &[]);
+    }
+    let image = Image::of(&[stream.bytes()]).unwrap();
+    let out = image.extract();
+    for (length, value) in &cases {
+        let link = fs::read_link(out.join(format!("l{length}-{value}"))).unwrap();
+        assert!(link == Path::new(&target(*length)), "{length} bytes, attributes of {value}");
+    }
+    // As Linux before 6.10 looks at inline links.
+    let index = image.bytes();
+    let mut inline = 0;
+    for at in (BLOCK..index.len() - 64).step_by(64) {
+        let half = |at: usize| u16::from_le_bytes([index[at], index[at + 1]]);
+        let (format, xattrs, mode) = (half(at), usize::from(half(at + 2)), half(at + 4));
+        if format != 5 || mode & 0o170_000 != 0o120_000 {
+            continue;
+        }
+        let size = usize::from(half(at + 8));
+        let attributes = if xattrs > 0 { 12 + (xattrs - 1) * 4 } else { 0 };
+        assert!(at % BLOCK + 64 + attributes + size <= BLOCK, "a link of {size} bytes at {at}");
+        inline += 1;
+    }
+    assert!(inline >= 10, "{inline} inline links were found");
+}
+
+#[test]
 fn sparse_files_keep_their_holes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("sparse");
@@ -294,8 +364,8 @@ fn sparse_files_keep_their_holes() {
         assert!(image.disk.data_blocks < 1024, "{format}: {} blocks", image.disk.data_blocks);
         // Not by fsck.erofs, of which 1.5 reads holes wrongly; the kernel does it in the node's tests.
         let layer = image.dir.path().join("layer0");
-        let mut tree = Tree::of_layers([layer.as_path()]).unwrap();
-        let Body::Regular(_, content) = &tree.find(b"sparse").unwrap().body else { panic!() };
+        let mut tree = Tree::of_layers([layer.as_path()], limits()).unwrap();
+        let Body::Regular(content) = &tree.find(b"sparse").unwrap().body else { panic!() };
         let data = fs::read(layer.join("data")).unwrap();
         let mut seen = Vec::new();
         for chunk in &content.chunks {
@@ -322,7 +392,7 @@ fn extended_attributes_are_bytes() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), &stream.bytes()).unwrap();
     // Extensions in two headers, as some builders write them, all hold for the entry that follows.
-    let mut tree = Tree::of_layers([dir.path()]).unwrap();
+    let mut tree = Tree::of_layers([dir.path()], limits()).unwrap();
     let inode = tree.find("n\u{e4}me".as_bytes()).unwrap();
     assert!(matches!(inode.body, Body::Regular(..)));
     assert_eq!(inode.meta.xattrs, [(b"security.capability".to_vec(), value.to_vec())]);

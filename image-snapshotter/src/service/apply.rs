@@ -3,12 +3,14 @@
 //! ```text
 //! task: Content.Read ──► thread: decompress, SHA-256 of the stream ──► thread: layer::write
 //! ```
-//! The pieces are bounded and few, so memory does not grow with the layer.
+//! The pieces are bounded and few, so memory does not grow with the layer; [`crate::memory`] says how
+//! many layers go this way at once.
 
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Instant;
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
@@ -20,15 +22,27 @@ use tonic::transport::{Channel, Endpoint};
 use super::api::services::content::v1::ReadContentRequest;
 use super::api::services::content::v1::content_client::ContentClient;
 use crate::layer;
+use crate::memory::{self, Share, Shares};
 use crate::store::{Store, StoreError};
 
 /// Bytes that go from thread to thread at once.
 const PIECE: usize = 256 << 10;
-/// Pieces on their way.
+/// Pieces on their way from thread to thread.
 const PIECES: usize = 8;
-/// Largest window that a zstd stream may ask for, as a power of two (the format's recommended limit
-/// for decoders is 8 MiB; image builders use up to 128 MiB).
-const ZSTD_WINDOW: u32 = 27;
+/// Messages of containerd's on their way, of up to 1 MiB.
+const MESSAGES: usize = 2;
+
+/// Largest window that a zstd stream may ask for, as a power of two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Window {
+    /// The format's recommended limit for decoders (RFC 8878), 8 MiB.
+    Usual = 23,
+    /// What image builders use at most (`zstd --ultra`), 128 MiB.
+    Wide = 27,
+}
+
+/// What zstd says of a stream that wants a larger window.
+const TOO_WIDE: &str = "requires too much memory";
 
 /// How a layer's stream is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,12 +117,24 @@ impl Read for Decompressed {
     }
 }
 
-/// Reads `input` to its end and passes it on decompressed; gives digest and length of what came out.
+/// How decompressing has ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Passed {
+    /// With the stream: digest and length of what came out.
+    Whole(String, u64),
+    /// It needs a larger window.
+    TooWide,
+    /// Damaged, or nobody wants more.
+    Broken,
+}
+
+/// Reads `input` to its end and passes it on decompressed.
 fn decompress(
     mut input: impl Read,
     output: &SyncSender<io::Result<Vec<u8>>>,
     most: u64,
-) -> Option<(String, u64)> {
+    window: Window,
+) -> Passed {
     let mut begin = Vec::new();
     let read = (&mut input).take(4).read_to_end(&mut begin);
     let compression = Compression::of(&begin);
@@ -120,7 +146,7 @@ fn decompress(
             Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
             Compression::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::with_buffer(input)?;
-                decoder.window_log_max(ZSTD_WINDOW)?;
+                decoder.window_log_max(window as u32)?;
                 Box::new(decoder)
             }
         };
@@ -147,13 +173,15 @@ fn decompress(
         }
     };
     match pass(reader) {
-        Ok(done) => done.map(|(hash, total)| {
+        Ok(None) => Passed::Broken,
+        Ok(Some((hash, total))) => {
             let hex: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-            (format!("sha256:{hex}"), total)
-        }),
+            Passed::Whole(format!("sha256:{hex}"), total)
+        }
         Err(error) => {
+            let wide = compression == Compression::Zstd && error.to_string().contains(TOO_WIDE);
             let _ = output.send(Err(error));
-            None
+            if wide { Passed::TooWide } else { Passed::Broken }
         }
     }
 }
@@ -176,8 +204,8 @@ impl Applier {
         let endpoint = Endpoint::from_shared(endpoint)
             .map_err(|error| Status::invalid_argument(format!("containerd: {error}")))?;
         let content = endpoint
-            .initial_stream_window_size(4 << 20)
-            .initial_connection_window_size(8 << 20)
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(4 << 20)
             .connect_lazy();
         Ok(Self { store, content, max_bytes })
     }
@@ -193,11 +221,79 @@ impl Applier {
         digest: String,
         key: String,
     ) -> Result<(String, u64), Status> {
-        let (sender, pieces) = mpsc::channel(PIECES);
-        let mut request = tonic::Request::new(ReadContentRequest {
-            digest: digest.clone(),
-            ..ReadContentRequest::default()
+        let begin = Instant::now();
+        let mut window = Window::Usual;
+        let applied = loop {
+            let input = (namespace.clone(), digest.clone());
+            match self.once(input, key.clone(), window).await {
+                Ok(None) if window == Window::Usual => window = Window::Wide,
+                Ok(None) => {
+                    let problem = format!("its zstd stream {TOO_WIDE}: a window of over 128 MiB");
+                    break Err(Status::failed_precondition(format!("joey-snapshotter: {problem}")));
+                }
+                Ok(Some(done)) => break Ok(done),
+                Err(status) => break Err(status),
+            }
+        };
+        let metrics = &self.store.metrics;
+        metrics.apply_time.add_since(begin);
+        match &applied {
+            Ok((_, bytes)) => {
+                metrics.applies.add(1);
+                metrics.applied_bytes.add(*bytes);
+            }
+            Err(_) => metrics.applies_refused.add(1),
+        }
+        applied.map_err(|status| {
+            tracing::warn!(layer = digest, error = status.message(), "layer not applied");
+            Status::new(status.code(), format!("layer {digest}: {}", status.message()))
+        })
+    }
+
+    /// One try; `None` if the stream needs a larger window.
+    async fn once(
+        &self,
+        (namespace, digest): (MetadataValue<tonic::metadata::Ascii>, String),
+        key: String,
+        window: Window,
+    ) -> Result<Option<(String, u64)>, Status> {
+        let memory = &self.store.memory;
+        let share = share(if window == Window::Usual { &memory.applies } else { &memory.large });
+        let share = share.await?;
+        let (pieces, reading) = self.read(namespace, digest.clone());
+        let (store, max) = (Arc::clone(&self.store), self.max_bytes);
+        let applied = tokio::task::spawn_blocking(move || {
+            let input = Incoming { pieces, current: Bytes::new() };
+            let applied = write(&store, input, &key, max, window);
+            if window == Window::Wide {
+                memory::trim();
+            }
+            drop(share);
+            applied
         });
+        let applied = applied.await;
+        reading.abort();
+        match applied {
+            Ok(Ok(done)) => {
+                if let Some((diff, bytes)) = &done {
+                    tracing::info!(layer = digest, diff, bytes, "layer applied");
+                }
+                Ok(done)
+            }
+            Ok(Err(error)) => Err(Status::from(error)),
+            Err(error) => Err(Status::internal(error.to_string())),
+        }
+    }
+
+    /// Reads from containerd, until the receiver is dropped or the task ended.
+    fn read(
+        &self,
+        namespace: MetadataValue<tonic::metadata::Ascii>,
+        digest: String,
+    ) -> (mpsc::Receiver<Result<Bytes, Status>>, tokio::task::JoinHandle<()>) {
+        let (sender, pieces) = mpsc::channel(MESSAGES);
+        let mut request =
+            tonic::Request::new(ReadContentRequest { digest, ..ReadContentRequest::default() });
         request.metadata_mut().insert("containerd-namespace", namespace);
         let mut client =
             ContentClient::new(self.content.clone()).max_decoding_message_size(16 << 20);
@@ -219,44 +315,129 @@ impl Applier {
                 }
             }
         });
-        let (store, max) = (Arc::clone(&self.store), self.max_bytes);
-        let named = digest.clone();
-        let applied = tokio::task::spawn_blocking(move || {
-            let new = store.begin()?;
-            let input = Incoming { pieces, current: Bytes::new() };
-            let (sender, pieces) = sync_channel(PIECES);
-            let (written, passed) = std::thread::scope(|scope| {
-                let passed = scope.spawn(move || decompress(input, &sender, max));
-                let stream =
-                    Decompressed { pieces, current: Vec::new(), position: 0, ended: false };
-                let mut stream = io::BufReader::with_capacity(PIECE, stream);
-                let written = layer::write(&new.path, &mut stream, max);
-                // The digest is of the whole stream, what comes after tar's end mark included.
-                if written.is_ok() {
-                    let _ = io::copy(&mut stream, &mut io::sink());
-                }
-                drop(stream);
-                (written, passed.join())
-            });
-            let totals = written?;
-            let Ok(Some((diff, bytes))) = passed else {
-                let error = io::Error::other("its compressed stream is damaged or cut off");
-                return Err(StoreError::Layer(layer::io_error("decompress", &new.path)(error)));
-            };
-            store.apply(&key, &diff, &new)?;
-            tracing::info!(layer = digest, diff, bytes, entries = totals.entries, "layer applied");
-            Ok((diff, bytes))
+        (pieces, reading)
+    }
+}
+
+/// Waits for a share of memory on a thread that may.
+async fn share(shares: &Arc<Shares>) -> Result<Share, Status> {
+    let shares = Arc::clone(shares);
+    let taken = tokio::task::spawn_blocking(move || shares.take()).await;
+    taken.map_err(|error| Status::internal(error.to_string()))
+}
+
+/// Makes a layer of a compressed stream and applies it; `None` if it needs a larger window.
+pub(crate) fn write(
+    store: &Store,
+    input: impl Read + Send,
+    key: &str,
+    most: u64,
+    window: Window,
+) -> Result<Option<(String, u64)>, StoreError> {
+    let new = store.begin()?;
+    let (sender, pieces) = sync_channel(PIECES);
+    let (written, passed) = std::thread::scope(|scope| {
+        let passed = scope.spawn(move || decompress(input, &sender, most, window));
+        let stream = Decompressed { pieces, current: Vec::new(), position: 0, ended: false };
+        let mut stream = io::BufReader::with_capacity(PIECE, stream);
+        let written = layer::write(&new.path, &mut stream, most).and_then(|_| {
+            // The digest is of the whole stream, what comes after tar's end mark included.
+            io::copy(&mut stream, &mut io::sink())
+                .map_err(layer::io_error("read what comes after the entries of", &new.path))
         });
-        let applied = applied.await;
-        reading.abort();
-        match applied {
-            Ok(Ok(done)) => Ok(done),
-            Ok(Err(error)) => {
-                tracing::warn!(layer = named, %error, "layer not applied");
-                let status = Status::from(error);
-                Err(Status::new(status.code(), format!("layer {named}: {}", status.message())))
-            }
-            Err(error) => Err(Status::internal(format!("layer {named}: {error}"))),
+        drop(stream);
+        (written, passed.join())
+    });
+    match passed {
+        Ok(Passed::TooWide) => Ok(None),
+        Ok(Passed::Whole(diff, bytes)) => {
+            written?;
+            store.apply(key, &diff, &new)?;
+            Ok(Some((diff, bytes)))
+        }
+        _ => {
+            written?;
+            let error = io::Error::other("its compressed stream is damaged or cut off");
+            Err(StoreError::Layer(layer::io_error("decompress", &new.path)(error)))
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::store::Kind;
+
+    /// A store with an active snapshot.
+    fn store() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.prepare("key", "", Kind::Active, BTreeMap::new()).unwrap();
+        (dir, store)
+    }
+
+    fn layer() -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(3 << 20);
+        builder.append_data(&mut header, "f", &*vec![7; 3 << 20]).unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    fn zstd(stream: &[u8], window: u32) -> Vec<u8> {
+        use std::io::Write as _;
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(window).unwrap();
+        encoder.write_all(stream).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn zstd_streams_are_layers_and_wide_windows_are_told() {
+        let stream = layer();
+        let (_dir, store) = store();
+        let take = |stream: &[u8], window| write(&store, stream, "key", 1 << 30, window).unwrap();
+        let hash: String = Sha256::digest(&stream).iter().map(|b| format!("{b:02x}")).collect();
+        let expected = Some((format!("sha256:{hash}"), stream.len() as u64));
+        assert_eq!(take(&zstd(&stream, 20), Window::Usual), expected);
+        assert_eq!(take(&zstd(&stream, 25), Window::Usual), None);
+        assert_eq!(take(&zstd(&stream, 25), Window::Wide), expected);
+        // A small frame first, as an attacker might hide the window.
+        let two = [zstd(&stream[..1 << 20], 20), zstd(&stream[1 << 20..], 25)].concat();
+        assert_eq!(take(&two, Window::Usual), None);
+    }
+
+    #[test]
+    fn a_bomb_is_refused_by_its_limit_whatever_is_in_it() {
+        use std::io::Write as _;
+        let (dir, store) = store();
+        let zeros = vec![0; 8 << 20];
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&layer()).unwrap();
+        // After tar's end mark, where nobody looks.
+        for _ in 0..4 {
+            gzip.write_all(&zeros).unwrap();
+        }
+        let gzip = gzip.finish().unwrap();
+        assert!(gzip.len() < 1 << 20);
+        let refused = |stream: &[u8], most| {
+            write(&store, stream, "key", most, Window::Usual).unwrap_err().to_string()
+        };
+        let error = refused(&gzip, 16 << 20);
+        assert!(
+            error.contains("after the entries") && error.contains("max_layer_bytes"),
+            "{error}"
+        );
+        let error = refused(&gzip, 2 << 20);
+        assert!(error.contains("\"f\"") && error.contains("max_layer_bytes"), "{error}");
+        let error = refused(&gzip[..gzip.len() / 2], 1 << 30);
+        assert!(error.contains("incomplete"), "{error}");
+        // Nothing of them is left.
+        for folder in ["layers", "new"] {
+            assert_eq!(std::fs::read_dir(dir.path().join(folder)).unwrap().count(), 0, "{folder}");
         }
     }
 }
