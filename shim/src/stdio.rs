@@ -187,6 +187,10 @@ fn open_output(name: &'static str, target: Target) -> Result<Option<Sink>, Stdio
     opened.map(Some).map_err(|source| StdioError::Open { name, path: target.into_path(), source })
 }
 
+/// As containerd's own shim does: with the folders that lead there.
 fn append(path: &PathBuf) -> io::Result<File> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
     OpenOptions::new().append(true).create(true).open(path)
 }

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use joey_tests::pod::{self, SOON};
-use k8s_cri::v1::ContainerState;
+use joey_tests::pod::{self, Pod, SOON};
+use k8s_cri::v1::{ContainerState, NamespaceMode};
 
 use crate::context::{Context, Test, holds, same};
 
@@ -21,6 +21,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "lifecycle::stop_and_remove_repeat", run: stop_and_remove_repeat },
     Test { name: "lifecycle::created_but_never_started", run: never_started },
     Test { name: "lifecycle::children_end_with_container", run: children_end },
+    Test { name: "lifecycle::shared_processes", run: shared_processes },
     Test { name: "lifecycle::layers_and_own_copy", run: layers },
     Test { name: "lifecycle::small_host_files", run: small_host_files },
     Test { name: "lifecycle::many_at_once", run: many_at_once },
@@ -184,6 +185,35 @@ fn children_end(ctx: &Context<'_>) -> Result<()> {
     let output = pod.script("sleep 2000 & sleep 2000 & (setsid sleep 2000 &); echo started")?;
     same("output", output.text(), "started")?;
     same("neighbour", other.sh("echo ok")?.text(), "ok")?;
+    pod.remove()
+}
+
+/// `shareProcessNamespace`: containers see each other's processes, and yet each ends as a whole.
+fn shared_processes(ctx: &Context<'_>) -> Result<()> {
+    let shared = |config: &mut k8s_cri::v1::ContainerConfig| {
+        let options = pod::security(config).namespace_options.get_or_insert_default();
+        options.pid = NamespaceMode::Pod.into();
+    };
+    let mut config = pod::config(ctx.node, "shared");
+    let linux = config.linux.get_or_insert_default();
+    let options =
+        linux.security_context.get_or_insert_default().namespace_options.get_or_insert_default();
+    options.pid = NamespaceMode::Pod.into();
+    let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
+    let mut first = pod::script("first", "exec sleep 1234");
+    shared(&mut first);
+    let first = pod.start(&first)?;
+    // Its child holds its output open, and goes with it.
+    let mut second = pod::script("second", "ps; sleep 4321 & exit 3");
+    shared(&mut second);
+    let second = pod.start(&second)?;
+    same("exit code", second.wait(SOON)?.exit_code, 3)?;
+    let seen = String::from_utf8_lossy(&second.logs()?.0).into_owned();
+    holds("the other container's process", &seen, "sleep 1234")?;
+    let left = first.sh("ps")?.text();
+    ensure!(!left.contains("sleep 4321"), "outlives its container:\n{left}");
+    second.remove(Duration::ZERO)?;
+    same("neighbour", first.sh("echo ok")?.text(), "ok")?;
     pod.remove()
 }
 

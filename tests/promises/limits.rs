@@ -78,6 +78,11 @@ fn cpu_quota(ctx: &Context<'_>) -> Result<()> {
 fn update(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("update")?;
     let container = pod.start(&limited("c", "sleep 1000", 64))?;
+    let limit = || -> Result<String> {
+        let files = "/sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes";
+        Ok(container.sh(&format!("cat {files} 2>/dev/null"))?.text())
+    };
+    same("limit", limit()?, (64 << 20).to_string())?;
     let mut resources = pod::resources(&mut pod::script("x", "")).clone();
     resources.memory_limit_in_bytes = 32 << 20;
     resources.memory_swap_limit_in_bytes = 32 << 20;
@@ -86,6 +91,6 @@ fn update(ctx: &Context<'_>) -> Result<()> {
         linux: Some(resources),
         ..UpdateContainerResourcesRequest::default()
     })?;
-    same("still runs", container.sh("echo ok")?.text(), "ok")?;
+    same("limit after the update", limit()?, (32 << 20).to_string())?;
     pod.remove()
 }

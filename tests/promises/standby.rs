@@ -102,9 +102,36 @@ fn other_sizes_are_cloned(ctx: &Context<'_>) -> Result<()> {
     config.annotations.insert("io.joey.memory".into(), "300Mi".into());
     let pod = pod::Pod::run_with(ctx.node, ctx.handler, config)?;
     ensure!(vmm(ctx, &pod.id)? != machine["vmm"], "a pod of another size got the machine");
-    let memory = pod.script("grep MemTotal /proc/meminfo")?.text();
-    ensure!(memory.contains("MemTotal"), "{memory}");
+    same("processors", processors_and_mebibytes(&pod)?.0, 1)?;
+    sized(&pod, 300)?;
+    pod.remove()?;
+    sized_as_cri_says(ctx)
+}
+
+/// As the kubelet sums up a pod's limits for its sandbox.
+fn sized_as_cri_says(ctx: &Context<'_>) -> Result<()> {
+    let mut config = pod::config(ctx.node, "summed");
+    let resources = config.linux.get_or_insert_default().resources.get_or_insert_default();
+    (resources.cpu_period, resources.cpu_quota) = (100_000, 150_000);
+    resources.memory_limit_in_bytes = 500 << 20;
+    let pod = pod::Pod::run_with(ctx.node, ctx.handler, config)?;
+    same("processors", processors_and_mebibytes(&pod)?.0, 2)?;
+    sized(&pod, 500)?;
     pod.remove()
+}
+
+/// Checks that the guest has what the pod asked for, and no more than the next size.
+fn sized(pod: &pod::Pod<'_>, wanted: u64) -> Result<()> {
+    let (_, memory) = processors_and_mebibytes(pod)?;
+    ensure!((wanted..4 * wanted).contains(&memory), "{memory} MiB for {wanted} MiB");
+    Ok(())
+}
+
+fn processors_and_mebibytes(pod: &pod::Pod<'_>) -> Result<(u32, u64)> {
+    let text =
+        pod.script("nproc; sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?.text();
+    let Some((processors, memory)) = text.split_once('\n') else { bail!("{text:?}") };
+    Ok((processors.trim().parse()?, memory.trim().parse::<u64>()? / 1024))
 }
 
 fn outdated_leaves(ctx: &Context<'_>) -> Result<()> {

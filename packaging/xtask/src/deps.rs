@@ -17,6 +17,7 @@ const PACKAGES: &[&str] = &[
     "clang",                       // eBPF programs
     "containernetworking-plugins", // pods' network
     "binutils",                    // strips the agent
+    "e2fsprogs",                   // the blank of the pod's disk
     "erofs-utils",                 // image layers
     "iproute2",
     "libbpf-dev",

@@ -318,7 +318,8 @@ impl Handle {
             .start_sandbox(&request)
             .await
             .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
-        let inside = reply.phases.iter().map(|phase| phase.nanoseconds).sum();
+        let inside =
+            reply.phases.iter().fold(0, |sum: u64, phase| sum.saturating_add(phase.nanoseconds));
         self.0.timeline.call("agent", "identity", start, Duration::from_nanos(inside));
         self.note_phases("", &reply.phases);
         wire.as_ref()

@@ -199,18 +199,17 @@ async fn open(
         return Ok(template);
     }
     let (config, key) = (config.clone(), key.to_owned());
-    let (sender, opened) = oneshot::channel();
+    let (working, done) = oneshot::channel::<()>();
     let thread = std::thread::spawn(move || {
         let store = TemplateStore::new(&config);
         let store = store.map_err(|_| TemplateError::Missing(key.clone()));
-        let _ = sender.send(store.and_then(|store| store.open(&key)));
+        let opened = store.and_then(|store| store.open(&key));
+        drop(working);
+        opened
     });
-    let opened = opened.await;
+    let _ = done.await;
     // Gone for good: the VMM is forked off, and there must be no other thread then.
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-    opened.unwrap_or_else(|_| Err(TemplateError::Missing(String::new())))
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn copy_of(spec: &VmSpec) -> Result<VmSpec, VmmError> {
