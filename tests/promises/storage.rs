@@ -382,10 +382,12 @@ fn runc_by_mistake_is_told(ctx: &Context<'_>) -> Result<()> {
 
 fn space_comes_back(ctx: &Context<'_>) -> Result<()> {
     only_its_own(ctx)?;
+    let pod = ctx.pod("space")?;
+    // The layers that its image shares with others are there before.
+    same("unpacked", pod.script("echo ok")?.text(), "ok")?;
     let before = layers(ctx)?;
     let own = Layer::default().file("space", 0o644, &[b's'; 2 << 20])?;
     let image = Image::import(ctx, "space", vec![own])?;
-    let pod = ctx.pod("space")?;
     same("size", pod.finish(&image.script("wc -c < /space"))?.text(), "2097152")?;
     pod.remove()?;
     same("layers with it", layers(ctx)?.difference(&before).count(), 1)?;
