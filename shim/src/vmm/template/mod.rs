@@ -185,8 +185,12 @@ impl<'a> TemplateStore<'a> {
         };
         let mut found: Vec<Manifest> = entries
             .flatten()
-            .filter_map(|entry| fs::read(entry.path().join(MANIFEST)).ok())
-            .filter_map(|text| serde_json::from_slice(&text).ok())
+            .filter_map(|entry| {
+                let text = fs::read(entry.path().join(MANIFEST)).ok()?;
+                let manifest: Manifest = serde_json::from_slice(&text).ok()?;
+                // One that is being made or removed has another name yet, or still.
+                (entry.file_name() == manifest.key.as_str()).then_some(manifest)
+            })
             .collect();
         found.sort_by(|a, b| a.key.cmp(&b.key));
         found
