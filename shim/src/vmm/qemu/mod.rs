@@ -1,6 +1,7 @@
 //! QEMU as the VMM: its version, and a running machine.
 
 pub mod args;
+pub(crate) mod checkpoint;
 pub mod qmp;
 pub(crate) mod relocate;
 mod spawn;
