@@ -338,11 +338,13 @@ impl Sandbox {
         Ok(api::OpenDiskResponse { phases, ..Default::default() })
     }
 
-    /// Goes through [`Self::open_disk`] and back, under a key that is no secret.
+    /// Goes through [`Self::open_disk`] and back, under a key that is no secret. What is unique here the
+    /// machine forgets: it is about to be multiplied.
     pub(crate) fn rehearse_disk(&self, request: &api::OpenDiskRequest) -> Result<(), SandboxError> {
         if *self.phase.lock().unwrap_or_else(PoisonError::into_inner) != Phase::Fresh {
             return Err(SandboxError::Rehearsing);
         }
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).multiply();
         Ok(self.disk.rehearse(request.bytes)?)
     }
 
