@@ -88,12 +88,11 @@ pub(super) fn copy(
         if mapping.shared {
             return Err(io::Error::other(format!("{} is shared memory", mapping.name)));
         }
-        if mapping.name == "[stack]" {
+        let stack = mapping.name == "[stack]";
+        if stack {
             // It does not grow any more.
-            let start = mapping.end.saturating_sub(STACK).max(below + PAGE);
-            if start < mapping.start {
-                rows.push(anonymous(start, mapping.start, mapping.protection));
-            }
+            let start = mapping.end.saturating_sub(STACK).max(below + PAGE).min(mapping.start);
+            rows.push(anonymous(start, mapping.end, mapping.protection));
         }
         below = mapping.end;
         let parts = match mapping.protection {
@@ -101,14 +100,20 @@ pub(super) fn copy(
             _ => parts(process, mapping, file, offset)?,
         };
         for (start, end, kept) in parts {
+            let length = end - start;
             if !kept {
                 rows.push(anonymous(start, end, mapping.protection));
                 continue;
             }
-            let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-            let arguments = [start, end - start, mapping.protection, flags as u64, source, offset];
-            rows.push(Row::new(libc::SYS_mmap, &arguments, start));
-            offset += end - start;
+            rows.push(if stack {
+                // The kernel shows a process's arguments in memory that is no file's.
+                Row::new(libc::SYS_pread64, &[source, start, length, offset], length)
+            } else {
+                let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+                let arguments = [start, length, mapping.protection, flags as u64, source, offset];
+                Row::new(libc::SYS_mmap, &arguments, start)
+            });
+            offset += length;
         }
     }
     Ok((rows, offset))
