@@ -95,11 +95,7 @@ pub(crate) fn place_descriptors(wanted: &[(RawFd, RawFd)], keep: RawFd) -> io::R
 pub(crate) const REPORT_FD: RawFd = 19;
 
 /// Replaces the process; returns only with an error.
-pub(crate) fn execute(
-    program: &CStr,
-    arguments: &[CString],
-    environment: &[CString],
-) -> io::Error {
+pub(crate) fn execute(program: &CStr, arguments: &[CString], environment: &[CString]) -> io::Error {
     let (arguments, environment) = (pointers(arguments), pointers(environment));
     // SAFETY: all three are null-terminated and live until the call returns.
     unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };

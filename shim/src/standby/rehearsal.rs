@@ -27,8 +27,9 @@ const EXEC: &str = "exec";
 /// What the program says when it runs.
 const READY: &[u8] = b"ready\n";
 
-/// How long the guest gets to end what it put off, the removal of the container's layer above all.
-const REST: Duration = Duration::from_secs(8);
+/// How long the guest gets to let go of the disk. What it puts off for longer it does while QEMU comes to
+/// rest.
+const REST: Duration = Duration::from_secs(2);
 
 /// Rehearses in a machine of which a template's checkpoint will be taken. Nothing of it is left.
 ///

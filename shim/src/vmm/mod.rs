@@ -324,7 +324,11 @@ pub(crate) fn prepare<'a>(
 }
 
 /// A machine that goes on from a checkpoint, and for that needs nothing of the node but descriptors.
-fn continued(config: &VmmConfig, spec: VmSpec, process: OwnedFd) -> Result<Launch<'_>, VmmError> {
+pub(crate) fn continued(
+    config: &VmmConfig,
+    spec: VmSpec,
+    process: OwnedFd,
+) -> Result<Launch<'_>, VmmError> {
     Ok(Launch { state: Some(process), continues: true, ..launch(config, spec)? })
 }
 

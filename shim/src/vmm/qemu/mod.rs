@@ -214,9 +214,7 @@ impl QemuVm {
         qmp.execute("remove-fd", json!({"fdset-id": 1})).await?;
         // Each worker that ends wakes another for as long again; but all beyond the most there may be end
         // at once.
-        let workers = |most: u32| {
-            json!({"path": "/objects/main-loop", "property": "thread-pool-max", "value": most})
-        };
+        let workers = |most: u32| json!({"path": "/objects/main-loop", "property": "thread-pool-max", "value": most});
         qmp.execute("qom-set", workers(1)).await?;
         let resting = async {
             while checkpoint::threads(self.pid)? > THREADS + vcpus {
@@ -224,9 +222,8 @@ impl QemuVm {
             }
             Ok(())
         };
-        let rested: std::io::Result<()> = timeout(REST_DEADLINE, resting)
-            .await
-            .context("QEMU's worker threads did not end")?;
+        let rested: std::io::Result<()> =
+            timeout(REST_DEADLINE, resting).await.context("QEMU's worker threads did not end")?;
         rested?;
         qmp.execute("qom-set", workers(WORKERS)).await?;
         Ok(checkpoint::take(self.pid, args::fd::STATE, file)?)

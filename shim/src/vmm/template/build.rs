@@ -18,19 +18,22 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::{
-    KERNEL, MANIFEST, MEMORY, Manifest, PROCESS, STATE, Template, TemplateError, TemplateStore, VMM,
-    file_error, record,
+    KERNEL, MANIFEST, MEMORY, Manifest, PROCESS, STATE, Template, TemplateError, TemplateStore,
+    VMM, file_error, record,
 };
 use crate::config::DISK_MIB;
 use crate::vmm::qemu::args::Mode;
 use crate::vmm::qemu::relocate::{random_base, relocate};
 use crate::vmm::qemu::{QemuVm, kernel_stub};
-use crate::vmm::{Disk, Paths, Phases, Vm, VmSpec, VmmError, prepare};
+use crate::vmm::{Disk, Paths, Phases, Vm, VmSpec, VmmError, continued, prepare};
 
 /// After the agent answered, how long the guest gets to come to rest before it is stopped. Kernels put
 /// work off for seconds after their boot; what is pending then, every clone has to do in its first
 /// second: with 2 s a clone's first container took a third longer than with 8 s.
 const REST: Duration = Duration::from_secs(8);
+
+/// Mode of files that are executed.
+const PROGRAM: u32 = 0o555;
 
 /// What a machine that is nobody's goes through, by its channel, before its checkpoint is taken.
 pub type Rehearse<'a> =
@@ -142,8 +145,8 @@ impl TemplateStore<'_> {
         vm.exited().await;
         make_sparse(&memory).map_err(error(&memory))?;
         self.relocate_vmm(&work.join(VMM)).map_err(error(&work.join(VMM)))?;
-        let spec = self.nobodys(key, vcpus, memory_mib);
-        if let Err(error) = self.checkpoint(work, spec, rehearse).await {
+        let machine = || self.nobodys(key, vcpus, memory_mib);
+        if let Err(error) = self.checkpoint(work, machine, rehearse).await {
             tracing::warn!("template {key}: clones start QEMU anew: {error:#}");
             let _ = fs::remove_file(work.join(PROCESS));
         }
@@ -168,12 +171,13 @@ impl TemplateStore<'_> {
     async fn checkpoint(
         &self,
         work: &Path,
-        spec: VmSpec,
+        machine: impl Fn() -> VmSpec,
         rehearse: &Rehearse<'_>,
     ) -> anyhow::Result<()> {
         if self.acceleration.kvm {
             return Ok(());
         }
+        let spec = machine();
         let vcpus = spec.vcpus as usize;
         let vmm = Some(work.join(VMM)).filter(|path| path.exists());
         let (kernel, memory) = (work.join(KERNEL), Some(work.join(MEMORY)));
@@ -186,8 +190,17 @@ impl TemplateStore<'_> {
         let channel = vm.take_channel()?;
         let _connected = channel.as_fd().try_clone_to_owned()?;
         rehearse(vm.clone(), channel).await?;
-        let file = File::create(work.join(PROCESS))?;
-        vm.checkpoint(vcpus, &file).await?;
+        let path = work.join(PROCESS);
+        vm.checkpoint(vcpus, &File::create(&path)?).await?;
+        vm.kill();
+        vm.exited().await;
+        fs::set_permissions(&path, fs::Permissions::from_mode(PROGRAM))?;
+        // Once here, rather than in every sandbox.
+        let launch = continued(self.config, machine(), File::open(&path)?.into())?;
+        let vm = QemuVm::start(launch, &mut Phases::new()).await?;
+        vm.resume().await?;
+        let answered = answers(vm.take_channel()?, async |_| Ok(())).await;
+        answered.map_err(|what| anyhow::anyhow!("its checkpoint does not go on: {what}"))?;
         vm.kill();
         vm.exited().await;
         Ok(())
@@ -199,7 +212,7 @@ impl TemplateStore<'_> {
         match relocate(&mut image, random_base()?) {
             Ok(()) => {
                 fs::write(copy, image)?;
-                fs::set_permissions(copy, fs::Permissions::from_mode(0o555))
+                fs::set_permissions(copy, fs::Permissions::from_mode(PROGRAM))
             }
             Err(error) => {
                 tracing::warn!("clones run {} as it is: {error}", self.config.qemu.display());
@@ -217,7 +230,7 @@ impl TemplateStore<'_> {
                 continue;
             }
             // Every VMM has an id of its own and may read; the directory keeps everyone else out.
-            let mode = if program { 0o555 } else { 0o444 };
+            let mode = if program { PROGRAM } else { 0o444 };
             fs::set_permissions(&path, fs::Permissions::from_mode(mode))
                 .and_then(|()| std::os::unix::fs::chown(&path, Some(0), Some(0)))
                 .and_then(|()| File::open(&path)?.sync_all())
@@ -266,25 +279,34 @@ fn trial() -> io::Result<OwnedFd> {
 
 /// Waits until the agent answers, has opened a disk and the guest is at rest.
 async fn greet(channel: UnixStream) -> Result<(), String> {
+    answers(channel, async |agent| {
+        let request = api::OpenDiskRequest { bytes: TRIAL_BYTES, ..Default::default() };
+        let rehearsed = agent.rehearse_disk(ttrpc::context::Context::default(), &request);
+        timeout(limits::deadline::OPEN_DISK, rehearsed)
+            .await
+            .map_err(|_| "it does not open a disk in time".to_owned())?
+            .map_err(|error| error.to_string())?;
+        tokio::time::sleep(REST).await;
+        Ok(())
+    })
+    .await
+}
+
+/// Waits until the agent answers and has done what is asked of it `then`.
+async fn answers(
+    channel: UnixStream,
+    then: impl AsyncFnOnce(&api::AgentClient) -> Result<(), String>,
+) -> Result<(), String> {
     let (mux, driver) = Mux::connect(channel);
     let calls = mux.open(limits::STREAM_RPC).map_err(|error| error.to_string())?;
     let socket = ttrpc::r#async::transport::Socket::new(calls);
     let agent = api::AgentClient::new(ttrpc::r#async::Client::new(socket));
     let request =
         api::HelloRequest { protocol_version: limits::PROTOCOL_VERSION, ..Default::default() };
-    let hello = agent.hello(ttrpc::context::Context::default(), &request);
     let asking = async {
+        let hello = agent.hello(ttrpc::context::Context::default(), &request);
         match timeout(limits::deadline::HELLO_COLD, hello).await {
-            Ok(Ok(_)) => {
-                let request = api::OpenDiskRequest { bytes: TRIAL_BYTES, ..Default::default() };
-                let rehearsed = agent.rehearse_disk(ttrpc::context::Context::default(), &request);
-                timeout(limits::deadline::OPEN_DISK, rehearsed)
-                    .await
-                    .map_err(|_| "it does not open a disk in time".to_owned())?
-                    .map_err(|error| error.to_string())?;
-                tokio::time::sleep(REST).await;
-                Ok(())
-            }
+            Ok(Ok(_)) => then(&agent).await,
             Ok(Err(error)) => Err(error.to_string()),
             Err(_) => Err(format!("no answer within {:?}", limits::deadline::HELLO_COLD)),
         }

@@ -120,8 +120,7 @@ pub(super) fn copy(
 }
 
 fn anonymous(start: u64, end: u64, protection: u64) -> Row {
-    let flags =
-        libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE | libc::MAP_ANONYMOUS;
+    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE | libc::MAP_ANONYMOUS;
     let arguments = [start, end - start, protection, flags as u64, u64::MAX, 0];
     Row::new(libc::SYS_mmap, &arguments, start)
 }
@@ -168,4 +167,28 @@ fn parts(
         kept_bytes += end - start;
     }
     Ok(merged)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_are_read_as_the_kernel_writes_them() {
+        let code = "5567ccbce000-5567cd065000 r-xp 00001000 fe:00 26 /usr/bin/qemu (deleted)";
+        let expected = Mapping {
+            start: 0x5567_ccbc_e000,
+            end: 0x5567_cd06_5000,
+            protection: (libc::PROT_READ | libc::PROT_EXEC) as u64,
+            shared: false,
+            inode: 26,
+            name: "/usr/bin/qemu".to_owned(),
+        };
+        assert_eq!(Mapping::parse(code), Some(expected));
+        let memory = Mapping::parse("7000-8000 rw-s 0 0:0 0").unwrap();
+        assert!(memory.shared && memory.inode == 0 && memory.name.is_empty());
+        let vdso = Mapping::parse("7000-8000 r-xp 0 0:0 0   [vdso]").unwrap();
+        assert!(vdso.is_kernels() && vdso.is_vdso() && !vdso.is_fixed());
+        assert_eq!(Mapping::parse("7000 rw-p 0 0:0 0"), None);
+    }
 }

@@ -14,12 +14,12 @@
 //! the one on which the checkpoint was taken, as the layout of its vDSO is part of it.
 
 mod memory;
+mod resources;
 mod script;
 mod stopped;
 mod sys;
 #[cfg(test)]
 mod tests;
-mod things;
 
 use std::fs::File;
 use std::io;
@@ -63,7 +63,7 @@ pub(crate) fn take(pid: i32, passed: i32, file: &File) -> io::Result<()> {
     let lowest = kernels.iter().map(|it| it.start).min().unwrap_or_default();
     for it in &kernels {
         let aside = ASIDE + (it.start - lowest);
-        rows.push(moving(it.start.wrapping_sub(vdso), it.end - it.start, aside).from_vdso());
+        rows.push(moving(it.start.wrapping_sub(vdso), it.end - it.start, aside).relative_to_vdso());
     }
     let free = BASE + ROOM;
     rows.push(Row::new(libc::SYS_munmap, &[free, TOP - free], 0));
@@ -76,27 +76,23 @@ pub(crate) fn take(pid: i32, passed: i32, file: &File) -> io::Result<()> {
     let (maps, end) = copy(&process, &own, file, PAGE, SOURCE)?;
     rows.extend(maps);
     rows.push(Row::new(libc::SYS_close, &[SOURCE], 0));
-    rows.extend(things::descriptors(pid, passed, &mut script)?);
-    rows.extend(things::bounds(&process, first, &mut script)?);
-    rows.extend(things::signals(&process, first, &mut script)?);
-    rows.push(Row::new(
-        libc::SYS_arch_prctl,
-        &[ARCH_SET_FS, first.registers.fs_base],
-        0,
-    ));
+    rows.extend(resources::descriptors(pid, passed, &mut script)?);
+    rows.extend(resources::bounds(&process, first, &mut script)?);
+    rows.extend(resources::signals(&process, first, &mut script)?);
+    rows.push(Row::new(libc::SYS_arch_prctl, &[ARCH_SET_FS, first.registers.fs_base], 0));
     let mark = Row::new(libc::SYS_set_tid_address, &[first.clear_at_end], first.number);
     rows.push(mark.or_not());
     for thread in others {
-        let mut calls = things::thread(thread, &mut script);
-        calls.push(things::last(thread, &mut script));
+        let mut calls = resources::thread(thread, &mut script);
+        calls.push(resources::last(thread, &mut script));
         let table = script.table(&calls);
         let tls = thread.registers.fs_base;
         let arguments = [THREAD as u64, table, 0, thread.clear_at_end, tls];
         rows.push(Row::new(libc::SYS_clone, &arguments, thread.number));
     }
-    rows.extend(things::filters(&process, &mut script)?);
-    rows.extend(things::thread(first, &mut script));
-    rows.push(things::last(first, &mut script));
+    rows.extend(resources::filters(&process, &mut script)?);
+    rows.extend(resources::thread(first, &mut script));
+    rows.push(resources::last(first, &mut script));
     let table = script.table(&rows);
     script.write(file, end, table)
 }

@@ -34,7 +34,7 @@ impl Row {
     }
 
     /// Its first argument counts from where the kernel put the vDSO.
-    pub(super) fn from_vdso(self) -> Self {
+    pub(super) fn relative_to_vdso(self) -> Self {
         Self { number: self.number | Self::FROM_VDSO, ..self }
     }
 
@@ -112,8 +112,7 @@ fn header(offset: u64, size: u64) -> Vec<u8> {
     for value in [HEADER, ENTRY, 2, 64, 0, 0] {
         half(&mut bytes, value);
     }
-    for (kind, flags, offset, address, size) in
-        [(load, 7, offset, BASE, size), (stack, 6, 0, 0, 0)]
+    for (kind, flags, offset, address, size) in [(load, 7, offset, BASE, size), (stack, 6, 0, 0, 0)]
     {
         word(&mut bytes, kind);
         word(&mut bytes, flags);

@@ -170,7 +170,9 @@ impl Stopped {
             let count = match sys::ask(thread, Ask::Filter(all.len()), &mut []) {
                 Ok(count) => count,
                 // No more; none at all.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => break,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {
+                    break;
+                }
                 Err(error) => return Err(error),
             };
             let mut filter = vec![0; count * 8];
@@ -192,9 +194,8 @@ impl Thread {
 fn rseq(thread: Pid) -> io::Result<Option<Rseq>> {
     let mut answer = [0; 24];
     sys::ask(thread, Ask::Rseq, &mut answer)?;
-    let mut words = answer.chunks_exact(4).map(|word| {
-        u32::from_ne_bytes(word.try_into().unwrap_or_default())
-    });
+    let mut words =
+        answer.chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap_or_default()));
     let mut word = || words.next().unwrap_or_default();
     let address = u64::from(word()) | u64::from(word()) << 32;
     let (size, signature) = (word(), word());

@@ -63,12 +63,7 @@ pub(super) fn robust_list(thread: Pid) -> io::Result<(u64, u64)> {
     let (mut head, mut length) = (0_u64, 0_u64);
     // SAFETY: the kernel writes one word to each.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_get_robust_list,
-            thread.as_raw(),
-            &raw mut head,
-            &raw mut length,
-        )
+        libc::syscall(libc::SYS_get_robust_list, thread.as_raw(), &raw mut head, &raw mut length)
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok((head, length)) }
 }

@@ -12,7 +12,8 @@ use std::time::Duration;
 const PASSED: i32 = 3;
 
 /// Closes what it inherited, and knows things, of which a signal handler, before it waits.
-const SCRIPT: &str = "for fd in /proc/self/fd/*; do fd=${fd##*/}; [ $fd -lt 3 ] || eval \"exec $fd>&-\"; done
+const SCRIPT: &str =
+    "for fd in /proc/self/fd/*; do fd=${fd##*/}; [ $fd -lt 3 ] || eval \"exec $fd>&-\"; done
 known=before; trap 'echo $known $line; exit 7' USR1; read line; kill -USR1 $BASHPID; sleep 9";
 
 #[test]
@@ -40,7 +41,12 @@ fn a_process_goes_on_from_where_it_was_each_time() {
     for said in ["one", "two"] {
         let image = File::open(&path).unwrap();
         // The program finds its own file under the number after its own descriptors.
-        let script = format!("exec {} {PASSED}</proc/{}/fd/{}", path.display(), std::process::id(), image.as_raw_fd());
+        let script = format!(
+            "exec {} {PASSED}</proc/{}/fd/{}",
+            path.display(),
+            std::process::id(),
+            image.as_raw_fd()
+        );
         let mut child = Command::new("sh")
             .args(["-c", &script])
             .stdin(Stdio::piped())

@@ -21,7 +21,8 @@ impl Info {
 
     fn number(&self, name: &str, radix: u32) -> io::Result<u64> {
         let text = self.field(name).unwrap_or_default();
-        u64::from_str_radix(text, radix).map_err(|_| io::Error::other(format!("{name} is {text:?}")))
+        u64::from_str_radix(text, radix)
+            .map_err(|_| io::Error::other(format!("{name} is {text:?}")))
     }
 }
 
@@ -30,8 +31,7 @@ pub(super) fn descriptors(pid: i32, passed: i32, script: &mut Script) -> io::Res
     let mut links = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
-        let number: i32 =
-            entry.file_name().to_string_lossy().parse().map_err(io::Error::other)?;
+        let number: i32 = entry.file_name().to_string_lossy().parse().map_err(io::Error::other)?;
         links.insert(number, fs::read_link(entry.path())?.to_string_lossy().into_owned());
     }
     let mut rows = Vec::new();
@@ -64,13 +64,7 @@ pub(super) fn descriptors(pid: i32, passed: i32, script: &mut Script) -> io::Res
 }
 
 /// The call that makes a descriptor, which gets the lowest free number.
-fn make(
-    number: i32,
-    link: &str,
-    info: &Info,
-    flags: u64,
-    script: &mut Script,
-) -> io::Result<Row> {
+fn make(number: i32, link: &str, info: &Info, flags: u64, script: &mut Script) -> io::Result<Row> {
     // EFD_, SFD_ and EPOLL_ have the values of these.
     let options = flags & (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
     Ok(match link {
@@ -100,9 +94,7 @@ fn tap(number: i32, script: &mut Script) -> Vec<Row> {
     const SET_OFFLOAD: u64 = 0x4004_54d0;
     // CSUM, TSO4, TSO6, TSO_ECN; then UFO; then USO4 and USO6.
     const OFFLOADS: [u64; 3] = [0x0f, 0x1f, 0x7f];
-    let ioctl = |request, value| {
-        Row::new(libc::SYS_ioctl, &[number as u64, request, value], 0)
-    };
+    let ioctl = |request, value| Row::new(libc::SYS_ioctl, &[number as u64, request, value], 0);
     let (header, buffer) = (script.add(&12_i32.to_le_bytes()), script.add(&i32::MAX.to_le_bytes()));
     let mut rows = vec![ioctl(SET_HEADER, header), ioctl(SET_BUFFER, buffer)];
     rows.extend(OFFLOADS.map(|offloads| ioctl(SET_OFFLOAD, offloads).or_not()));
