@@ -16,6 +16,7 @@ mod io;
 mod lifecycle;
 mod limits;
 mod network;
+mod registry;
 mod restart;
 mod security;
 mod share;
@@ -76,6 +77,7 @@ fn tests() -> Vec<Test> {
     [
         lifecycle::TESTS,
         storage::TESTS,
+        registry::TESTS,
         disk::TESTS,
         block::TESTS,
         share::TESTS,
