@@ -13,6 +13,7 @@ use oci_spec::runtime::{
 use sha2::{Digest as _, Sha256};
 
 use super::kubelet::{self, Origin};
+use crate::volumes::direct::{Direct, MountInfoError};
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// What the kubelet reads of a termination message (its MaxContainerTerminationMessageLength).
@@ -48,6 +49,8 @@ pub struct Facts<'a> {
     pub look: &'a dyn Fn(&Path) -> Kind,
     /// Tells which path of its file system is mounted at a path.
     pub mounted: &'a dyn Fn(&Path) -> Option<PathBuf>,
+    /// Finds what a CSI driver has left for a path: a disk that the guest mounts itself.
+    pub direct: &'a dyn Fn(&Path) -> Result<Option<Direct>, MountInfoError>,
     /// Finds the description of the disk, if the mount at this path is one of joey-snapshotter's.
     pub described: &'a dyn Fn(&Path) -> Option<PathBuf>,
 }
@@ -61,6 +64,8 @@ pub enum Source {
     Inline(Vec<u8>),
     /// A file or directory of the host, live.
     Shared(Shared),
+    /// A disk of the host, on which there is a file system.
+    Direct(Direct),
     /// An empty directory in the guest, of owner and mode as this one of the host, which stays empty.
     Empty(PathBuf),
 }
@@ -287,6 +292,11 @@ impl Plan {
         };
         let whole = |volume| Ok(Place::Volume(volume, PathBuf::new()));
         let copied = || whole(volume(source, Source::Host(source.to_owned())));
+        let direct = kubelet::direct(source, facts);
+        if let Some(direct) = direct.map_err(|reason| refuse("mount", &shown, reason))? {
+            let kubelet::DirectVolume { folder, direct, below } = direct;
+            return Ok(Place::Volume(volume(&folder, Source::Direct(direct)), below));
+        }
         let kind = (facts.look)(source);
         match (kubelet::origin(source, destination, facts), kind, pod_file) {
             (Origin::Kernel, _, _) => Ok(Place::Guest),
@@ -505,9 +515,44 @@ mod tests {
                 pod_files: &files,
                 look: &look,
                 mounted: &mounted,
+                direct: &|path| match path.to_str() {
+                    Some(path) if path.ends_with("csi-bad") => Err(MountInfoError::File {
+                        path: "/x/mountInfo.json".into(),
+                        reason: "not JSON".to_owned(),
+                    }),
+                    Some(path) if path.ends_with("~csi/pv/mount") => Ok(Some(direct())),
+                    _ => Ok(None),
+                },
                 described: &|_| None,
             },
         )
+    }
+
+    fn direct() -> Direct {
+        Direct {
+            device: "/dev/sdd".into(),
+            file_system: "ext4".to_owned(),
+            read_only: false,
+            options: Vec::new(),
+            group: None,
+        }
+    }
+
+    #[test]
+    fn what_a_driver_leaves_to_the_guest_is_a_disk_and_its_parts_are_of_it() {
+        let source = "/pods/u/volumes/kubernetes.io~csi/pv/mount";
+        let part = "/pods/u/volume-subpaths/pv/app/0";
+        let mounts =
+            json!([bind("/whole", source, &["rbind", "ro"]), bind("/part", part, &["rbind"])]);
+        let plan = plan(&spec(mounts)).unwrap();
+        assert_eq!(plan.volumes.len(), 1);
+        assert_eq!(plan.volumes[0].source, Source::Direct(direct()));
+        let sent: Spec = serde_json::from_slice(&plan.spec).unwrap();
+        let sources: Vec<_> =
+            sent.mounts().iter().flatten().map(|it| it.source().clone()).collect();
+        assert_eq!(sources[1].as_ref().unwrap(), &sources[0].as_ref().unwrap().join("sub"));
+        let bad = error(json!([bind("/bad", "/x/csi-bad", &["rbind"])]));
+        assert!(bad.contains("/bad") && bad.contains("/x/mountInfo.json: not JSON"), "{bad}");
     }
 
     fn error(mounts: Value) -> String {
