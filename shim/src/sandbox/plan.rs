@@ -16,6 +16,8 @@ use super::kubelet::{self, Origin};
 use crate::volumes::direct::{Direct, MountInfoError};
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// Annotations that ask for devices of the Container Device Interface.
+const CDI: &str = "cdi.k8s.io/";
 /// What the kubelet reads of a termination message (its MaxContainerTerminationMessageLength).
 const TERMINATION_MESSAGE: u64 = 4096;
 /// Files that CRI gives every container; a container may change its pod's copies.
@@ -171,6 +173,7 @@ impl Plan {
     pub fn new(spec: &Spec, facts: &Facts<'_>) -> Result<Self, Refusal> {
         let mut spec = spec.clone();
         check_hooks(&spec)?;
+        check_annotations(&spec)?;
         check_namespaces(&spec, facts)?;
         let devices = host_devices(&mut spec)?;
         let mut plan = Self {
@@ -314,6 +317,14 @@ impl Plan {
                 self.images.push((name.clone(), description));
                 Ok(Place::Named(format!("joey-disk:{name}")))
             }
+            // It shows the users of the image, and nothing else of it.
+            (Origin::Image, _, _)
+                if (facts.mounted)(source).is_some_and(|root| root.ends_with("users")) =>
+            {
+                no(
+                    "the image's disk is not described on this node any more (disk.json): pull it again",
+                )
+            }
             (_, Kind::File, Some(_)) => copied(),
             (_, Kind::Missing, Some(path)) if facts.pod_files.contains_key(path) => {
                 whole(volume(Path::new(path), Source::Inline(facts.pod_files[path].clone())))
@@ -364,6 +375,20 @@ fn volume_id(source: &Path) -> String {
     hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Devices of the Container Device Interface are the host's. containerd turns such a request into devices,
+/// mounts and hooks, each of which is looked at for itself; what it has left to the runtime is seen here.
+fn check_annotations(spec: &Spec) -> Result<(), Refusal> {
+    let annotations = spec.annotations().iter().flatten();
+    match annotations.into_iter().find(|(key, _)| key.starts_with(CDI)) {
+        Some((key, devices)) => Err(refuse(
+            "annotation",
+            format!("{key}: {devices}"),
+            "CDI devices are the host's, and not available in a virtual machine",
+        )),
+        None => Ok(()),
+    }
+}
+
 fn check_hooks(spec: &Spec) -> Result<(), Refusal> {
     let Some(hooks) = spec.hooks() else { return Ok(()) };
     let kinds = [
@@ -397,6 +422,14 @@ fn check_namespaces(spec: &Spec, facts: &Facts<'_>) -> Result<(), Refusal> {
             "hostNetwork",
             "true",
             "host network is not supported: the pod's network is its virtual machine's own",
+        ));
+    }
+    if missing(LinuxNamespaceType::Ipc) {
+        return Err(refuse(
+            "hostIPC",
+            "true",
+            "host IPC is not supported: the pod's shared memory, semaphores and message queues are its \
+             virtual machine's own",
         ));
     }
     let pod = format!("/proc/{}/ns/pid", facts.vmm_pid);
@@ -507,7 +540,9 @@ mod tests {
             Some(path) if path.ends_with("dir") => Kind::Directory,
             _ => Kind::File,
         };
-        let mounted = |_: &Path| Some(PathBuf::from("/sub"));
+        let mounted = |path: &Path| {
+            Some(PathBuf::from(if path.ends_with("lost-dir") { "/disks/d/users" } else { "/sub" }))
+        };
         Plan::new(
             spec,
             &Facts {
@@ -523,7 +558,7 @@ mod tests {
                     Some(path) if path.ends_with("~csi/pv/mount") => Ok(Some(direct())),
                     _ => Ok(None),
                 },
-                described: &|_| None,
+                described: &|path| path.ends_with("known-dir").then(|| "/disks/d/disk.json".into()),
             },
         )
     }
@@ -545,8 +580,8 @@ mod tests {
         let mounts =
             json!([bind("/whole", source, &["rbind", "ro"]), bind("/part", part, &["rbind"])]);
         let plan = plan(&spec(mounts)).unwrap();
-        assert_eq!(plan.volumes.len(), 1);
-        assert_eq!(plan.volumes[0].source, Source::Direct(direct()));
+        let disks = plan.volumes.iter().filter(|it| it.source == Source::Direct(direct()));
+        assert_eq!(disks.count(), 1);
         let sent: Spec = serde_json::from_slice(&plan.spec).unwrap();
         let sources: Vec<_> =
             sent.mounts().iter().flatten().map(|it| it.source().clone()).collect();
@@ -660,16 +695,40 @@ mod tests {
     }
 
     #[test]
+    fn cdi_devices_are_refused_by_name() {
+        let mut value = serde_json::to_value(spec(json!([]))).unwrap();
+        value["annotations"] = json!({"cdi.k8s.io/gpus": "vendor.com/gpu=all"});
+        let text = plan(&serde_json::from_value(value).unwrap()).unwrap_err().to_string();
+        assert!(text.contains("cdi.k8s.io/gpus") && text.contains("vendor.com/gpu=all"), "{text}");
+    }
+
+    #[test]
+    fn an_image_whose_disk_is_not_described_is_refused() {
+        let images = "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/s1";
+        let of =
+            |name: &str| json!([bind("/i", &format!("{images}/{name}-dir"), &["rbind", "ro"])]);
+        let undescribed = error(of("lost"));
+        assert!(undescribed.contains("/i (from ") && undescribed.contains("disk.json"));
+        let stock = plan(&spec(of("stock"))).unwrap();
+        assert!(matches!(stock.volumes[0].source, Source::Shared(_)), "another snapshotter's");
+        let described = plan(&spec(of("known"))).unwrap();
+        assert_eq!(described.images[0].1, Path::new("/disks/d/disk.json"));
+    }
+
+    #[test]
     fn host_namespaces_and_devices_are_refused() {
         let mut value = serde_json::to_value(spec(json!([]))).unwrap();
         value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "mount"}]);
         let host: Spec = serde_json::from_value(value.clone()).unwrap();
         assert!(plan(&host).unwrap_err().to_string().contains("host network"));
-        value["linux"]["namespaces"] =
-            json!([{"type": "pid", "path": "/proc/99/ns/pid"}, {"type": "network"}]);
+        value["linux"]["namespaces"] = json!([{"type": "pid", "path": "/proc/99/ns/pid"}, {"type": "network"}, {"type": "ipc"}]);
         let target: Spec = serde_json::from_value(value.clone()).unwrap();
         assert!(plan(&target).unwrap_err().to_string().contains("/proc/99/ns/pid"));
         value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "network"}]);
+        let host: Spec = serde_json::from_value(value.clone()).unwrap();
+        assert!(plan(&host).unwrap_err().to_string().contains("hostIPC"));
+        value["linux"]["namespaces"] =
+            json!([{"type": "pid"}, {"type": "network"}, {"type": "ipc"}]);
         value["linux"]["devices"] =
             json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
         for (access, writable) in [("rwm", true), ("r", false)] {
