@@ -23,6 +23,7 @@ use ttrpc::Code;
 use crate::block_devices;
 use crate::container::{Kind, Spares};
 use crate::containers::Containers;
+use crate::disk_volumes::{DiskVolumeError, DiskVolumes};
 use crate::events::Events;
 use crate::identity::{IdentityError, Prepared};
 use crate::log::warning;
@@ -65,6 +66,9 @@ pub(crate) enum SandboxError {
     /// Files of the host are not shared.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// A disk is not mounted, or not unmounted.
+    #[error(transparent)]
+    DiskVolume(#[from] DiskVolumeError),
     /// The request cannot be followed.
     #[error("{0}")]
     Invalid(String),
@@ -137,6 +141,7 @@ impl SandboxError {
                 Code::INTERNAL
             }
             Self::Share(_) => Code::INVALID_ARGUMENT,
+            Self::DiskVolume(DiskVolumeError::Unknown { .. }) => Code::UNIMPLEMENTED,
             Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Engine(error) => match error.kind {
                 Kind::Invalid => Code::INVALID_ARGUMENT,
@@ -150,6 +155,7 @@ impl SandboxError {
             | Self::Resize(_)
             | Self::PodPid(_)
             | Self::Storage(_)
+            | Self::DiskVolume(_)
             | Self::Cancelled => Code::INTERNAL,
         }
     }
@@ -178,6 +184,8 @@ pub(crate) struct Sandbox {
     pub(crate) containers: Containers,
     /// The disks in use.
     pub(crate) slots: SharedSlots,
+    /// Those of them that are mounted for all containers.
+    pub(crate) disk_volumes: DiskVolumes,
     /// Those of them that are containers' devices.
     pub(crate) devices: block_devices::Users,
     /// The channel, for stdio.
@@ -206,6 +214,7 @@ impl Sandbox {
             spares: Spares::new(SOURCES),
             containers: Containers::default(),
             slots: SharedSlots::default(),
+            disk_volumes: DiskVolumes::default(),
             devices: block_devices::Users::default(),
             mux,
             reaper,

@@ -8,6 +8,7 @@
 
 mod block;
 mod context;
+mod direct;
 mod disk;
 mod faults;
 mod identity;
@@ -80,6 +81,7 @@ fn tests() -> Vec<Test> {
         registry::TESTS,
         disk::TESTS,
         block::TESTS,
+        direct::TESTS,
         share::TESTS,
         volumes::TESTS,
         io::TESTS,

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 /// Version of everything in this crate. Raised with any change that the other side can notice.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Length of `StartSandboxRequest.entropy`: fills the kernel's pool (512 bits).
 pub const ENTROPY_BYTES: usize = 64;
@@ -76,6 +76,10 @@ pub mod deadline {
     pub const SHARE: Duration = Duration::from_secs(30);
     /// `CopyIn` and `ReadFile`, each message.
     pub const COPY: Duration = Duration::from_secs(30);
+    /// `MountVolume`: replays a journal, and gives the files to the pod's group.
+    pub const MOUNT_VOLUME: Duration = Duration::from_secs(100);
+    /// `UnmountVolume`: writes out what there is.
+    pub const UNMOUNT_VOLUME: Duration = Duration::from_secs(100);
     /// `CreateContainer` and `CreateExec`: mounts disks.
     pub const CREATE: Duration = Duration::from_secs(50);
     /// `Start`.
