@@ -100,6 +100,9 @@ pub(crate) enum SandboxError {
     /// A terminal's size could not be set.
     #[error("resizing the process's terminal: {0}")]
     Resize(io::Error),
+    /// The clock could not be moved.
+    #[error("moving the guest's clock: {0}")]
+    Clock(io::Error),
     /// The pod's pid namespace could not be made.
     #[error("the pod's shared pid namespace: {0}")]
     PodPid(io::Error),
@@ -145,6 +148,7 @@ impl SandboxError {
                 Kind::Failed => Code::INTERNAL,
             },
             Self::Identity(_)
+            | Self::Clock(_)
             | Self::Volume(_)
             | Self::Signal { .. }
             | Self::Resize(_)
@@ -323,27 +327,29 @@ impl Sandbox {
 
     /// Opens the pod's disk: in a machine that is nobody's too, once it has rehearsed an identity and with it
     /// has entropy of its own.
-    pub(crate) fn open_disk(
+    pub(crate) async fn open_disk(
         &self,
         request: &api::OpenDiskRequest,
     ) -> Result<api::OpenDiskResponse, SandboxError> {
         if !self.containers.is_empty() {
             return Err(SandboxError::Invalid("the pod's disk comes before containers".to_owned()));
         }
-        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        if !prepared.is_unique() {
+        if !self.prepared.lock().unwrap_or_else(PoisonError::into_inner).is_unique() {
             return Err(SandboxError::NotStarted);
         }
-        let phases = self.disk.open(request.bytes)?;
+        let phases = self.disk.open(request.bytes).await?;
         Ok(api::OpenDiskResponse { phases, ..Default::default() })
     }
 
     /// Goes through [`Self::open_disk`] and back, under a key that is no secret.
-    pub(crate) fn rehearse_disk(&self, request: &api::OpenDiskRequest) -> Result<(), SandboxError> {
+    pub(crate) async fn rehearse_disk(
+        &self,
+        request: &api::OpenDiskRequest,
+    ) -> Result<(), SandboxError> {
         if *self.phase.lock().unwrap_or_else(PoisonError::into_inner) != Phase::Fresh {
             return Err(SandboxError::Rehearsing);
         }
-        Ok(self.disk.rehearse(request.bytes)?)
+        Ok(self.disk.rehearse(request.bytes).await?)
     }
 
     /// Mounts files of the host.
@@ -394,8 +400,8 @@ mod tests {
         Sandbox::new(Prepared::nothing(), disk, mux, Reaper::default(), Events::new().0)
     }
 
-    #[test]
-    fn nothing_is_served_before_the_identity() {
+    #[tokio::test]
+    async fn nothing_is_served_before_the_identity() {
         let sandbox = Arc::new(sandbox());
         let error = sandbox.copy_in(&api::CopyInRequest::new()).unwrap_err();
         assert_eq!(error.code(), Code::FAILED_PRECONDITION);
@@ -408,7 +414,7 @@ mod tests {
         let error = sandbox.start(request).unwrap_err();
         assert_eq!(error.code(), Code::FAILED_PRECONDITION, "a failed clone stays failed");
         assert!(sandbox.require_started().is_err());
-        let error = sandbox.open_disk(&api::OpenDiskRequest::new()).unwrap_err();
+        let error = sandbox.open_disk(&api::OpenDiskRequest::new()).await.unwrap_err();
         assert!(matches!(error, SandboxError::NotStarted), "no key before there is entropy");
     }
 

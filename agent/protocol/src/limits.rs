@@ -6,12 +6,14 @@
 use std::time::Duration;
 
 /// Version of everything in this crate. Raised with any change that the other side can notice.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Length of `StartSandboxRequest.entropy`: fills the kernel's pool (512 bits).
 pub const ENTROPY_BYTES: usize = 64;
 /// Length of `StartSandboxRequest.machine_id`.
 pub const MACHINE_ID_BYTES: usize = 16;
+/// Length of `StartSandboxResponse.random`.
+pub const RANDOM_BYTES: usize = 16;
 
 /// Disks that the machine has: /dev/vda is slot 0.
 pub const DISK_SLOTS: u32 = 16;
@@ -86,4 +88,6 @@ pub mod deadline {
     pub const QUICK: Duration = Duration::from_secs(10);
     /// `Pause` and `Resume`: the kernel may have to wait for a system call to end.
     pub const FREEZE: Duration = Duration::from_secs(20);
+    /// How long the agent itself waits for a container to be frozen before it takes that back.
+    pub const FROZEN: Duration = Duration::from_secs(15);
 }

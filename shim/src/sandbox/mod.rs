@@ -12,8 +12,10 @@
 //! [`Progress`], which the bring-up sets once.
 
 mod bringup;
+mod clock;
 mod containers;
 mod disks;
+pub(crate) mod identity;
 mod kubelet;
 pub mod lifecycle;
 pub mod orphans;
