@@ -63,7 +63,8 @@ mod tests {
             ..Default::default()
         };
         check(&asked, &told).unwrap();
-        let faults: [(fn(&mut api::StartSandboxResponse), &str); 7] = [
+        type Fault = fn(&mut api::StartSandboxResponse);
+        let faults: [(Fault, &str); 7] = [
             (|it| it.machine_id[3] = 0, "machine id"),
             (|it| it.machine_id.clear(), "machine id is \"\""),
             (|it| it.hostname = "(none)".to_owned(), "host name is \"(none)\", not \"web-0\""),

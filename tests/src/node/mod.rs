@@ -76,6 +76,7 @@ impl Node {
             snapshotter: Mutex::new(None),
             dir,
         };
+        fs::write(node.dir.join(config::LIMITS), config::limits(&node.ctr(&["oci", "spec"])?)?)?;
         node.start_snapshotter()?;
         node.start_containerd()?;
         for archive in image::standard(&node.dir.join("images"), config::PAUSE)? {
@@ -248,6 +249,22 @@ impl Node {
 
     /// Runs containerd's own client; returns its standard output.
     pub fn ctr(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.run_inside(self.ctr_command(arguments))?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            bail!("ctr {}: {}\n{text}", arguments.join(" "), output.status);
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Starts containerd's own client, its output into a file.
+    pub fn ctr_to(&self, arguments: &[&str], file: &Path) -> Result<Child> {
+        let mut command = self.ctr_command(arguments);
+        command.stdout(File::create(file)?).stderr(Stdio::null());
+        holder::spawn_inside(self.holder, command)
+    }
+
+    fn ctr_command(&self, arguments: &[&str]) -> Command {
         let bin = paths::deps().join(format!("containerd-{}/usr/bin", self.version.name()));
         let mut command = Command::new(bin.join("ctr"));
         command.arg("--address").arg(self.socket()).args(["-n", "k8s.io"]).args(arguments);
@@ -255,12 +272,7 @@ impl Node {
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{}:{path}", paths::binaries().display()));
         command.stdin(Stdio::null());
-        let output = self.run_inside(command)?;
-        if !output.status.success() {
-            let text = String::from_utf8_lossy(&output.stderr).into_owned();
-            bail!("ctr {}: {}\n{text}", arguments.join(" "), output.status);
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        command
     }
 
     /// Runs a command in the node's namespaces to its end.
