@@ -17,6 +17,7 @@ mod damage;
 mod device_mapper;
 mod events;
 mod fd_io;
+mod forward;
 mod identity;
 mod log;
 mod network;

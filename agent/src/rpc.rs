@@ -199,6 +199,14 @@ impl api::Agent for Service {
         reply(self.0.processes(&request).await)
     }
 
+    async fn forward(
+        &self,
+        _: &TtrpcContext,
+        request: api::ForwardRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        done(self.0.forward(&request).await)
+    }
+
     async fn adjust_clock(
         &self,
         _: &TtrpcContext,

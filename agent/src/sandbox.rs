@@ -24,6 +24,7 @@ use crate::block_devices;
 use crate::container::{Kind, Spares};
 use crate::containers::Containers;
 use crate::events::Events;
+use crate::forward::{self, ForwardError};
 use crate::identity::{IdentityError, Prepared};
 use crate::log::warning;
 use crate::pod_disk::{self, PodDisk};
@@ -62,6 +63,9 @@ pub(crate) enum SandboxError {
     /// A file could not be put or read.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// A port cannot be reached.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
     /// Files of the host are not shared.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -139,7 +143,8 @@ impl SandboxError {
             Self::Stdio(StdioError::File(_)) | Self::Share(ShareError::Mount { .. }) => {
                 Code::INTERNAL
             }
-            Self::Share(_) => Code::INVALID_ARGUMENT,
+            Self::Forward(ForwardError::Connect { .. }) => Code::UNAVAILABLE,
+            Self::Share(_) | Self::Forward(_) => Code::INVALID_ARGUMENT,
             Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Engine(error) => match error.kind {
                 Kind::Invalid => Code::INVALID_ARGUMENT,
@@ -357,6 +362,12 @@ impl Sandbox {
         self.require_started()?;
         let id = VolumeId::new(&request.volume_id)?;
         Ok(share::mount_share(&self.mux, &id, request.stream)?)
+    }
+
+    /// Connects to a port of the pod.
+    pub(crate) async fn forward(&self, request: &api::ForwardRequest) -> Result<(), SandboxError> {
+        self.require_started()?;
+        Ok(forward::forward(&self.mux, request.stream, request.port).await?)
     }
 
     /// Puts files into a volume.

@@ -16,6 +16,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "network::pods_reach_each_other", run: pods_reach_each_other },
     Test { name: "network::interface_as_given", run: interface_as_given },
     Test { name: "network::large_transfer", run: large_transfer },
+    Test { name: "network::port_forward", run: port_forward },
     Test { name: "network::host_network_is_refused", run: host_network },
 ];
 
@@ -51,6 +52,46 @@ fn server_in_pod(ctx: &Context<'_>) -> Result<()> {
         let answer = ctx.node.in_network(|| get(&address, 80))??;
         holds(&address, &answer, "hello from the pod")?;
     }
+    pod.remove()
+}
+
+/// `kubectl port-forward`: to what listens on the pod's localhost, which nothing else reaches.
+fn port_forward(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("forward")?;
+    let text = "nc -ll -s 127.0.0.1 -p 8080 -e cat & nc -ll -s ::1 -p 8086 -e cat & \
+        until netstat -ltn | grep -q :8080 && netstat -ltn | grep -q :8086; do usleep 50000; done; \
+        echo up; wait";
+    let server = pod.start(&pod::script("c", text))?;
+    server.wait_output("up", SOON)?;
+    std::thread::sleep(Duration::from_millis(300));
+    for port in [8080, 8086, 8080] {
+        let mut connection = pod.forward(port)?;
+        let question = format!("to {port}");
+        connection.send(question.as_bytes())?;
+        let answer = connection.receive()?;
+        let errors = connection.errors.clone();
+        same(&format!("echo {errors}"), String::from_utf8_lossy(&answer).as_ref(), &*question)?;
+    }
+    // Two at once, and more than any buffer holds.
+    let (mut one, mut other) = (pod.forward(8080)?, pod.forward(8080)?);
+    other.send(b"meanwhile")?;
+    let block: Vec<u8> = (0..64 * 1024_u32).map(|n| (n / 256 + n) as u8).collect();
+    for _ in 0..32 {
+        one.send(&block)?;
+        let mut echo = Vec::new();
+        while echo.len() < block.len() {
+            let more = one.receive()?;
+            ensure!(!more.is_empty(), "ended after {} bytes: {}", echo.len(), one.errors);
+            echo.extend_from_slice(&more);
+        }
+        ensure!(echo == block, "another echo than what was sent");
+    }
+    same("beside it", other.receive()?.as_slice(), b"meanwhile".as_slice())?;
+    // Nothing listens: an error, or an end without a word; and the pod is well.
+    let mut connection = pod.forward(9999)?;
+    let _ = connection.send(b"x");
+    same("from nobody", connection.receive().unwrap_or_default(), Vec::<u8>::new())?;
+    same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
     pod.remove()
 }
 

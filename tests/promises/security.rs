@@ -157,7 +157,7 @@ fn rlimits(ctx: &Context<'_>) -> Result<()> {
     let found = pod.script(text)?.text();
     let found: Vec<_> = found.split_whitespace().collect();
     let expected =
-        "1234 4321 0 Max locked memory 65536 131072 bytes Max open files 1234 4321 files";
+        "1234 4321 0 Max open files 1234 4321 files Max locked memory 65536 131072 bytes";
     same("limits", found.join(" ").as_str(), expected)?;
     let container = pod.start(&pod::script("c", "sleep 1000"))?;
     same("limit of an exec", container.sh("ulimit -Hn")?.text(), "4321")?;

@@ -76,6 +76,10 @@ pub mod deadline {
     pub const OPEN_DISK: Duration = Duration::from_secs(30);
     /// `ShareFiles`.
     pub const SHARE: Duration = Duration::from_secs(30);
+    /// `Forward`.
+    pub const FORWARD: Duration = Duration::from_secs(20);
+    /// How long the agent itself tries to connect then, by each family.
+    pub const FORWARD_CONNECT: Duration = Duration::from_secs(5);
     /// `CopyIn` and `ReadFile`, each message.
     pub const COPY: Duration = Duration::from_secs(30);
     /// `CreateContainer` and `CreateExec`: mounts disks.

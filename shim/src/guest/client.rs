@@ -208,6 +208,10 @@ impl Client {
         share_files(ShareFilesRequest), SHARE
     }
     call! {
+        /// Connects to a port of the pod's localhost.
+        forward(ForwardRequest), FORWARD
+    }
+    call! {
         /// Creates a container up to its first instruction.
         create_container(CreateContainerRequest) -> CreateContainerResponse, CREATE, checks::created
     }

@@ -20,7 +20,9 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::disks::Disks;
 use super::record::ProcessId;
-use super::{Guest, Handle, Opening, PodDisk, Progress, SandboxError, identity, plan, teardown};
+use super::{
+    Guest, Handle, Opening, PodDisk, Progress, SandboxError, forward, identity, plan, teardown,
+};
 use crate::guest::{GuestChannel, GuestError};
 use crate::host::cgroup;
 use crate::host::net::{self, Wire};
@@ -349,6 +351,9 @@ impl Handle {
                 handle.note_phases("", &phases);
                 Ok(())
             });
+        }
+        if let Some(netns) = &wanted.netns {
+            forward::serve(id, &guest, netns, channel.lost.clone());
         }
         self.watch(guest.clone(), channel.events, channel.lost);
         Ok(guest)

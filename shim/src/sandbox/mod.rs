@@ -15,6 +15,7 @@ mod bringup;
 mod clock;
 mod containers;
 mod disks;
+mod forward;
 pub(crate) mod identity;
 mod kubelet;
 pub mod lifecycle;

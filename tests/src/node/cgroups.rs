@@ -62,10 +62,15 @@ pub fn limit_memory(cgroup: &str, bytes: i64) -> Result<()> {
     fs::write(&file, bytes.to_string()).with_context(|| format!("write {}", file.display()))
 }
 
-/// The most memory that a cgroup has used, in bytes.
-pub fn peak_memory(cgroup: &str) -> Result<u64> {
-    let file = memory_file(cgroup, ["memory.max_usage_in_bytes", "memory.peak"])?;
-    Ok(fs::read_to_string(file)?.trim().parse()?)
+/// Memory of a cgroup's processes that nothing but swap could take from them, in bytes.
+pub fn own_memory(cgroup: &str) -> Result<u64> {
+    let file = memory_file(cgroup, ["memory.stat", "memory.stat"])?;
+    let text = fs::read_to_string(&file)?;
+    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+    let (_, value) = lines
+        .find(|(name, _)| ["total_rss", "anon"].contains(name))
+        .with_context(|| format!("no total_rss or anon in {}", file.display()))?;
+    Ok(value.trim().parse()?)
 }
 
 /// A new cpuset (v1) is empty and takes no process; controllers (v2) must be switched on by the parent.

@@ -249,7 +249,21 @@ impl Node {
 
     /// Runs containerd's own client; returns its standard output.
     pub fn ctr(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.run_inside(self.ctr_command(arguments))?;
+        self.finish(arguments, self.ctr_command(arguments))
+    }
+
+    /// As [`Self::ctr`], with what a shell command prints as its input.
+    pub fn ctr_fed(&self, feed: &str, arguments: &[&str]) -> Result<String> {
+        let ctr = self.ctr_command(arguments);
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("({feed}) | exec \"$@\""), "sh"]);
+        command.arg(ctr.get_program()).args(ctr.get_args()).stdin(Stdio::null());
+        command.envs(ctr.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        self.finish(arguments, command)
+    }
+
+    fn finish(&self, arguments: &[&str], command: Command) -> Result<String> {
+        let output = self.run_inside(command)?;
         if !output.status.success() {
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
             bail!("ctr {}: {}\n{text}", arguments.join(" "), output.status);
