@@ -58,19 +58,25 @@ fn server_in_pod(ctx: &Context<'_>) -> Result<()> {
 /// `kubectl port-forward`: to what listens on the pod's localhost, which nothing else reaches.
 fn port_forward(ctx: &Context<'_>) -> Result<()> {
     let pod = ctx.pod("forward")?;
-    let text = "nc -ll -s 127.0.0.1 -p 8080 -e cat & nc -ll -s ::1 -p 8086 -e cat & \
-        until netstat -ltn | grep -q :8080 && netstat -ltn | grep -q :8086; do usleep 50000; done; \
-        echo up; wait";
+    let text = "httpd -p 127.0.0.1:8081 -h /www; httpd -p '[::1]:8086' -h /www; \
+        nc -ll -p 8080 -e cat & for port in 8080 8081 8086; do \
+        until netstat -ltn | grep -q :$port; do usleep 50000; done; done; echo up; wait";
     let server = pod.start(&pod::script("c", text))?;
     server.wait_output("up", SOON)?;
     std::thread::sleep(Duration::from_millis(300));
-    for port in [8080, 8086, 8080] {
+    for port in [8081, 8086] {
         let mut connection = pod.forward(port)?;
-        let question = format!("to {port}");
-        connection.send(question.as_bytes())?;
-        let answer = connection.receive()?;
-        let errors = connection.errors.clone();
-        same(&format!("echo {errors}"), String::from_utf8_lossy(&answer).as_ref(), &*question)?;
+        connection.send(b"GET / HTTP/1.0\r\n\r\n")?;
+        let mut answer = Vec::new();
+        loop {
+            let more = connection.receive()?;
+            answer.extend_from_slice(&more);
+            if more.is_empty() {
+                break;
+            }
+        }
+        let what = format!("port {port} ({})", connection.errors);
+        holds(&what, &String::from_utf8_lossy(&answer), "hello from the pod")?;
     }
     // Two at once, and more than any buffer holds.
     let (mut one, mut other) = (pod.forward(8080)?, pod.forward(8080)?);
