@@ -55,7 +55,9 @@ impl Listener {
         loop {
             let heard = self.heard()?;
             let of = heard.into_iter().filter(|(_, of, _)| of == exec);
-            let topics: Vec<String> = of.map(|(topic, ..)| topic).collect();
+            let mut topics: Vec<String> = of.map(|(topic, ..)| topic).collect();
+            // runc's shim tells of one memory kill twice where the node has version 1 of cgroups.
+            topics.dedup();
             if topics.iter().any(|topic| topic == last) {
                 return Ok(topics);
             }

@@ -298,8 +298,9 @@ impl Handle {
             None if self.is_pause(id) => self.delete_pause(id).await?,
             None => self.delete_container(id).await?,
         };
-        let exec_id = exec.map(ToOwned::to_owned);
-        self.emit(SandboxEvent::Deleted { id: id.to_owned(), exec_id, deleted });
+        if exec.is_none() {
+            self.emit(SandboxEvent::Deleted { id: id.to_owned(), deleted });
+        }
         let last = {
             let table = self.table();
             table.leaving && table.is_empty()

@@ -179,7 +179,7 @@ impl Fake {
                 SandboxEvent::Exited { id, exec_id, exit, .. } => {
                     format!("exit {} {}", exec_id.unwrap_or(id), exit.status)
                 }
-                SandboxEvent::Deleted { id, deleted, .. } => {
+                SandboxEvent::Deleted { id, deleted } => {
                     format!("delete {id} {}", deleted.status)
                 }
                 other => format!("{other:?}"),
