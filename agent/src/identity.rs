@@ -171,18 +171,17 @@ impl Prepared {
         Ok(response)
     }
 
-    /// What this machine is now, for the host to compare with what it asked for.
+    /// What this machine is now, for the host to compare with what it asked for; but for the boot id, which a
+    /// rehearsal must not read: whatever is cloned from it afterwards would have the same.
     fn read_back(&mut self) -> Result<api::StartSandboxResponse, IdentityError> {
         let mut id = [0; 2 * limits::MACHINE_ID_BYTES];
         self.machine_id.read_exact_at(&mut id, 0).map_err(step("machine id (reading it)"))?;
         let hostname = nix::unistd::gethostname().map_err(step("host name (reading it)"))?;
-        let boot_id = fs::read_to_string(BOOT_ID).map_err(step("boot id (reading it)"))?;
         let random = draw(&self.random)?;
         let former = std::mem::replace(&mut self.drawn, random);
         Ok(api::StartSandboxResponse {
             machine_id: from_hex(&id).unwrap_or_default(),
             hostname: hostname.to_string_lossy().into_owned(),
-            boot_id: boot_id.trim_end().to_owned(),
             random: random.to_vec(),
             former_random: former.to_vec(),
             ..Default::default()
@@ -229,6 +228,12 @@ fn set_clock(wall_clock_ns: i64) -> Result<(), IdentityError> {
 fn set_entropy(random: &File, entropy: &[u8]) -> Result<(), IdentityError> {
     sys::add_entropy(random.as_fd(), entropy).map_err(step("entropy (RNDADDENTROPY)"))?;
     sys::reseed(random.as_fd()).map_err(step("entropy (RNDRESEEDCRNG)"))
+}
+
+/// The kernel's name for this run of the machine, drawn with the first reading.
+pub(crate) fn boot_id() -> Result<String, IdentityError> {
+    let text = fs::read_to_string(BOOT_ID).map_err(step("boot id (reading it)"))?;
+    Ok(text.trim_end().to_owned())
 }
 
 /// A few bytes from the kernel's generator.

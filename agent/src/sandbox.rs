@@ -25,7 +25,7 @@ use crate::container::{Kind, Spares};
 use crate::containers::Containers;
 use crate::events::Events;
 use crate::forward::{self, ForwardError};
-use crate::identity::{IdentityError, Prepared};
+use crate::identity::{self, IdentityError, Prepared};
 use crate::log::warning;
 use crate::pod_disk::{self, PodDisk};
 use crate::pod_pid::PodPidNamespace;
@@ -269,7 +269,11 @@ impl Sandbox {
             return Err(SandboxError::Rehearsing);
         }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        match prepared.assume(&request) {
+        let assumed = prepared.assume(&request).and_then(|mut response| {
+            response.boot_id = identity::boot_id()?;
+            Ok(response)
+        });
+        match assumed {
             Ok(response) => {
                 *phase = Phase::Started;
                 tokio::spawn(Arc::clone(self).complete(request.network));

@@ -4,7 +4,7 @@ use joey_protocol::api;
 use joey_protocol::limits::RANDOM_BYTES;
 
 /// What a guest says that is another than it was asked to be, or its template still.
-pub(crate) fn check(
+pub(super) fn check(
     asked: &api::StartSandboxRequest,
     told: &api::StartSandboxResponse,
 ) -> Result<(), String> {

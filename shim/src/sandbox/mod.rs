@@ -16,7 +16,7 @@ mod clock;
 mod containers;
 mod disks;
 mod forward;
-pub(crate) mod identity;
+mod identity;
 mod kubelet;
 pub mod lifecycle;
 pub mod orphans;
