@@ -122,6 +122,11 @@ impl Prepared {
         self.unique
     }
 
+    /// What it has of entropy others will have too.
+    pub(crate) fn multiply(&mut self) {
+        self.unique = false;
+    }
+
     /// What can wait until the pod has started.
     pub(crate) fn complete(&mut self, network: &api::Network) -> Result<(), IdentityError> {
         Ok(self.links.add_link_local(network)?)

@@ -242,6 +242,8 @@ pub(crate) fn remove(path: Option<std::ffi::OsString>) -> std::process::ExitCode
     };
     match fs::remove_dir_all(&path) {
         Ok(()) => std::process::ExitCode::SUCCESS,
+        // The rehearsal's went with its disk.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => std::process::ExitCode::SUCCESS,
         Err(error) => {
             warning!("removing {}: {error}", path.display());
             std::process::ExitCode::FAILURE

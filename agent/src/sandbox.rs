@@ -350,7 +350,8 @@ impl Sandbox {
         Ok(api::OpenDiskResponse { phases, ..Default::default() })
     }
 
-    /// Goes through [`Self::open_disk`] and back, under a key that is no secret.
+    /// Goes through [`Self::open_disk`] and back, under a key that is no secret. What is unique here the
+    /// machine forgets: it is about to be multiplied.
     pub(crate) async fn rehearse_disk(
         &self,
         request: &api::OpenDiskRequest,
@@ -358,6 +359,7 @@ impl Sandbox {
         if *self.phase.lock().unwrap_or_else(PoisonError::into_inner) != Phase::Fresh {
             return Err(SandboxError::Rehearsing);
         }
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).multiply();
         Ok(self.disk.rehearse(request.bytes).await?)
     }
 

@@ -24,6 +24,17 @@ impl Write for Lossy {
     }
 }
 
+/// Sends what the process warns of to its standard error. Call once.
+pub fn init_tool() {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_ansi(false)
+        .with_target(false)
+        .without_time()
+        .with_writer(io::stderr)
+        .init();
+}
+
 /// Sends the process's log to the FIFO of `bundle`; without one (a shim started by hand) nothing is
 /// logged. Call once.
 pub fn init(bundle: &Path, debug: bool) {

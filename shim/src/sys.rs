@@ -1,7 +1,7 @@
 //! The shim's unsafe code: what neither the standard library nor `nix` offers safely.
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -95,18 +95,36 @@ pub(crate) fn place_descriptors(wanted: &[(RawFd, RawFd)], keep: RawFd) -> io::R
 pub(crate) const REPORT_FD: RawFd = 19;
 
 /// Replaces the process; returns only with an error.
-pub(crate) fn execute(
-    program: &CString,
-    arguments: &[CString],
-    environment: &[CString],
-) -> io::Error {
-    let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
-        strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
-    };
+pub(crate) fn execute(program: &CStr, arguments: &[CString], environment: &[CString]) -> io::Error {
     let (arguments, environment) = (pointers(arguments), pointers(environment));
     // SAFETY: all three are null-terminated and live until the call returns.
     unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
     io::Error::last_os_error()
+}
+
+/// Like [`execute`], with the file that a descriptor stands for.
+pub(crate) fn execute_descriptor(
+    program: RawFd,
+    arguments: &[CString],
+    environment: &[CString],
+) -> io::Error {
+    let (arguments, environment) = (pointers(arguments), pointers(environment));
+    // SAFETY: as in [`execute`]; a bad number is an error.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program,
+            c"".as_ptr(),
+            arguments.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    io::Error::last_os_error()
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
 /// Ends a forked child without running anything of the parent's.

@@ -8,10 +8,12 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail, ensure};
 use joey_tests::pod::SOON;
 
-use crate::context::{Context, Test, holds, refused, same};
+use crate::context::{Context, Test, holds, refused, same, skip};
+use crate::faults;
 
 pub const TESTS: &[Test] = &[
     Test { name: "templates::damaged_is_replaced", run: damaged_is_replaced },
+    Test { name: "templates::clones_without_checkpoint", run: clones_without_checkpoint },
     Test { name: "templates::builders_take_turns", run: builders_take_turns },
     Test { name: "templates::full_disk_is_told", run: full_disk_is_told },
     Test { name: "templates::unusable_vmm_is_told", run: unusable_vmm_is_told },
@@ -56,12 +58,42 @@ fn damaged_is_replaced(ctx: &Context<'_>) -> Result<()> {
     holds("joey template ls", &table, "the content of state has changed")?;
     same("cloned from a damaged template", cloned(ctx)?, false)?;
     // The shim had another one built.
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + 2 * SOON;
     while list(ctx)?.is_empty() {
         ensure!(Instant::now() < end, "no template was built beside the pod");
         std::thread::sleep(std::time::Duration::from_millis(200));
     }
     same("cloned after", cloned(ctx)?, true)
+}
+
+/// Clones of a template that has no checkpoint of QEMU, as none has under KVM, start QEMU anew.
+fn clones_without_checkpoint(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    ctx.node.joey(&["template", "build"])?;
+    let keys = list(ctx)?;
+    let [key] = keys.as_slice() else { bail!("one template was expected: {keys:?}") };
+    let path = folder(ctx).join(key).join("manifest.json");
+    let text = fs::read_to_string(&path)?;
+    let mut manifest: serde_json::Value = serde_json::from_str(&text)?;
+    let files = manifest["files"].as_object_mut().context("the manifest has no files")?;
+    let Some(_) = files.remove("process") else {
+        return skip("the node has KVM, where no template has a checkpoint");
+    };
+    let continued = |ctx: &Context<'_>| -> Result<bool> {
+        ctx.node.joey(&["standby", "rm"])?;
+        let pod = ctx.pod("continued")?;
+        let vmm = faults::vmm(ctx, &pod)?;
+        let program = fs::read_link(format!("/proc/{vmm}/exe"))?;
+        same("the pod's output", pod.script("echo ok")?.text(), "ok")?;
+        pod.remove()?;
+        Ok(program.ends_with(format!("{key}/process")))
+    };
+    same("continued", continued(ctx)?, true)?;
+    fs::write(&path, serde_json::to_vec(&manifest)?)?;
+    let without = continued(ctx);
+    fs::write(&path, text)?;
+    same("continued without a checkpoint", without?, false)?;
+    same("continued again", continued(ctx)?, true)
 }
 
 fn builders_take_turns(ctx: &Context<'_>) -> Result<()> {

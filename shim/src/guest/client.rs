@@ -200,6 +200,10 @@ impl Client {
         open_disk(OpenDiskRequest) -> OpenDiskResponse, OPEN_DISK, checks::opened
     }
     call! {
+        /// Goes through [`Self::open_disk`] and back, in a machine that is to be multiplied.
+        rehearse_disk(OpenDiskRequest), OPEN_DISK
+    }
+    call! {
         /// Puts files into a volume.
         copy_in(CopyInRequest), COPY
     }

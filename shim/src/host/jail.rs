@@ -102,28 +102,27 @@ fn c(path: &OsStr) -> io::Result<CString> {
 }
 
 impl Jail {
-    /// A jail on top of `root`, an existing directory.
+    /// An empty jail on top of `root`, an existing directory.
     pub fn new(root: &Path, identity: Identity, cgroups: Vec<OwnedFd>) -> io::Result<Self> {
-        let mut jail = Self {
-            root: c(root.as_os_str())?,
-            binds: Vec::new(),
-            links: Vec::new(),
-            identity,
-            cgroups,
-        };
+        let root = c(root.as_os_str())?;
+        Ok(Self { root, binds: Vec::new(), links: Vec::new(), identity, cgroups })
+    }
+
+    /// Shows what a dynamically linked QEMU reads while it starts.
+    pub fn system(&mut self) -> io::Result<()> {
         for path in SYSTEM.iter().map(Path::new).filter(|path| path.exists()) {
-            jail.bind(path, path, false)?;
+            self.bind(path, path, false)?;
         }
         for path in ROOT_LINKS.iter().map(Path::new) {
             match std::fs::read_link(path) {
-                Ok(to) => jail
+                Ok(to) => self
                     .links
                     .push(Link { to: c(to.as_os_str())?, at: c(relative(path).as_os_str())? }),
-                Err(_) if path.is_dir() => jail.bind(path, path, false)?,
+                Err(_) if path.is_dir() => self.bind(path, path, false)?,
                 Err(_) => {}
             }
         }
-        Ok(jail)
+        Ok(())
     }
 
     /// Shows `program` as `name`, from whose place it finds its data.
@@ -236,6 +235,9 @@ impl Jail {
 
     /// Takes everything out of a running jail's root. Mapped libraries stay mapped.
     pub(crate) fn empty(&self, pid: i32) -> io::Result<()> {
+        if self.binds.is_empty() {
+            return Ok(());
+        }
         let namespace = std::fs::File::open(format!("/proc/{pid}/ns/mnt"))?;
         // SAFETY: the child makes system calls on what was allocated before, and exits.
         #[allow(unsafe_code)]

@@ -51,7 +51,7 @@ pub use self::types::{
     Boot, CreateTask, Deleted, ExecTask, ProcessState, SandboxError, SandboxEvent, StdioPaths,
 };
 use crate::config::Config;
-use crate::guest::{Client, Streams};
+use crate::guest::{Client, GuestChannel, Streams};
 use crate::share::Shares;
 use crate::standby::Standby;
 use crate::vmm::{DiskLimits, Vm};
@@ -69,6 +69,19 @@ pub(crate) struct Guest {
     pub(crate) disks: Arc<Disks>,
     /// The pod's own disk.
     pub(crate) pod_disk: Opening,
+}
+
+impl Guest {
+    /// A machine that has no sandbox, and no disks in use.
+    pub(crate) fn nobodys(vm: Arc<dyn Vm>, channel: &GuestChannel) -> Self {
+        Self {
+            client: channel.client.clone(),
+            streams: channel.streams.clone(),
+            vm,
+            disks: Arc::default(),
+            pod_disk: Opening::done(),
+        }
+    }
 }
 
 /// How far the sandbox's start has come.

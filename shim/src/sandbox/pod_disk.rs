@@ -77,6 +77,12 @@ impl PodDisk {
         Ok(client.open_disk(&request).await?.phases)
     }
 
+    /// Has the guest do that and close the disk again, before the machine is multiplied.
+    pub(crate) async fn rehearse(self, client: &Client) -> Result<(), PodDiskError> {
+        let request = api::OpenDiskRequest { bytes: self.mib << 20, ..Default::default() };
+        Ok(client.rehearse_disk(&request).await?)
+    }
+
     /// Its size.
     pub(crate) fn mib(self) -> u64 {
         self.mib

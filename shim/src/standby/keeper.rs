@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use joey_protocol::limits::deadline;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::UnixListener;
 
@@ -19,7 +20,7 @@ use crate::guest::GuestChannel;
 use crate::host::net::ParkedTap;
 use crate::host::{cgroup, oom};
 use crate::sandbox::record::{self, ProcessId, Record};
-use crate::sandbox::{Disks, Guest, Opening, teardown};
+use crate::sandbox::{Guest, teardown};
 use crate::sizing::Sizing;
 use crate::vmm::{self, VmSpec};
 use crate::{serve, sys};
@@ -205,15 +206,14 @@ async fn prepare(config: &Config, sizing: Sizing, id: &str, directory: &Path) ->
     }
     let vm: Arc<dyn vmm::Vm> = started.vm.into();
     let mut channel = GuestChannel::connect(vm.take_channel()?)?;
-    let disks = Arc::new(Disks::default());
-    let guest = Guest {
-        client: channel.client.clone(),
-        streams: channel.streams.clone(),
-        vm: vm.clone(),
-        disks: disks.clone(),
-        pod_disk: Opening::done(),
+    let guest = Guest::nobodys(vm.clone(), &channel);
+    let disk = if started.rehearsed {
+        channel.client.hello(deadline::HELLO_COLD).await?;
+        None
+    } else {
+        Some(rehearse(config, &guest, &mut channel.events).await?)
     };
-    let disk = rehearse(config, &guest, &mut channel.events).await?;
+    let disks = guest.disks;
     Ok(Standby { sizing, vm, channel, disks, disk, tap })
 }
 

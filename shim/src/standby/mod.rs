@@ -27,6 +27,7 @@ use sha2::{Digest as _, Sha256};
 
 pub(crate) use self::claim::{Claim, Terms};
 pub(crate) use self::keeper::replenish;
+pub use self::rehearsal::rehearse_for_template;
 use crate::config::Config;
 use crate::guest::GuestChannel;
 use crate::host::net::ParkedTap;
@@ -44,7 +45,8 @@ pub(crate) struct Standby {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) channel: GuestChannel,
     pub(crate) disks: Arc<Disks>,
-    pub(crate) disk: PodDisk,
+    /// The pod's disk, if the rehearsal left one.
+    pub(crate) disk: Option<PodDisk>,
     pub(crate) tap: ParkedTap,
 }
 

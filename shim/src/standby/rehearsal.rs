@@ -2,20 +2,23 @@
 //! pod takes. Nothing of it is left.
 
 use std::collections::HashMap;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use joey_protocol::api;
 use joey_protocol::ids::REHEARSAL;
-use joey_protocol::limits::{ENTROPY_BYTES, MACHINE_ID_BYTES, PROTOCOL_VERSION};
+use joey_protocol::limits::{ENTROPY_BYTES, MACHINE_ID_BYTES, POD_DISK, PROTOCOL_VERSION};
 use joey_protocol::mux::MuxStream;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
 
 use crate::config::Config;
-use crate::guest::{Event, Events};
+use crate::guest::{Event, Events, GuestChannel};
 use crate::rootfs::{FileSystem, described};
 use crate::sandbox::{Guest, PodDisk};
 use crate::sizing;
+use crate::vmm::Vm;
 
 /// A container as CRI asks for one, as the guest is given it.
 const SPEC: &[u8] = include_bytes!("rehearsal.json");
@@ -23,6 +26,28 @@ const SPEC: &[u8] = include_bytes!("rehearsal.json");
 const EXEC: &str = "exec";
 /// What the program says when it runs.
 const READY: &[u8] = b"ready\n";
+
+/// How long the guest gets to let go of the disk. What it puts off for longer it does while QEMU comes to
+/// rest.
+const REST: Duration = Duration::from_secs(2);
+
+/// Rehearses in a machine of which a template's checkpoint will be taken. Nothing of it is left.
+///
+/// # Errors
+/// What went wrong: such a machine is not to be multiplied.
+pub async fn rehearse_for_template(
+    config: &Config,
+    vm: Arc<dyn Vm>,
+    channel: UnixStream,
+) -> Result<()> {
+    let mut channel = GuestChannel::connect(channel)?;
+    let guest = Guest::nobodys(vm, &channel);
+    let disk = rehearse(config, &guest, &mut channel.events).await?;
+    tokio::time::sleep(REST).await;
+    disk.rehearse(&guest.client).await.context("closing the disk")?;
+    guest.vm.detach_disk(POD_DISK).await?;
+    Ok(())
+}
 
 /// Runs the container and an exec in it to their ends. Nothing of them is left but the pod's disk, empty.
 pub(super) async fn rehearse(

@@ -44,7 +44,10 @@ impl Acceleration {
     pub(crate) fn identity(&self) -> String {
         // The speed as far as it is the same at each measurement.
         let mhz = self.tsc_khz.map(|khz| (khz + 5_000) / 10_000 * 10);
-        format!("{} {mhz:?} {}", self.name(), self.processor)
+        // A checkpoint is of one kernel.
+        let kernel = (!self.kvm).then(nix::sys::utsname::uname).and_then(Result::ok);
+        let kernel = kernel.map(|it| (it.release().to_owned(), it.version().to_owned()));
+        format!("{} {mhz:?} {} {kernel:?}", self.name(), self.processor)
     }
 }
 

@@ -77,6 +77,8 @@ pub struct Started {
     pub vm: Box<dyn Vm>,
     /// Whether it continues from a template.
     pub cloned: bool,
+    /// Whether it has been through a sandbox's start and end once.
+    pub rehearsed: bool,
     /// What took how long.
     pub phases: Phases,
 }
@@ -175,7 +177,7 @@ pub async fn start(config: &VmmConfig, spec: VmSpec) -> Result<Started, VmmError
     phases.push(("template", begun.elapsed()));
     let again = copy_of(&spec)?;
     match clone(config, &store, &template, spec, &mut phases).await {
-        Ok(vm) => Ok(Started { vm: Box::new(vm), cloned: true, phases }),
+        Ok((vm, rehearsed)) => Ok(Started { vm: Box::new(vm), cloned: true, rehearsed, phases }),
         Err(error) => {
             tracing::warn!("sandbox {}: cloning failed, boots cold: {error}", again.id);
             if error.is_templates_fault() {
@@ -229,7 +231,14 @@ async fn clone(
     template: &Template,
     spec: VmSpec,
     phases: &mut Phases,
-) -> Result<QemuVm, VmmError> {
+) -> Result<(QemuVm, bool), VmmError> {
+    if let Some(process) = template.open_process()? {
+        let vm = QemuVm::start(continued(config, spec, process)?, phases).await?;
+        let begun = Instant::now();
+        vm.resume().await?;
+        phases.push(("vmm_restored", begun.elapsed()));
+        return Ok((vm, true));
+    }
     let paths = Paths {
         kernel: template.kernel(),
         initrd: None,
@@ -242,7 +251,7 @@ async fn clone(
     let begun = Instant::now();
     vm.restored().await?;
     phases.push(("vmm_restored", begun.elapsed()));
-    Ok(vm)
+    Ok((vm, false))
 }
 
 async fn cold(
@@ -259,7 +268,7 @@ async fn cold(
     };
     let launch = prepare(config, store, Mode::Cold, spec, &paths, None)?;
     let vm = QemuVm::start(launch, &mut phases).await?;
-    Ok(Started { vm: Box::new(vm), cloned: false, phases })
+    Ok(Started { vm: Box::new(vm), cloned: false, rehearsed: false, phases })
 }
 
 /// Files of the node that QEMU opens.
@@ -290,16 +299,14 @@ pub(crate) fn prepare<'a>(
         initrd: paths.initrd.as_ref().map(|_| Path::new("/initrd")),
         memory: paths.memory.as_ref().map(|_| Path::new("/memory")),
     };
-    let arguments = arguments(&machine);
-    let root = spec.run_dir.join("jail");
-    fs::create_dir_all(&root).map_err(VmmError::io(format!("making {}", root.display())))?;
-    let jailing = |source: io::Error| VmmError::Spawn {
-        id: spec.id.clone(),
-        step: "preparing the jail",
-        source,
-    };
-    let identity = config.ids.of(&spec.id);
-    let mut jail = Jail::new(&root, identity, spec.cgroup_procs).map_err(jailing)?;
+    let mut launch = launch(config, spec)?;
+    let id = launch.id.clone();
+    let jailing =
+        |source: io::Error| VmmError::Spawn { id: id.clone(), step: "preparing the jail", source };
+    launch.arguments = arguments(&machine);
+    launch.state = state;
+    let jail = &mut launch.jail;
+    jail.system().map_err(jailing)?;
     let vmm = paths.vmm.as_ref().unwrap_or(&config.qemu);
     jail.program(vmm, &config.qemu).map_err(jailing)?;
     let files = [
@@ -313,16 +320,39 @@ pub(crate) fn prepare<'a>(
                 .map_err(|error| VmmError::Guest { path: source.clone(), source: error })?;
         }
     }
+    Ok(launch)
+}
+
+/// A machine that goes on from a checkpoint, and for that needs nothing of the node but descriptors.
+pub(crate) fn continued(
+    config: &VmmConfig,
+    spec: VmSpec,
+    process: OwnedFd,
+) -> Result<Launch<'_>, VmmError> {
+    Ok(Launch { state: Some(process), continues: true, ..launch(config, spec)? })
+}
+
+/// What every machine has: a jail, which is empty yet, and a network.
+fn launch(config: &VmmConfig, spec: VmSpec) -> Result<Launch<'_>, VmmError> {
+    let root = spec.run_dir.join("jail");
+    fs::create_dir_all(&root).map_err(VmmError::io(format!("making {}", root.display())))?;
+    let jail = Jail::new(&root, config.ids.of(&spec.id), spec.cgroup_procs);
+    let jail = jail.map_err(|source| VmmError::Spawn {
+        id: spec.id.clone(),
+        step: "preparing the jail",
+        source,
+    })?;
     let tap = match spec.tap {
         Some(tap) => tap,
         None => tap_to_nowhere().map_err(VmmError::io("making a tap"))?,
     };
     Ok(Launch {
         program: &config.qemu,
-        arguments,
+        arguments: Vec::new(),
         jail,
         tap,
-        state,
+        state: None,
+        continues: false,
         console_log: spec.run_dir.join("console.log"),
         id: spec.id,
     })

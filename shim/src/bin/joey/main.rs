@@ -95,6 +95,7 @@ enum Image {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    joey_shim::log::init_tool();
     match run(&cli) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,

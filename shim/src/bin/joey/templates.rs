@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use clap::Subcommand;
+use futures::future::BoxFuture;
 use joey_shim::config::Config;
 use joey_shim::host::cgroup;
+use joey_shim::standby;
 use joey_shim::vmm::template::{Manifest, TemplateStore};
 
 #[derive(Subcommand)]
@@ -46,7 +48,10 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
                 (vcpus.unwrap_or(default.vcpus), memory.unwrap_or(default.memory_mib));
             let begun = std::time::Instant::now();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let template = runtime.block_on(store.build(vcpus, memory))?;
+            let rehearse = |vm, channel| -> BoxFuture<'_, Result<()>> {
+                Box::pin(standby::rehearse_for_template(config, vm, channel))
+            };
+            let template = runtime.block_on(store.build(vcpus, memory, &rehearse))?;
             let stale = store.collect_stale()?;
             if json {
                 let key = &template.manifest.key;

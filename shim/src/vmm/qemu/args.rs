@@ -7,7 +7,7 @@ use joey_protocol::limits::{DISK_SLOTS, MAX_POD_DISK};
 use serde_json::json;
 
 /// Version of the machine's layout; part of a template's key.
-pub const LAYOUT: u32 = 5;
+pub const LAYOUT: u32 = 6;
 /// The last slots can be written, the others only read: a guest learns that once, when it boots.
 pub const WRITABLE_SLOTS: u32 = 4;
 /// Size of an empty slot: no disk is larger, so that one is never cut off by a guest that has not heard of
@@ -25,7 +25,7 @@ pub(crate) mod fd {
     pub(crate) const CONSOLE: i32 = 5;
     /// The network.
     pub(crate) const TAP: i32 = 6;
-    /// Device state to restore.
+    /// Device state to restore, or the checkpoint that is executed.
     pub(crate) const STATE: i32 = 7;
 }
 
@@ -80,12 +80,14 @@ pub fn arguments(machine: &Machine<'_>) -> Vec<String> {
         // everything in the guest several times slower. Only what is used of it costs memory.
         // An emulated `rep movsb` goes byte by byte: without the two flags that praise it the guest's
         // kernel copies eight at a time.
-        let cpu = "max,-erms,-fsrm";
+        // Random numbers would come from a generator of QEMU's, which is part of a checkpoint: the same in
+        // each of its clones.
+        let cpu = "max,-erms,-fsrm,-rdrand,-rdseed";
         add(&["-accel", "tcg,tb-size=64,thread=multi", "-cpu", cpu]);
     }
     add(&["-smp", &machine.vcpus.to_string()]);
     add(&["-m", &format!("{}M", machine.memory_mib)]);
-    add(&["-object", &memory(machine)]);
+    add(&["-object", &memory(machine), "-object", "main-loop,id=main-loop"]);
     add(&["-chardev", &format!("socket,id=qmp,fd={}", fd::QMP)]);
     add(&["-mon", "chardev=qmp,mode=control"]);
     add(&["-chardev", &format!("socket,id=console,fd={}", fd::CONSOLE)]);

@@ -1,6 +1,7 @@
 //! QEMU as the VMM: its version, and a running machine.
 
 pub mod args;
+pub(crate) mod checkpoint;
 pub mod qmp;
 pub(crate) mod relocate;
 mod spawn;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex as SyncMutex;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use futures::future::BoxFuture;
 use joey_protocol::limits::DISK_SLOTS;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -41,6 +43,13 @@ const OLDEST_TEXT: &str = "8.2";
 const READY_DEADLINE: Duration = Duration::from_secs(20);
 /// How long it may take to restore a template.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(20);
+
+/// QEMU's threads beside those of processors: its main loop, RCU's, and the control socket's.
+const THREADS: usize = 3;
+/// Most worker threads of QEMU, its default.
+const WORKERS: u32 = 64;
+/// How long QEMU may take to come to rest. Its worker threads wait ten seconds for more work.
+const REST_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Which QEMU this is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,14 +131,20 @@ pub struct QemuVm {
 impl QemuVm {
     /// Starts QEMU, waits for its control socket, empties its jail, and waits until it runs.
     pub(crate) async fn start(launch: Launch<'_>, phases: &mut Phases) -> Result<Self, VmmError> {
-        let id = launch.id.clone();
+        let (id, continues) = (launch.id.clone(), launch.continues);
         let begun = Instant::now();
         let process = spawn::spawn(launch).await?;
         phases.push(("vmm_spawn", begun.elapsed()));
         let ended = reap(process.pid, process.pidfd)?;
         let (pid, stderr, jail) = (process.pid, process.stderr, process.jail);
         let begun = Instant::now();
-        let ready = timeout(READY_DEADLINE, Qmp::connect(process.qmp)).await;
+        let connect = async {
+            match continues {
+                true => Ok(Qmp::resume(process.qmp)),
+                false => Qmp::connect(process.qmp).await,
+            }
+        };
+        let ready = timeout(READY_DEADLINE, connect).await;
         let qmp = match ready {
             Ok(Ok(qmp)) => qmp,
             Ok(Err(error)) => return Err(explain(&id, error, &ended, &stderr).await),
@@ -189,6 +204,29 @@ impl QemuVm {
         qmp.execute_with("add-fd", set, Some(state.as_fd())).await?;
         qmp.execute("migrate", json!({"uri": "file:/dev/fdset/900"})).await?;
         Ok(migrated(&mut qmp).await?)
+    }
+
+    /// Stops the machine and writes a checkpoint of its process: the program that [`Launch::continues`].
+    pub(crate) async fn checkpoint(&self, vcpus: usize, file: &File) -> anyhow::Result<()> {
+        let mut qmp = self.qmp.lock().await;
+        qmp.execute("stop", json!({})).await?;
+        // The state from which it was restored.
+        qmp.execute("remove-fd", json!({"fdset-id": 1})).await?;
+        // Each worker that ends wakes another for as long again; but all beyond the most there may be end
+        // at once.
+        let workers = |most: u32| json!({"path": "/objects/main-loop", "property": "thread-pool-max", "value": most});
+        qmp.execute("qom-set", workers(1)).await?;
+        let resting = async {
+            while checkpoint::threads(self.pid)? > THREADS + vcpus {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Ok(())
+        };
+        let rested: std::io::Result<()> =
+            timeout(REST_DEADLINE, resting).await.context("QEMU's worker threads did not end")?;
+        rested?;
+        qmp.execute("qom-set", workers(WORKERS)).await?;
+        Ok(checkpoint::take(self.pid, args::fd::STATE, file)?)
     }
 
     async fn swap(&self, slot: u32, file: &str) -> Result<(), QmpError> {

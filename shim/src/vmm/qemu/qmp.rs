@@ -86,15 +86,20 @@ pub struct Event {
 }
 
 impl Qmp {
-    /// Reads the greeting and enables commands.
-    pub async fn connect(socket: UnixStream) -> Result<Self, QmpError> {
-        let mut client = Self {
+    /// Goes on where another client stopped, whose QEMU was continued from a checkpoint.
+    pub fn resume(socket: UnixStream) -> Self {
+        Self {
             socket,
             buffer: Vec::with_capacity(1024),
             events: VecDeque::new(),
             number: 0,
             torn: false,
-        };
+        }
+    }
+
+    /// Reads the greeting and enables commands.
+    pub async fn connect(socket: UnixStream) -> Result<Self, QmpError> {
+        let mut client = Self::resume(socket);
         let greeting = client.line("greeting").await?;
         if greeting.get("QMP").is_none() {
             return Err(malformed("greeting", "no greeting of QEMU"));

@@ -1,7 +1,7 @@
 //! QEMU's process: forked into the jail, with its descriptors, its console and its last words.
 
 use std::collections::VecDeque;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -61,7 +61,10 @@ pub(crate) struct Launch<'a> {
     pub(crate) arguments: Vec<String>,
     pub(crate) jail: Jail,
     pub(crate) tap: OwnedFd,
+    /// Device state, or the checkpoint.
     pub(crate) state: Option<OwnedFd>,
+    /// Whether the state is a checkpoint, which is executed in QEMU's place.
+    pub(crate) continues: bool,
     pub(crate) console_log: PathBuf,
 }
 
@@ -99,8 +102,10 @@ pub(crate) async fn spawn(launch: Launch<'_>) -> Result<Process, VmmError> {
         .collect::<io::Result<Vec<_>>>()
         .map_err(failed("writing the command line"))?;
     let jail = Arc::new(launch.jail);
-    let (pid, pidfd) = fork(&jail, &descriptors, report_theirs.as_fd(), &program, &arguments)
-        .map_err(failed("forking"))?;
+    let program = (!launch.continues).then_some(program);
+    let (pid, pidfd) =
+        fork(&jail, &descriptors, report_theirs.as_fd(), program.as_deref(), &arguments)
+            .map_err(failed("forking"))?;
     drop((descriptors, report_theirs));
     let tokio_stream = |stream: StdStream| {
         stream.set_nonblocking(true)?;
@@ -134,7 +139,7 @@ fn fork(
     jail: &Jail,
     descriptors: &[(OwnedFd, RawFd)],
     report: BorrowedFd<'_>,
-    program: &CString,
+    program: Option<&CStr>,
     arguments: &[CString],
 ) -> io::Result<(i32, OwnedFd)> {
     let wanted = jail::raw(descriptors);
@@ -155,7 +160,10 @@ fn fork(
                 let errno = error.raw_os_error().unwrap_or(0);
                 jail::report_and_exit(report, jail::Step::Descriptors, errno);
             }
-            let error = sys::execute(program, arguments, &environment);
+            let error = match program {
+                Some(program) => sys::execute(program, arguments, &environment),
+                None => sys::execute_descriptor(fd::STATE, arguments, &environment),
+            };
             let errno = error.raw_os_error().unwrap_or(0);
             jail::report_and_exit(sys::REPORT_FD, jail::Step::Execute, errno)
         }

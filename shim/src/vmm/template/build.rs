@@ -6,28 +6,38 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, PermissionsExt as _};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use joey_protocol::mux::Mux;
 use joey_protocol::{api, limits};
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::{
-    KERNEL, MANIFEST, MEMORY, Manifest, STATE, Template, TemplateError, TemplateStore, VMM,
-    file_error, record,
+    KERNEL, MANIFEST, MEMORY, Manifest, PROCESS, STATE, Template, TemplateError, TemplateStore,
+    VMM, file_error, record,
 };
 use crate::config::DISK_MIB;
 use crate::vmm::qemu::args::Mode;
 use crate::vmm::qemu::relocate::{random_base, relocate};
 use crate::vmm::qemu::{QemuVm, kernel_stub};
-use crate::vmm::{Disk, Paths, Phases, Vm as _, VmSpec, VmmError, prepare};
+use crate::vmm::{Disk, Paths, Phases, Vm, VmSpec, VmmError, continued, prepare};
 
 /// After the agent answered, how long the guest gets to come to rest before it is stopped. Kernels put
 /// work off for seconds after their boot; what is pending then, every clone has to do in its first
 /// second: with 2 s a clone's first container took a third longer than with 8 s.
 const REST: Duration = Duration::from_secs(8);
+
+/// Mode of files that are executed.
+const PROGRAM: u32 = 0o555;
+
+/// What a machine that is nobody's goes through, by its channel, before its checkpoint is taken.
+pub type Rehearse<'a> =
+    dyn Fn(Arc<dyn Vm>, UnixStream) -> BoxFuture<'a, anyhow::Result<()>> + Sync + 'a;
 
 /// How much of it the guest uses in the disk that it opens once: the smallest there is.
 const TRIAL_BYTES: u64 = *DISK_MIB.start() << 20;
@@ -36,7 +46,12 @@ impl TemplateStore<'_> {
     /// Builds the template for a machine of this size unless a good one is there. Of several
     /// builders one builds, the others wait and use what it built. Blocks while it waits: for a
     /// process of its own.
-    pub async fn build(&self, vcpus: u32, memory_mib: u32) -> Result<Template, VmmError> {
+    pub async fn build(
+        &self,
+        vcpus: u32,
+        memory_mib: u32,
+        rehearse: &Rehearse<'_>,
+    ) -> Result<Template, VmmError> {
         let key = self.key(vcpus, memory_mib)?;
         let directory = &self.config.templates_dir;
         fs::DirBuilder::new()
@@ -55,7 +70,7 @@ impl TemplateStore<'_> {
         }
         let work = directory.join(format!("{key}.{}.new", std::process::id()));
         let _ = fs::remove_dir_all(&work);
-        let built = self.build_in(&work, &key, vcpus, memory_mib).await;
+        let built = self.build_in(&work, &key, vcpus, memory_mib, rehearse).await;
         if built.is_err() {
             let _ = fs::remove_dir_all(&work);
         }
@@ -84,8 +99,8 @@ impl TemplateStore<'_> {
         key: &str,
         vcpus: u32,
         memory_mib: u32,
+        rehearse: &Rehearse<'_>,
     ) -> Result<(), VmmError> {
-        let id = format!("template-{key}");
         let error = |path: &Path| file_error(key, path);
         fs::create_dir(work).map_err(error(work))?;
         let (memory, state, kernel) = (work.join(MEMORY), work.join(STATE), work.join(KERNEL));
@@ -95,21 +110,13 @@ impl TemplateStore<'_> {
         // The memory is a shared mapping: without room the VMM would die of a bus error half-way.
         nix::fcntl::posix_fallocate(&file, 0, bytes.cast_signed())
             .map_err(|errno| error(&memory)(errno.into()))?;
-        let owner = self.config.ids.of(&id);
+        let spec = self.nobodys(key, vcpus, memory_mib);
+        let owner = self.config.ids.of(&spec.id);
         std::os::unix::fs::chown(&memory, Some(owner.uid), Some(owner.gid))
             .map_err(error(&memory))?;
         let stub = kernel_stub(&self.config.guest_dir.join("vmlinuz"))?;
         fs::write(&kernel, stub).map_err(error(&kernel))?;
         let target = File::create(&state).map_err(error(&state))?;
-        let spec = VmSpec {
-            id,
-            vcpus,
-            memory_mib,
-            tap: None,
-            mac: [0; 6],
-            run_dir: self.config.run_dir.join(format!("build-{key}")),
-            cgroup_procs: Vec::new(),
-        };
         let console = spec.run_dir.join("console.log");
         let paths = Paths {
             kernel: self.config.guest_dir.join("vmlinuz"),
@@ -138,14 +145,75 @@ impl TemplateStore<'_> {
         vm.exited().await;
         make_sparse(&memory).map_err(error(&memory))?;
         self.relocate_vmm(&work.join(VMM)).map_err(error(&work.join(VMM)))?;
+        let machine = || self.nobodys(key, vcpus, memory_mib);
+        if let Err(error) = self.checkpoint(work, machine, rehearse).await {
+            tracing::warn!("template {key}: clones start QEMU anew: {error:#}");
+            let _ = fs::remove_file(work.join(PROCESS));
+        }
         self.publish(work, key, vcpus, memory_mib)
+    }
+
+    /// A machine that a template is made with.
+    fn nobodys(&self, key: &str, vcpus: u32, memory_mib: u32) -> VmSpec {
+        VmSpec {
+            id: format!("template-{key}"),
+            vcpus,
+            memory_mib,
+            tap: None,
+            mac: [0; 6],
+            run_dir: self.config.run_dir.join(format!("build-{key}")),
+            cgroup_procs: Vec::new(),
+        }
+    }
+
+    /// Has a clone go through what every sandbox does, and takes the checkpoint of its VMM that sandboxes
+    /// continue. Under KVM a part of the machine is in the kernel, where no checkpoint reaches.
+    async fn checkpoint(
+        &self,
+        work: &Path,
+        machine: impl Fn() -> VmSpec,
+        rehearse: &Rehearse<'_>,
+    ) -> anyhow::Result<()> {
+        if self.acceleration.kvm {
+            return Ok(());
+        }
+        let spec = machine();
+        let vcpus = spec.vcpus as usize;
+        let vmm = Some(work.join(VMM)).filter(|path| path.exists());
+        let (kernel, memory) = (work.join(KERNEL), Some(work.join(MEMORY)));
+        let paths = Paths { kernel, initrd: None, memory, vmm };
+        let state = File::open(work.join(STATE))?;
+        let launch = prepare(self.config, self, Mode::Clone, spec, &paths, Some(state.into()))?;
+        let vm = Arc::new(QemuVm::start(launch, &mut Phases::new()).await?);
+        vm.restored().await?;
+        // Open until the checkpoint is taken: a guest that saw its host go would end.
+        let channel = vm.take_channel()?;
+        let _connected = channel.as_fd().try_clone_to_owned()?;
+        rehearse(vm.clone(), channel).await?;
+        let path = work.join(PROCESS);
+        vm.checkpoint(vcpus, &File::create(&path)?).await?;
+        vm.kill();
+        vm.exited().await;
+        fs::set_permissions(&path, fs::Permissions::from_mode(PROGRAM))?;
+        // Once here, rather than in every sandbox.
+        let launch = continued(self.config, machine(), File::open(&path)?.into())?;
+        let vm = QemuVm::start(launch, &mut Phases::new()).await?;
+        vm.resume().await?;
+        let answered = answers(vm.take_channel()?, async |_| Ok(())).await;
+        answered.map_err(|what| anyhow::anyhow!("its checkpoint does not go on: {what}"))?;
+        vm.kill();
+        vm.exited().await;
+        Ok(())
     }
 
     /// Makes the copy of QEMU that clones run. Without one they run QEMU itself, for more time and memory.
     fn relocate_vmm(&self, copy: &Path) -> io::Result<()> {
         let mut image = fs::read(&self.config.qemu)?;
         match relocate(&mut image, random_base()?) {
-            Ok(()) => fs::write(copy, image),
+            Ok(()) => {
+                fs::write(copy, image)?;
+                fs::set_permissions(copy, fs::Permissions::from_mode(PROGRAM))
+            }
             Err(error) => {
                 tracing::warn!("clones run {} as it is: {error}", self.config.qemu.display());
                 Ok(())
@@ -155,13 +223,14 @@ impl TemplateStore<'_> {
 
     fn publish(&self, work: &Path, key: &str, vcpus: u32, memory_mib: u32) -> Result<(), VmmError> {
         let mut files = BTreeMap::new();
-        for name in [MEMORY, STATE, KERNEL, VMM] {
+        for name in [MEMORY, STATE, KERNEL, VMM, PROCESS] {
             let path = work.join(name);
-            if name == VMM && !path.exists() {
+            let program = [VMM, PROCESS].contains(&name);
+            if program && !path.exists() {
                 continue;
             }
             // Every VMM has an id of its own and may read; the directory keeps everyone else out.
-            let mode = if name == VMM { 0o555 } else { 0o444 };
+            let mode = if program { PROGRAM } else { 0o444 };
             fs::set_permissions(&path, fs::Permissions::from_mode(mode))
                 .and_then(|()| std::os::unix::fs::chown(&path, Some(0), Some(0)))
                 .and_then(|()| File::open(&path)?.sync_all())
@@ -209,26 +278,35 @@ fn trial() -> io::Result<OwnedFd> {
 }
 
 /// Waits until the agent answers, has opened a disk and the guest is at rest.
-async fn greet(channel: tokio::net::UnixStream) -> Result<(), String> {
+async fn greet(channel: UnixStream) -> Result<(), String> {
+    answers(channel, async |agent| {
+        let request = api::OpenDiskRequest { bytes: TRIAL_BYTES, ..Default::default() };
+        let rehearsed = agent.rehearse_disk(ttrpc::context::Context::default(), &request);
+        timeout(limits::deadline::OPEN_DISK, rehearsed)
+            .await
+            .map_err(|_| "it does not open a disk in time".to_owned())?
+            .map_err(|error| error.to_string())?;
+        tokio::time::sleep(REST).await;
+        Ok(())
+    })
+    .await
+}
+
+/// Waits until the agent answers and has done what is asked of it `then`.
+async fn answers(
+    channel: UnixStream,
+    then: impl AsyncFnOnce(&api::AgentClient) -> Result<(), String>,
+) -> Result<(), String> {
     let (mux, driver) = Mux::connect(channel);
     let calls = mux.open(limits::STREAM_RPC).map_err(|error| error.to_string())?;
     let socket = ttrpc::r#async::transport::Socket::new(calls);
     let agent = api::AgentClient::new(ttrpc::r#async::Client::new(socket));
     let request =
         api::HelloRequest { protocol_version: limits::PROTOCOL_VERSION, ..Default::default() };
-    let hello = agent.hello(ttrpc::context::Context::default(), &request);
     let asking = async {
+        let hello = agent.hello(ttrpc::context::Context::default(), &request);
         match timeout(limits::deadline::HELLO_COLD, hello).await {
-            Ok(Ok(_)) => {
-                let request = api::OpenDiskRequest { bytes: TRIAL_BYTES, ..Default::default() };
-                let rehearsed = agent.rehearse_disk(ttrpc::context::Context::default(), &request);
-                timeout(limits::deadline::OPEN_DISK, rehearsed)
-                    .await
-                    .map_err(|_| "it does not open a disk in time".to_owned())?
-                    .map_err(|error| error.to_string())?;
-                tokio::time::sleep(REST).await;
-                Ok(())
-            }
+            Ok(Ok(_)) => then(&agent).await,
             Ok(Err(error)) => Err(error.to_string()),
             Err(_) => Err(format!("no answer within {:?}", limits::deadline::HELLO_COLD)),
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <templates>/<key>.lock     held while one is built       <key>.<pid>.new/  being built
-//! <templates>/<key>/         memory state kernel qemu manifest.json published by rename
+//! <templates>/<key>/         memory state kernel qemu process manifest.json published by rename
 //! ```
 //!
 //! Invariants: a published template is complete and never changes; what it depends on is its key; it
@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+pub use self::build::Rehearse;
 use super::accel::{self, Acceleration};
 use super::qemu::args::LAYOUT;
 use super::qemu::{Version, version};
@@ -33,6 +34,8 @@ const STATE: &str = "state";
 const KERNEL: &str = "kernel";
 /// QEMU with its addresses put in; not there if that could not be done.
 const VMM: &str = "qemu";
+/// Checkpoint of a clone's VMM; not there if none could be taken.
+const PROCESS: &str = "process";
 const MANIFEST: &str = "manifest.json";
 
 /// What is wrong with a template.
@@ -125,13 +128,17 @@ impl Template {
     }
 
     pub(crate) fn open_state(&self) -> Result<OwnedFd, TemplateError> {
-        let path = self.directory.join(STATE);
-        match File::open(&path) {
-            Ok(file) => Ok(file.into()),
-            Err(source) => {
-                Err(TemplateError::File { key: self.manifest.key.clone(), path, source })
-            }
-        }
+        self.open(STATE)
+    }
+
+    /// The checkpoint, if there is one.
+    pub(crate) fn open_process(&self) -> Result<Option<OwnedFd>, TemplateError> {
+        self.manifest.files.contains_key(PROCESS).then(|| self.open(PROCESS)).transpose()
+    }
+
+    fn open(&self, name: &str) -> Result<OwnedFd, TemplateError> {
+        let path = self.directory.join(name);
+        File::open(&path).map(OwnedFd::from).map_err(file_error(&self.manifest.key, &path))
     }
 }
 
