@@ -13,13 +13,14 @@ use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as OciProcess, Spec};
 use serde_json::from_slice;
 
+use crate::apart::apart;
 use crate::boot::CGROUP_ROOT;
-use crate::container::{Container, CreateRequest, Error as EngineError};
+use crate::container::{Container, CreateRequest, Error as EngineError, Kind};
 use crate::containers::{ContainerEntry, Process};
 use crate::phases::Phases;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::storage::{self, SlotClaim};
-use crate::{block_devices, streams, volumes};
+use crate::{block_devices, clock, streams, volumes};
 
 /// Longest signal number of Linux.
 const SIGNAL_MAX: u32 = 64;
@@ -206,10 +207,27 @@ impl Sandbox {
     }
 
     /// Changes a container's limits.
-    pub(crate) async fn update(&self, request: &api::UpdateRequest) -> Result<(), SandboxError> {
+    pub(crate) async fn update(
+        self: Arc<Self>,
+        request: api::UpdateRequest,
+    ) -> Result<(), SandboxError> {
         let resources: LinuxResources = parse("resources", &request.resources)?;
         let container = self.containers.get(&request.container_id)?;
-        container.engine.update(&resources).map_err(engine)
+        // A lower limit of memory takes until the kernel has got so much back.
+        let update = || {
+            let updated = container.engine.update(&resources);
+            updated.map_err(|error| (error.kind as u8, error.to_string()))
+        };
+        let updated: Result<(), (u8, String)> = apart(&self.reaper, update)
+            .await
+            .map_err(|error| engine(EngineError::failed(format!("changing limits: {error}"))))?;
+        updated.map_err(|(kind, text)| engine(EngineError::new(Kind::from_byte(kind), text)))
+    }
+
+    /// Moves the wall clock, once it is a sandbox's.
+    pub(crate) fn adjust_clock(&self, nanoseconds: i64) -> Result<i64, SandboxError> {
+        self.require_started()?;
+        clock::adjust(nanoseconds).map_err(SandboxError::Clock)
     }
 
     /// Stops a container's processes, or lets them go on.

@@ -29,6 +29,7 @@ const HOSTNAME_MAX: usize = 64;
 /// What Linux calls a machine that was given no name.
 const NO_HOSTNAME: &str = "(none)";
 const MACHINE_ID: &str = "/etc/machine-id";
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Sysctls that CRI sets for every pod unless it was told otherwise, and the kernel's own values.
 const USUAL_SYSCTLS: [(&str, &str, &str); 2] = [
     ("net.ipv4.ip_unprivileged_port_start", "0", "1024"),
@@ -92,6 +93,8 @@ pub(crate) struct Prepared {
     machine_id: File,
     links: Links,
     unique: bool,
+    /// What the generator gave last: to the template, or to who this machine was at its rehearsal.
+    drawn: [u8; limits::RANDOM_BYTES],
 }
 
 impl Prepared {
@@ -104,11 +107,14 @@ impl Prepared {
         let mut bytes = [0; limits::ENTROPY_BYTES];
         random.read_exact(&mut bytes).map_err(step("entropy (reading /dev/urandom)"))?;
         sys::add_entropy(random.as_fd(), &bytes).map_err(step("entropy (RNDADDENTROPY)"))?;
-        let machine_id = File::create(MACHINE_ID).map_err(step("machine id"))?;
+        let drawn = draw(&random)?;
+        fs::write(MACHINE_ID, "").map_err(step("machine id"))?;
+        let machine_id = OpenOptions::new().read(true).write(true).open(MACHINE_ID);
+        let machine_id = machine_id.map_err(step("machine id"))?;
         for (name, usual, _) in USUAL_SYSCTLS {
             set_sysctl(name, usual)?;
         }
-        Ok(Self { random, machine_id, links: Links::prepare()?, unique: false })
+        Ok(Self { random, machine_id, links: Links::prepare()?, unique: false, drawn })
     }
 
     /// Whether what the kernel's generator gives is this clone's alone.
@@ -130,7 +136,8 @@ impl Prepared {
     #[cfg(test)]
     pub(crate) fn nothing() -> Self {
         let null = || File::open("/dev/null").unwrap();
-        Self { random: null(), machine_id: null(), links: Links::none(), unique: false }
+        let drawn = [0; limits::RANDOM_BYTES];
+        Self { random: null(), machine_id: null(), links: Links::none(), unique: false, drawn }
     }
 
     /// Takes back what [`Self::assume`] gave and the next identity would not replace: to be called before
@@ -163,7 +170,27 @@ impl Prepared {
         set_sysctls(request)?;
         set_shared_memory(request.shm_bytes)?;
         phases.done("settings");
-        Ok(api::StartSandboxResponse { phases: phases.end(), ..Default::default() })
+        let mut response = self.read_back()?;
+        phases.done("read-back");
+        response.phases = phases.end();
+        Ok(response)
+    }
+
+    /// What this machine is now, for the host to compare with what it asked for; but for the boot id, which a
+    /// rehearsal must not read: whatever is cloned from it afterwards would have the same.
+    fn read_back(&mut self) -> Result<api::StartSandboxResponse, IdentityError> {
+        let mut id = [0; 2 * limits::MACHINE_ID_BYTES];
+        self.machine_id.read_exact_at(&mut id, 0).map_err(step("machine id (reading it)"))?;
+        let hostname = nix::unistd::gethostname().map_err(step("host name (reading it)"))?;
+        let random = draw(&self.random)?;
+        let former = std::mem::replace(&mut self.drawn, random);
+        Ok(api::StartSandboxResponse {
+            machine_id: from_hex(&id).unwrap_or_default(),
+            hostname: hostname.to_string_lossy().into_owned(),
+            random: random.to_vec(),
+            former_random: former.to_vec(),
+            ..Default::default()
+        })
     }
 }
 
@@ -206,6 +233,25 @@ fn set_clock(wall_clock_ns: i64) -> Result<(), IdentityError> {
 fn set_entropy(random: &File, entropy: &[u8]) -> Result<(), IdentityError> {
     sys::add_entropy(random.as_fd(), entropy).map_err(step("entropy (RNDADDENTROPY)"))?;
     sys::reseed(random.as_fd()).map_err(step("entropy (RNDRESEEDCRNG)"))
+}
+
+/// The kernel's name for this run of the machine, drawn with the first reading.
+pub(crate) fn boot_id() -> Result<String, IdentityError> {
+    let text = fs::read_to_string(BOOT_ID).map_err(step("boot id (reading it)"))?;
+    Ok(text.trim_end().to_owned())
+}
+
+/// A few bytes from the kernel's generator.
+fn draw(mut random: &File) -> Result<[u8; limits::RANDOM_BYTES], IdentityError> {
+    let mut bytes = [0; limits::RANDOM_BYTES];
+    random.read_exact(&mut bytes).map_err(step("entropy (reading /dev/urandom)"))?;
+    Ok(bytes)
+}
+
+fn from_hex(text: &[u8]) -> Option<Vec<u8>> {
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    let byte = |pair: &[u8]| u8::try_from(digit(pair[0])? << 4 | digit(pair[1])?).ok();
+    text.chunks_exact(2).map(byte).collect()
 }
 
 fn set_names(machine_id: &File, request: &api::StartSandboxRequest) -> Result<(), IdentityError> {
@@ -312,6 +358,12 @@ mod tests {
         ] {
             assert!(sysctl_path(name).is_err(), "{name:?}");
         }
+    }
+
+    #[test]
+    fn a_machine_id_is_read_as_it_is_written() {
+        assert_eq!(from_hex(b"00ff1a"), Some(vec![0, 0xff, 0x1a]));
+        assert_eq!(from_hex(b"0g"), None);
     }
 
     #[test]

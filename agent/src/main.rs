@@ -5,10 +5,12 @@
 //! ordinary Rust in it; that is asserted before the loop takes its first call. The end of the channel
 //! is the end of the sandbox: whatever ends the agent ends the machine, and the host sees it.
 
+mod apart;
 mod block_devices;
 mod boot;
 mod calls;
 mod channel;
+mod clock;
 mod container;
 mod containers;
 mod damage;
@@ -16,6 +18,7 @@ mod device_mapper;
 mod disk_volumes;
 mod events;
 mod fd_io;
+mod forward;
 mod identity;
 mod log;
 mod network;

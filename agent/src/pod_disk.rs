@@ -23,13 +23,14 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use joey_protocol::api;
 use joey_protocol::limits::{MAX_POD_DISK, POD_DISK};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tokio::sync::Mutex;
 
+use crate::apart::apart;
 use crate::device_mapper::{self, Key};
 use crate::log::warning;
 use crate::phases::Phases;
@@ -67,7 +68,7 @@ const OPTIONS: &str = "discard,noinit_itable,no_prefetch_block_bitmaps,nobarrier
 pub(crate) struct PodDisk {
     /// An empty file system's blocks that are not zero: for each its number (u64, little endian) and bytes.
     blank: Vec<u8>,
-    /// Bytes that an open one has room for.
+    /// Bytes that an open one has room for. Held while one is being opened.
     open: Mutex<Option<u64>>,
     made: AtomicU32,
     reaper: Reaper,
@@ -94,10 +95,9 @@ impl PodDisk {
     }
 
     /// Goes through [`Self::open`] and back, so that clones find what it takes in their memory.
-    pub(crate) fn rehearse(&self, bytes: u64) -> Result<(), StorageError> {
-        self.open(bytes)?;
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        Self::close(&mut open)
+    pub(crate) async fn rehearse(&self, bytes: u64) -> Result<(), StorageError> {
+        self.open(bytes).await?;
+        Self::close(&mut *self.open.lock().await)
     }
 
     /// Closes what is open.
@@ -113,9 +113,21 @@ impl PodDisk {
     /// Makes the disk that is in the slot now the pod's, empty and under a new key, in place of one that was
     /// open before. Nothing may be in use of that one. Its size comes from the host: the kernel may not
     /// have heard yet that the slot is not empty, and as large as one, any more.
-    pub(crate) fn open(&self, bytes: u64) -> Result<Vec<api::Phase>, StorageError> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) async fn open(&self, bytes: u64) -> Result<Vec<api::Phase>, StorageError> {
+        let mut open = self.open.lock().await;
         Self::close(&mut open)?;
+        let mut phases = Phases::begin();
+        let made = apart(&self.reaper, || self.make(bytes).map_err(|error| error.to_string()));
+        let (room, steps) =
+            made.await.map_err(failed("opening it in a child"))?.map_err(StorageError::Opening)?;
+        *open = Some(room);
+        let steps: Vec<_> = steps.iter().map(|(name, took)| (name.as_str(), *took)).collect();
+        phases.add(&steps);
+        Ok(phases.end())
+    }
+
+    /// Makes and mounts it: the bytes that it has room for, and how long the steps took.
+    fn make(&self, bytes: u64) -> Result<(u64, Vec<(String, Duration)>), StorageError> {
         let mut phases = Phases::begin();
         new_key().and_then(|key| key.replace(POD_DISK)).map_err(failed("setting its key"))?;
         phases.done("disk-key");
@@ -127,12 +139,13 @@ impl PodDisk {
             .map_err(|error| failed("mounting it")(error.into()))?;
         let empty = nix::sys::statvfs::statvfs(DISK)
             .map_err(|error| failed("asking for its size")(error.into()))?;
-        *open = Some(empty.blocks_free() * empty.fragment_size());
         for path in [LAYERS, VOLUMES] {
             fs::create_dir(path).map_err(failed("making its directories"))?;
         }
         phases.done("disk-mount");
-        Ok(phases.end())
+        let took = |phase: api::Phase| (phase.name, Duration::from_nanos(phase.nanoseconds));
+        let room = empty.blocks_free() * empty.fragment_size();
+        Ok((room, phases.end().into_iter().map(took).collect()))
     }
 
     /// Writes an empty file system of so many block groups.
@@ -155,7 +168,7 @@ impl PodDisk {
 
     /// Makes an empty writable layer, which may fill the disk but counts what it uses.
     pub(crate) fn layer(&self) -> Result<Layer, StorageError> {
-        let room = *self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = self.open.try_lock().ok().and_then(|open| *open);
         let room =
             room.ok_or_else(|| StorageError::Invalid("the pod's disk is not open".to_owned()))?;
         let project = self.made.fetch_add(1, Ordering::Relaxed);

@@ -161,6 +161,14 @@ mod tests {
         assert_eq!(early.wait().await.status, 7);
         assert!(reaper.children().announced.is_empty());
         assert_eq!(reaper.adopted(orphan).wait().await.status, 3);
+        let answer: String = crate::apart::apart(&reaper, || "done".to_owned()).await.unwrap();
+        assert_eq!(answer, "done");
+        let silent = crate::apart::apart(&reaper, || {
+            let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+            String::new()
+        })
+        .await;
+        assert!(silent.unwrap_err().to_string().contains("status 137"));
         run.abort();
     }
 }

@@ -66,7 +66,8 @@ impl api::Agent for Service {
         _: &TtrpcContext,
         request: api::OpenDiskRequest,
     ) -> ttrpc::Result<api::OpenDiskResponse> {
-        reply(self.0.open_disk(&request))
+        let sandbox = Arc::clone(&self.0);
+        reply(self.0.to_the_end(async move { sandbox.open_disk(&request).await }).await)
     }
 
     async fn rehearse_disk(
@@ -74,7 +75,8 @@ impl api::Agent for Service {
         _: &TtrpcContext,
         request: api::OpenDiskRequest,
     ) -> ttrpc::Result<api::Empty> {
-        done(self.0.rehearse_disk(&request))
+        let sandbox = Arc::clone(&self.0);
+        done(self.0.to_the_end(async move { sandbox.rehearse_disk(&request).await }).await)
     }
 
     async fn copy_in(
@@ -177,7 +179,8 @@ impl api::Agent for Service {
         _: &TtrpcContext,
         request: api::UpdateRequest,
     ) -> ttrpc::Result<api::Empty> {
-        done(self.0.update(&request).await)
+        let sandbox = Arc::clone(&self.0);
+        done(self.0.to_the_end(sandbox.update(request)).await)
     }
 
     async fn pause(
@@ -212,5 +215,22 @@ impl api::Agent for Service {
         request: api::ContainerRequest,
     ) -> ttrpc::Result<api::ProcessesResponse> {
         reply(self.0.processes(&request).await)
+    }
+
+    async fn forward(
+        &self,
+        _: &TtrpcContext,
+        request: api::ForwardRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        done(self.0.forward(&request).await)
+    }
+
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: api::AdjustClockRequest,
+    ) -> ttrpc::Result<api::AdjustClockResponse> {
+        let wall_clock_ns = reply(self.0.adjust_clock(request.adjust_ns))?;
+        Ok(api::AdjustClockResponse { wall_clock_ns, ..Default::default() })
     }
 }

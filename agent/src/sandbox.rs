@@ -25,7 +25,8 @@ use crate::container::{Kind, Spares};
 use crate::containers::Containers;
 use crate::disk_volumes::{DiskVolumeError, DiskVolumes};
 use crate::events::Events;
-use crate::identity::{IdentityError, Prepared};
+use crate::forward::{self, ForwardError};
+use crate::identity::{self, IdentityError, Prepared};
 use crate::log::warning;
 use crate::pod_disk::{self, PodDisk};
 use crate::pod_pid::PodPidNamespace;
@@ -63,6 +64,9 @@ pub(crate) enum SandboxError {
     /// A file could not be put or read.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// A port cannot be reached.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
     /// Files of the host are not shared.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -104,6 +108,9 @@ pub(crate) enum SandboxError {
     /// A terminal's size could not be set.
     #[error("resizing the process's terminal: {0}")]
     Resize(io::Error),
+    /// The clock could not be moved.
+    #[error("moving the guest's clock: {0}")]
+    Clock(io::Error),
     /// The pod's pid namespace could not be made.
     #[error("the pod's shared pid namespace: {0}")]
     PodPid(io::Error),
@@ -140,8 +147,9 @@ impl SandboxError {
             Self::Stdio(StdioError::File(_)) | Self::Share(ShareError::Mount { .. }) => {
                 Code::INTERNAL
             }
-            Self::Share(_) => Code::INVALID_ARGUMENT,
             Self::DiskVolume(DiskVolumeError::Unknown { .. }) => Code::UNIMPLEMENTED,
+            Self::Forward(ForwardError::Connect { .. }) => Code::UNAVAILABLE,
+            Self::Share(_) | Self::Forward(_) => Code::INVALID_ARGUMENT,
             Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Engine(error) => match error.kind {
                 Kind::Invalid => Code::INVALID_ARGUMENT,
@@ -150,6 +158,7 @@ impl SandboxError {
                 Kind::Failed => Code::INTERNAL,
             },
             Self::Identity(_)
+            | Self::Clock(_)
             | Self::Volume(_)
             | Self::Signal { .. }
             | Self::Resize(_)
@@ -269,7 +278,11 @@ impl Sandbox {
             return Err(SandboxError::Rehearsing);
         }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        match prepared.assume(&request) {
+        let assumed = prepared.assume(&request).and_then(|mut response| {
+            response.boot_id = identity::boot_id()?;
+            Ok(response)
+        });
+        match assumed {
             Ok(response) => {
                 *phase = Phase::Started;
                 tokio::spawn(Arc::clone(self).complete(request.network));
@@ -332,29 +345,31 @@ impl Sandbox {
 
     /// Opens the pod's disk: in a machine that is nobody's too, once it has rehearsed an identity and with it
     /// has entropy of its own.
-    pub(crate) fn open_disk(
+    pub(crate) async fn open_disk(
         &self,
         request: &api::OpenDiskRequest,
     ) -> Result<api::OpenDiskResponse, SandboxError> {
         if !self.containers.is_empty() {
             return Err(SandboxError::Invalid("the pod's disk comes before containers".to_owned()));
         }
-        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        if !prepared.is_unique() {
+        if !self.prepared.lock().unwrap_or_else(PoisonError::into_inner).is_unique() {
             return Err(SandboxError::NotStarted);
         }
-        let phases = self.disk.open(request.bytes)?;
+        let phases = self.disk.open(request.bytes).await?;
         Ok(api::OpenDiskResponse { phases, ..Default::default() })
     }
 
     /// Goes through [`Self::open_disk`] and back, under a key that is no secret. What is unique here the
     /// machine forgets: it is about to be multiplied.
-    pub(crate) fn rehearse_disk(&self, request: &api::OpenDiskRequest) -> Result<(), SandboxError> {
+    pub(crate) async fn rehearse_disk(
+        &self,
+        request: &api::OpenDiskRequest,
+    ) -> Result<(), SandboxError> {
         if *self.phase.lock().unwrap_or_else(PoisonError::into_inner) != Phase::Fresh {
             return Err(SandboxError::Rehearsing);
         }
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner).multiply();
-        Ok(self.disk.rehearse(request.bytes)?)
+        Ok(self.disk.rehearse(request.bytes).await?)
     }
 
     /// Mounts files of the host.
@@ -362,6 +377,12 @@ impl Sandbox {
         self.require_started()?;
         let id = VolumeId::new(&request.volume_id)?;
         Ok(share::mount_share(&self.mux, &id, request.stream)?)
+    }
+
+    /// Connects to a port of the pod.
+    pub(crate) async fn forward(&self, request: &api::ForwardRequest) -> Result<(), SandboxError> {
+        self.require_started()?;
+        Ok(forward::forward(&self.mux, request.stream, request.port).await?)
     }
 
     /// Puts files into a volume.
@@ -405,8 +426,8 @@ mod tests {
         Sandbox::new(Prepared::nothing(), disk, mux, Reaper::default(), Events::new().0)
     }
 
-    #[test]
-    fn nothing_is_served_before_the_identity() {
+    #[tokio::test]
+    async fn nothing_is_served_before_the_identity() {
         let sandbox = Arc::new(sandbox());
         let error = sandbox.copy_in(&api::CopyInRequest::new()).unwrap_err();
         assert_eq!(error.code(), Code::FAILED_PRECONDITION);
@@ -419,7 +440,7 @@ mod tests {
         let error = sandbox.start(request).unwrap_err();
         assert_eq!(error.code(), Code::FAILED_PRECONDITION, "a failed clone stays failed");
         assert!(sandbox.require_started().is_err());
-        let error = sandbox.open_disk(&api::OpenDiskRequest::new()).unwrap_err();
+        let error = sandbox.open_disk(&api::OpenDiskRequest::new()).await.unwrap_err();
         assert!(matches!(error, SandboxError::NotStarted), "no key before there is entropy");
     }
 

@@ -100,6 +100,9 @@ pub(crate) enum StorageError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The same, as the child that was to open it says.
+    #[error("{0}")]
+    Opening(String),
 }
 
 /// Slots in use, each with the number of containers on it.

@@ -44,6 +44,30 @@ pub(crate) fn monotonic() -> Duration {
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
 
+/// Lets the wall clock run faster or slower until it has made up for so many microseconds, in place of what
+/// was left of an earlier call; 0: as fast as it is.
+pub(crate) fn slew_clock(microseconds: i64) -> io::Result<()> {
+    // SAFETY: the structure is plain numbers, for all of which zero is valid.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_OFFSET_SINGLESHOT;
+    change.offset = microseconds;
+    // SAFETY: the structure is valid and writable for the length of the call.
+    check(unsafe { libc::adjtimex(&mut change) }).map(drop)
+}
+
+/// Moves the wall clock by so much at once.
+pub(crate) fn step_clock(nanoseconds: i64) -> io::Result<()> {
+    const SECOND: i64 = 1_000_000_000;
+    // SAFETY: the structure is plain numbers, for all of which zero is valid.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
+    change.time.tv_sec = nanoseconds.div_euclid(SECOND);
+    // With ADJ_NANO these are nanoseconds, and never negative.
+    change.time.tv_usec = nanoseconds.rem_euclid(SECOND);
+    // SAFETY: the structure is valid and writable for the length of the call.
+    check(unsafe { libc::adjtimex(&mut change) }).map(drop)
+}
+
 /// Lets a running process of a container go on when there is work for the agent, up to its time slice:
 /// a process that prints much then fills its pipe before the agent empties it. Children do not inherit.
 pub(crate) fn be_patient() -> io::Result<()> {
@@ -247,7 +271,6 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
 ///
 /// The agent has one thread, so the child may use the allocator and ordinary Rust; callers keep
 /// that true (`main` asserts it).
-#[cfg(test)]
 pub(crate) fn fork(child: impl FnOnce() -> i32) -> io::Result<libc::pid_t> {
     // SAFETY: the process has a single thread, so no lock can be held by a thread that the child
     // lacks; the child leaves by _exit and runs no destructor of the parent's.

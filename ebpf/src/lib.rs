@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 pub mod attach;
 #[cfg(feature = "loader")]
 pub mod loader;
+pub mod lookup;
 pub mod netlink;
 pub mod route;
 mod sys;

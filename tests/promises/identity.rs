@@ -15,6 +15,8 @@ const READ: &str = "od -An -v -tx1 -N16 /dev/urandom; cd /proc/sys/kernel; \
     cat random/uuid random/boot_id hostname /sys/class/net/eth0/address; date +%s";
 const NAMES: [&str; 6] =
     ["random bytes", "kernel's uuid", "boot id", "host name", "MAC", "machine id"];
+/// The place of the boot id in it.
+const BOOT_ID: usize = 2;
 
 fn clones_differ(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
@@ -45,7 +47,12 @@ pub fn identity(ctx: &Context<'_>, number: usize) -> Result<Vec<String>> {
     ensure!((before - 1..=after + 1).contains(&clock), "clock {clock} not in {before}..={after}");
     let seen = ctx.node.joey(&["--json", "inspect", &pod.id])?;
     let seen: serde_json::Value = serde_json::from_str(&seen)?;
-    values.push(seen["record"]["machine_id"].as_str().unwrap_or_default().to_owned());
+    // Both are what the guest read back when it had been told who it is.
+    let record = |name: &str| seen["record"][name].as_str().unwrap_or_default().to_owned();
+    same("boot id on the host", Some(&record("boot_id")), values.get(BOOT_ID))?;
+    let machine_id = record("machine_id");
+    ensure!(machine_id.len() == 32, "machine id {machine_id:?} of the guest");
+    values.push(machine_id);
     pod.remove()?;
     Ok(values)
 }

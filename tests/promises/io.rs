@@ -16,6 +16,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "io::exec_with_stdin", run: exec_with_stdin },
     Test { name: "io::exec_with_terminal", run: exec_with_terminal },
     Test { name: "io::attach", run: attach },
+    Test { name: "io::input_ends_with_the_attach", run: input_ends_with_the_attach },
     Test { name: "io::terminal", run: terminal },
     Test { name: "io::no_stdin_reads_as_end", run: no_stdin },
     Test { name: "io::silent_reader_of_one_stream_blocks_no_other", run: both_streams },
@@ -130,6 +131,23 @@ fn attach(ctx: &Context<'_>) -> Result<()> {
     container.wait_output("got two", SOON)?;
     drop(session);
     same("lives on", container.sh("echo ok")?.text(), "ok")?;
+    pod.remove()
+}
+
+/// As `kubectl run -i` asks for it.
+fn input_ends_with_the_attach(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("attachonce")?;
+    let mut config = pod::script("c", "echo up; cat; echo ended; exit 3");
+    config.stdin = true;
+    config.stdin_once = true;
+    let container = pod.start(&config)?;
+    container.wait_output("up", SOON)?;
+    let mut session = container.attach(false)?;
+    session.send(b"one\n")?;
+    session.wait_for("one")?;
+    drop(session);
+    same("exit code", container.wait(SOON)?.exit_code, 3)?;
+    container.wait_output("one\nended", SOON)?;
     pod.remove()
 }
 

@@ -1,16 +1,21 @@
 //! Limits hold, and what was used is told.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use joey_tests::pod::{self, SOON};
-use k8s_cri::v1::UpdateContainerResourcesRequest;
+use joey_tests::node::cgroups;
+use joey_tests::pod::{self, Pod, SOON};
+use k8s_cri::v1::{LinuxContainerResources, UpdateContainerResourcesRequest};
 
 use crate::context::{Context, Test, same};
+use crate::faults::vmm;
 
 pub const TESTS: &[Test] = &[
     Test { name: "limits::memory_kill_is_told", run: memory_kill_is_told },
     Test { name: "limits::memory_kill_spares_neighbours", run: memory_kill_spares_neighbours },
+    Test { name: "limits::memory_kill_spares_the_vmm", run: memory_kill_spares_the_vmm },
+    Test { name: "limits::oom_score_follows_the_containers", run: oom_score_follows },
     Test { name: "limits::statistics", run: statistics },
     Test { name: "limits::cpu_quota", run: cpu_quota },
     Test { name: "limits::update", run: update },
@@ -39,6 +44,61 @@ fn memory_kill_spares_neighbours(ctx: &Context<'_>) -> Result<()> {
     let other = pod.start(&pod::script("other", "sleep 1000"))?;
     pod.start(&limited("c", EAT, 24))?.wait(SOON)?;
     same("neighbour", other.sh("echo ok")?.text(), "ok")?;
+    pod.remove()
+}
+
+/// The RuntimeClass's `overhead.podFixed` that docs/configuration.md asks for.
+const OVERHEAD: i64 = 160 << 20;
+
+/// With the limit that the kubelet sets on the node for a pod of one container, which uses all it may.
+fn memory_kill_spares_the_vmm(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let limit = 128 << 20;
+    let mut config = pod::config(ctx.node, "hostlimit");
+    let linux = config.linux.get_or_insert_default();
+    let bytes = |memory_limit_in_bytes| LinuxContainerResources {
+        memory_limit_in_bytes,
+        ..LinuxContainerResources::default()
+    };
+    linux.resources = Some(bytes(limit));
+    linux.overhead = Some(bytes(OVERHEAD));
+    let cgroup = linux.cgroup_parent.clone();
+    cgroups::make(&cgroup)?;
+    cgroups::limit_memory(&cgroup, limit + OVERHEAD)?;
+    let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
+    let before = vmm(ctx, &pod)?;
+    // Writes more than it may keep in memory, then keeps more than it may.
+    let text = "dd if=/dev/zero of=/big bs=1M count=300 2>/dev/null; echo written; \
+        dd if=/dev/zero bs=1M count=300 2>/dev/null | tail";
+    let container = pod.start(&limited("c", &format!("{text}; exit 137"), 128))?;
+    let status = container.wait(Duration::from_secs(200))?;
+    same("reason", status.reason.as_str(), "OOMKilled")?;
+    same("before it", container.logs()?.0, b"written\n".to_vec())?;
+    same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
+    same("VMM", vmm(ctx, &pod)?, before)?;
+    let (own, most) = (cgroups::own_memory(&cgroup)? >> 20, (limit + OVERHEAD) >> 20);
+    println!("        {own} MiB are the VMM's and the shim's own, of {most} MiB");
+    pod.remove()
+}
+
+fn oom_score_follows(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = ctx.pod("oomscore")?;
+    let vmm = vmm(ctx, &pod)?;
+    let score = || -> Result<String> {
+        Ok(fs::read_to_string(format!("/proc/{vmm}/oom_score_adj"))?.trim().to_owned())
+    };
+    let start = |name: &str, score| {
+        let mut config = pod::script(name, "sleep 1000");
+        pod::resources(&mut config).oom_score_adj = score;
+        pod.start(&config)
+    };
+    start("first", 900)?;
+    same("score of one", score()?, "900")?;
+    let second = start("second", 300)?;
+    same("score of two", score()?, "300")?;
+    second.remove(Duration::ZERO)?;
+    same("score when one has gone", score()?, "900")?;
     pod.remove()
 }
 

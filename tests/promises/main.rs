@@ -10,6 +10,7 @@ mod block;
 mod context;
 mod direct;
 mod disk;
+mod events;
 mod faults;
 mod identity;
 mod input;
@@ -45,10 +46,15 @@ const TEST_LIMIT: Duration = Duration::from_secs(300);
 /// How long a removed pod may take to disappear entirely.
 const SETTLE: Duration = Duration::from_secs(5);
 
+/// Tests that are about what happens once in a while: they get no second try.
+const ONCE: [&str; 2] = ["lifecycle::many_at_once", "identity::clones_differ"];
+
 #[derive(Default)]
 struct Tally {
     passed: usize,
     failed: Vec<String>,
+    /// Those that got a second try, however that went.
+    retried: Vec<String>,
     skipped: usize,
 }
 
@@ -65,6 +71,10 @@ fn main() -> ExitCode {
     for name in &tally.failed {
         println!("failed: {name}");
     }
+    for name in &tally.retried {
+        println!("second try: {name}");
+    }
+    println!("{} had a second try", tally.retried.len());
     println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed.len(), tally.skipped);
     if tally.failed.is_empty() && tally.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -93,6 +103,7 @@ fn tests() -> Vec<Test> {
         faults::TESTS,
         restart::TESTS,
         tasks::TESTS,
+        events::TESTS,
         standby::TESTS,
         templates::TESTS,
     ]
@@ -144,9 +155,12 @@ fn run_all(node: &Node, handler: &str, chosen: &[Test], tally: &mut Tally) -> Re
     for test in chosen {
         let label = format!("{} {handler} {}", node.version.name(), test.name);
         let mut outcome = once(node, handler, test, &label);
-        if let Outcome::Failed(error) = &outcome {
+        if let Outcome::Failed(error) = &outcome
+            && !ONCE.contains(&test.name)
+        {
             // On a busy machine a deadline may pass; what fails twice is broken. Both are shown.
             println!("AGAIN   {label}: {error}");
+            tally.retried.push(label.clone());
             outcome = once(node, handler, test, &label);
         }
         match outcome {

@@ -16,6 +16,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "network::pods_reach_each_other", run: pods_reach_each_other },
     Test { name: "network::interface_as_given", run: interface_as_given },
     Test { name: "network::large_transfer", run: large_transfer },
+    Test { name: "network::port_forward", run: port_forward },
     Test { name: "network::host_network_is_refused", run: host_network },
     Test { name: "network::host_ipc_is_refused", run: host_ipc },
 ];
@@ -52,6 +53,52 @@ fn server_in_pod(ctx: &Context<'_>) -> Result<()> {
         let answer = ctx.node.in_network(|| get(&address, 80))??;
         holds(&address, &answer, "hello from the pod")?;
     }
+    pod.remove()
+}
+
+/// `kubectl port-forward`: to what listens on the pod's localhost, which nothing else reaches.
+fn port_forward(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("forward")?;
+    let text = "httpd -p 127.0.0.1:8081 -h /www; httpd -p '[::1]:8086' -h /www; \
+        nc -ll -p 8080 -e cat & for port in 8080 8081 8086; do \
+        until netstat -ltn | grep -q :$port; do usleep 50000; done; done; echo up; wait";
+    let server = pod.start(&pod::script("c", text))?;
+    server.wait_output("up", SOON)?;
+    std::thread::sleep(Duration::from_millis(300));
+    for port in [8081, 8086] {
+        let mut connection = pod.forward(port)?;
+        connection.send(b"GET / HTTP/1.0\r\n\r\n")?;
+        let mut answer = Vec::new();
+        loop {
+            let more = connection.receive()?;
+            answer.extend_from_slice(&more);
+            if more.is_empty() {
+                break;
+            }
+        }
+        let what = format!("port {port} ({})", connection.errors);
+        holds(&what, &String::from_utf8_lossy(&answer), "hello from the pod")?;
+    }
+    // Two at once, and more than any buffer holds.
+    let (mut one, mut other) = (pod.forward(8080)?, pod.forward(8080)?);
+    other.send(b"meanwhile")?;
+    let block: Vec<u8> = (0..64 * 1024_u32).map(|n| (n / 256 + n) as u8).collect();
+    for _ in 0..32 {
+        one.send(&block)?;
+        let mut echo = Vec::new();
+        while echo.len() < block.len() {
+            let more = one.receive()?;
+            ensure!(!more.is_empty(), "ended after {} bytes: {}", echo.len(), one.errors);
+            echo.extend_from_slice(&more);
+        }
+        ensure!(echo == block, "another echo than what was sent");
+    }
+    same("beside it", other.receive()?.as_slice(), b"meanwhile".as_slice())?;
+    // Nothing listens: an error, or an end without a word; and the pod is well.
+    let mut connection = pod.forward(9999)?;
+    let _ = connection.send(b"x");
+    same("from nobody", connection.receive().unwrap_or_default(), Vec::<u8>::new())?;
+    same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
     pod.remove()
 }
 

@@ -4,11 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use joey_tests::node::traces;
+use joey_tests::node::{config, traces};
 use joey_tests::pod::{self, SOON};
 use k8s_cri::v1::{Capability, Int64Value, SecurityProfile, security_profile::ProfileType};
 
-use crate::context::{Context, Test, holds, refused, same};
+use crate::context::{Context, Test, holds, refused, same, skip};
 
 pub const TESTS: &[Test] = &[
     Test { name: "security::vmm_is_jailed", run: vmm_is_jailed },
@@ -19,6 +19,8 @@ pub const TESTS: &[Test] = &[
     Test { name: "security::no_new_privileges", run: no_new_privileges },
     Test { name: "security::read_only_root", run: read_only_root },
     Test { name: "security::seccomp", run: seccomp },
+    Test { name: "security::seccomp_compares_arguments", run: seccomp_compares_arguments },
+    Test { name: "security::rlimits", run: rlimits },
     Test { name: "security::masked_paths", run: masked_paths },
     Test { name: "security::sysctl", run: sysctl },
 ];
@@ -107,6 +109,58 @@ fn seccomp(ctx: &Context<'_>) -> Result<()> {
         localhost_ref: String::new(),
     });
     same("default profile", pod.finish(&config)?.text(), "2\nrefused\nordinary")?;
+    pod.remove()
+}
+
+fn seccomp_compares_arguments(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("seccompargs")?;
+    let set_user_id = |call: &str, index: u32| {
+        serde_json::json!({
+            "names": [call], "action": "SCMP_ACT_ERRNO", "errnoRet": nix::libc::EPERM,
+            "args": [{"index": index, "value": 0o4000, "valueTwo": 0o4000, "op": "SCMP_CMP_MASKED_EQ"}]
+        })
+    };
+    // A signal below another: two arguments at once.
+    let signals = serde_json::json!({
+        "names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": nix::libc::EPERM,
+        "args": [
+            {"index": 0, "value": 1, "op": "SCMP_CMP_EQ"},
+            {"index": 1, "value": nix::libc::SIGUSR2, "op": "SCMP_CMP_LT"}
+        ]
+    });
+    let rules = [set_user_id("chmod", 1), set_user_id("fchmodat", 2), signals];
+    let profile = serde_json::json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules});
+    let file = ctx.node.dir().join("seccomp-arguments.json");
+    fs::write(&file, profile.to_string())?;
+    let text = "touch /tmp/f; chmod 1755 /tmp/f && echo sticky; chmod 4755 /tmp/f || echo refused; \
+        trap : USR1 USR2; kill -USR2 1 && echo second; kill -USR1 1 || echo refused; \
+        sleep 1000 & kill -USR1 $! && echo another";
+    let mut config = pod::script("c", &format!("exec 2>/dev/null; {text}"));
+    pod::security(&mut config).seccomp = Some(SecurityProfile {
+        profile_type: ProfileType::Localhost.into(),
+        localhost_ref: file.display().to_string(),
+    });
+    let expected = "sticky\nrefused\nsecond\nrefused\nanother";
+    same("what is refused", pod.finish(&config)?.text(), expected)?;
+    fs::remove_file(file)?;
+    pod.remove()
+}
+
+/// containerd takes them from the runtime's base specification, where an administrator writes them.
+fn rlimits(ctx: &Context<'_>) -> Result<()> {
+    let handler = match ctx.handler {
+        "joey" => config::LIMITED,
+        _ => return skip("a handler of the node with its own base specification, Joey's alone"),
+    };
+    let pod = pod::Pod::run_with(ctx.node, handler, pod::config(ctx.node, "rlimits"))?;
+    let text = "ulimit -Sn; ulimit -Hn; ulimit -c; grep -E '^Max (locked|open)' /proc/1/limits";
+    let found = pod.script(text)?.text();
+    let found: Vec<_> = found.split_whitespace().collect();
+    let expected =
+        "1234 4321 0 Max open files 1234 4321 files Max locked memory 65536 131072 bytes";
+    same("limits", found.join(" ").as_str(), expected)?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    same("limit of an exec", container.sh("ulimit -Hn")?.text(), "4321")?;
     pod.remove()
 }
 

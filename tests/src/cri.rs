@@ -12,9 +12,10 @@ use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerStats, ContainerStatsRequest, ContainerStatus,
     ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec,
     ListContainersRequest, ListImagesRequest, ListPodSandboxRequest, PodSandboxConfig,
-    PodSandboxStatus, PodSandboxStatusRequest, PullImageRequest, RemoveContainerRequest,
-    RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest, VersionRequest,
+    PodSandboxStatus, PodSandboxStatusRequest, PortForwardRequest, PullImageRequest,
+    RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    UpdateContainerResourcesRequest, VersionRequest,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -233,6 +234,12 @@ impl Cri {
             stderr: !tty,
         };
         Ok(wait("Attach", self.runtime.clone().attach(request))?.url)
+    }
+
+    /// URL at which a port of a pod's localhost can be talked to.
+    pub fn forward_url(&self, pod: &str, port: i32) -> Result<String> {
+        let request = PortForwardRequest { pod_sandbox_id: pod.into(), port: vec![port] };
+        Ok(wait("PortForward", self.runtime.clone().port_forward(request))?.url)
     }
 
     /// Changes a running container's limits.

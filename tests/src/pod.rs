@@ -17,7 +17,7 @@ use k8s_cri::v1::{
 use crate::cri::Output;
 use crate::image;
 use crate::node::{Node, cgroups};
-use crate::stream::Session;
+use crate::stream::{Forwarded, Session};
 
 /// How long tests wait for what should come quickly.
 pub const SOON: Duration = Duration::from_secs(60);
@@ -148,6 +148,11 @@ impl<'n> Pod<'n> {
         let network = self.node.cri.pod_status(&self.id)?.network.unwrap_or_default();
         let more = network.additional_ips.into_iter().map(|address| address.ip);
         Ok(std::iter::once(network.ip).chain(more).collect())
+    }
+
+    /// Talks to a port of the pod's localhost.
+    pub fn forward(&self, port: i32) -> Result<Forwarded> {
+        Forwarded::open(self.node, &self.node.cri.forward_url(&self.id, port)?)
     }
 
     /// Creates a container.

@@ -1,7 +1,8 @@
-//! exec and attach with live streams, over the WebSocket of containerd's streaming server.
+//! exec, attach and port-forward with live streams, over the WebSocket of containerd's streaming server.
 //!
 //! Protocol `v4.channel.k8s.io`: each binary message starts with its channel: 0 stdin, 1 stdout, 2 stderr,
-//! 3 the outcome as JSON, 4 terminal size.
+//! 3 the outcome as JSON, 4 terminal size. For a forwarded port: 0 what is said, 1 errors; the server's first
+//! message on each is the port.
 
 use std::net::TcpStream;
 use std::time::Duration;
@@ -27,18 +28,8 @@ pub struct Session {
 impl Session {
     /// Connects to the URL that containerd gave.
     pub fn open(node: &Node, url: &str) -> Result<Self> {
-        let mut request = url.replacen("http://", "ws://", 1).into_client_request()?;
-        let protocol = HeaderValue::from_static("v4.channel.k8s.io");
-        request.headers_mut().insert("Sec-WebSocket-Protocol", protocol);
-        let authority = request.uri().authority().context("URL without a host")?.to_string();
-        let stream = node.in_network(|| TcpStream::connect(&authority))?;
-        let stream = stream.with_context(|| format!("connect to {authority}"))?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        stream.set_nodelay(true)?;
-        let (socket, _) = tungstenite::client(request, stream)
-            .map_err(|error| anyhow::anyhow!("WebSocket handshake with {url}: {error}"))?;
         let output = Output { stdout: Vec::new(), stderr: Vec::new(), code: 0 };
-        Ok(Self { socket, output, ended: false })
+        Ok(Self { socket: connect(node, url)?, output, ended: false })
     }
 
     /// Sends to the process's standard input.
@@ -97,6 +88,70 @@ impl Session {
             _ => {}
         }
         Ok(())
+    }
+}
+
+fn connect(node: &Node, url: &str) -> Result<WebSocket<TcpStream>> {
+    let mut request = url.replacen("http://", "ws://", 1).into_client_request()?;
+    let protocol = HeaderValue::from_static("v4.channel.k8s.io");
+    request.headers_mut().insert("Sec-WebSocket-Protocol", protocol);
+    let authority = request.uri().authority().context("URL without a host")?.to_string();
+    let stream = node.in_network(|| TcpStream::connect(&authority))?;
+    let stream = stream.with_context(|| format!("connect to {authority}"))?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_nodelay(true)?;
+    let (socket, _) = tungstenite::client(request, stream)
+        .map_err(|error| anyhow::anyhow!("WebSocket handshake with {url}: {error}"))?;
+    Ok(socket)
+}
+
+/// A connection to a forwarded port.
+pub struct Forwarded {
+    socket: WebSocket<TcpStream>,
+    /// What the server said of what went wrong.
+    pub errors: String,
+    greeted: [bool; 2],
+}
+
+impl Forwarded {
+    /// Connects to the URL that containerd gave.
+    pub fn open(node: &Node, url: &str) -> Result<Self> {
+        Ok(Self { socket: connect(node, url)?, errors: String::new(), greeted: [false; 2] })
+    }
+
+    /// Sends.
+    pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut message = vec![0];
+        message.extend_from_slice(bytes);
+        Ok(self.socket.send(Message::binary(message))?)
+    }
+
+    /// What comes next; empty at the end.
+    pub fn receive(&mut self) -> Result<Vec<u8>> {
+        loop {
+            let data = match self.socket.read() {
+                Ok(Message::Binary(data)) => data.to_vec(),
+                Ok(message) if !message.is_close() => continue,
+                Ok(_)
+                | Err(tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed) => {
+                    return Ok(Vec::new());
+                }
+                Err(error) => return Err(error).context("read from the streaming server"),
+            };
+            let Some((channel, bytes)) = data.split_first() else { continue };
+            let Some(greeted) = self.greeted.get_mut(usize::from(*channel)) else { continue };
+            if !std::mem::replace(greeted, true) {
+                continue;
+            }
+            match channel {
+                0 if !bytes.is_empty() => return Ok(bytes.to_vec()),
+                1 => {
+                    self.errors += &String::from_utf8_lossy(bytes);
+                    return Ok(Vec::new());
+                }
+                _ => {}
+            }
+        }
     }
 }
 

@@ -12,6 +12,8 @@ pub const PROTOCOL_VERSION: u32 = 4;
 pub const ENTROPY_BYTES: usize = 64;
 /// Length of `StartSandboxRequest.machine_id`.
 pub const MACHINE_ID_BYTES: usize = 16;
+/// Length of `StartSandboxResponse.random`.
+pub const RANDOM_BYTES: usize = 16;
 
 /// Disks that the machine has: /dev/vda is slot 0.
 pub const DISK_SLOTS: u32 = 16;
@@ -74,6 +76,10 @@ pub mod deadline {
     pub const OPEN_DISK: Duration = Duration::from_secs(30);
     /// `ShareFiles`.
     pub const SHARE: Duration = Duration::from_secs(30);
+    /// `Forward`.
+    pub const FORWARD: Duration = Duration::from_secs(20);
+    /// How long the agent itself tries to connect then, by each family.
+    pub const FORWARD_CONNECT: Duration = Duration::from_secs(5);
     /// `CopyIn` and `ReadFile`, each message.
     pub const COPY: Duration = Duration::from_secs(30);
     /// `MountVolume`: replays a journal, and gives the files to the pod's group.
@@ -90,4 +96,6 @@ pub mod deadline {
     pub const QUICK: Duration = Duration::from_secs(10);
     /// `Pause` and `Resume`: the kernel may have to wait for a system call to end.
     pub const FREEZE: Duration = Duration::from_secs(20);
+    /// How long the agent itself waits for a container to be frozen before it takes that back.
+    pub const FROZEN: Duration = Duration::from_secs(15);
 }

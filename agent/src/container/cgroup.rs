@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
@@ -224,11 +225,23 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Freezes or thaws, and waits until the kernel has done so.
-    pub(crate) async fn freeze(&self, frozen: bool) -> Result<(), Error> {
+    /// Freezes or thaws, and waits until the kernel has done so. What cannot be frozen within `patience`
+    /// (a process may be in a system call that does not end) is thawed again.
+    pub(crate) async fn freeze(&self, frozen: bool, patience: Duration) -> Result<(), Error> {
         let value = if frozen { "1" } else { "0" };
         self.write("cgroup.freeze", value)?;
-        self.until("frozen", value).await
+        match tokio::time::timeout(patience, self.until("frozen", value)).await {
+            Ok(done) => done,
+            Err(_) if !frozen => {
+                Err(Error::failed(format!("not all of it is thawed within {patience:?}")))
+            }
+            Err(_) => {
+                self.write("cgroup.freeze", "0")?;
+                Err(Error::failed(format!(
+                    "not all of it is frozen within {patience:?}: it goes on"
+                )))
+            }
+        }
     }
 
     /// Kills what is left, waits for its end and removes the cgroup. Idempotent.

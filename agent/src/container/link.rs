@@ -41,7 +41,8 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    fn from_byte(byte: u8) -> Kind {
+    /// The kind with this number.
+    pub(crate) fn from_byte(byte: u8) -> Kind {
         match byte {
             0 => Kind::Invalid,
             1 => Kind::Unsupported,

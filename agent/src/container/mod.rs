@@ -48,6 +48,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use joey_protocol::api::StatsResponse;
+use joey_protocol::limits::deadline;
 use nix::sys::signal::Signal;
 use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process, Spec};
 
@@ -159,7 +160,7 @@ impl Container {
 
     /// Stops all processes of the container, or lets them go on; returns when that is so.
     pub(crate) async fn freeze(&self, frozen: bool) -> Result<(), Error> {
-        self.cgroup.freeze(frozen).await?;
+        self.cgroup.freeze(frozen, deadline::FROZEN).await?;
         self.frozen.store(frozen, Ordering::Relaxed);
         Ok(())
     }

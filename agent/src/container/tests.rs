@@ -115,11 +115,11 @@ fn cgroup_root() -> Option<PathBuf> {
 /// Runs the named test's body in a process of its own.
 fn alone(name: &str, body: impl AsyncFnOnce(&Path)) {
     let Some(root) = cgroup_root().filter(|_| nix::unistd::geteuid().is_root()) else {
-        eprintln!("SKIPPED {name}: needs root and cgroup version 2");
+        crate::log::skipped(name, "needs root and cgroup version 2");
         return;
     };
     if !Path::new(BUSYBOX).exists() {
-        eprintln!("SKIPPED {name}: needs {BUSYBOX} (busybox-static)");
+        crate::log::skipped(name, &format!("needs {BUSYBOX} (busybox-static)"));
         return;
     }
     if std::env::var(AGAIN).as_deref() == Ok(name) {

@@ -68,7 +68,7 @@ fn ip_tool(arguments: &str) -> String {
 /// Runs in a thread with a network namespace of its own, if that is allowed here.
 fn alone(test: fn()) {
     if !nix::unistd::geteuid().is_root() {
-        println!("skipped: a network namespace needs root");
+        crate::log::skipped("the guest's network", "needs root for a network namespace");
         return;
     }
     let inside = move || {

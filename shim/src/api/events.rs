@@ -79,9 +79,7 @@ fn encode(event: SandboxEvent) -> Option<Outgoing> {
                 ..Default::default()
             },
         ),
-        E::Deleted { id, exec_id, deleted } => {
-            pack(topics::TASK_DELETE_EVENT_TOPIC, &removed(id, exec_id, deleted))
-        }
+        E::Deleted { id, deleted } => pack(topics::TASK_DELETE_EVENT_TOPIC, &removed(id, deleted)),
         E::Paused { id } => pack(
             topics::TASK_PAUSED_EVENT_TOPIC,
             &TaskPaused { container_id: id, ..Default::default() },
@@ -110,10 +108,9 @@ fn created(task: CreateTask, pid: u32) -> TaskCreate {
     }
 }
 
-fn removed(id: String, exec_id: Option<String>, deleted: Deleted) -> TaskDelete {
+fn removed(id: String, deleted: Deleted) -> TaskDelete {
     TaskDelete {
         container_id: id,
-        id: exec_id.unwrap_or_default(),
         pid: deleted.pid,
         exit_status: deleted.status,
         exited_at: timestamp(deleted.exited_at),

@@ -34,7 +34,9 @@ pub(super) fn hello(reply: &api::HelloResponse) -> Checked {
 }
 
 pub(super) fn start_sandbox(reply: &api::StartSandboxResponse) -> Checked {
-    phases(&reply.phases)
+    phases(&reply.phases)?;
+    text("the host name", &reply.hostname)?;
+    text("the boot id", &reply.boot_id)
 }
 
 pub(super) fn opened(reply: &api::OpenDiskResponse) -> Checked {

@@ -159,6 +159,22 @@ impl Client {
         Ok(reply)
     }
 
+    /// Moves the guest's clock by so many nanoseconds; what it is then. Nobody waits for it, so that a guest
+    /// that does not answer in time is not doubted for that.
+    pub async fn adjust_clock(&self, nanoseconds: i64) -> Result<i64, GuestError> {
+        let (call, deadline) = ("adjust_clock", deadline::QUICK);
+        let mut request = api::AdjustClockRequest::new();
+        request.adjust_ns = nanoseconds;
+        let answer = self.agent.adjust_clock(Context::default(), &request);
+        match timeout(deadline, answer).await {
+            Ok(Ok(reply)) => Ok(reply.wall_clock_ns),
+            Ok(Err(error)) => {
+                Err(GuestError::Transport { call, reason: checks::error_text(&error.to_string()) })
+            }
+            Err(_) => Err(GuestError::Timeout { call, deadline }),
+        }
+    }
+
     /// Reads a file of a volume back.
     pub async fn read_file(&self, request: &api::ReadFileRequest) -> Result<Vec<u8>, GuestError> {
         let call = "read_file";
@@ -202,6 +218,10 @@ impl Client {
     call! {
         /// Writes out and unmounts it.
         unmount_volume(UnmountVolumeRequest), UNMOUNT_VOLUME
+    }
+    call! {
+        /// Connects to a port of the pod's localhost.
+        forward(ForwardRequest), FORWARD
     }
     call! {
         /// Creates a container up to its first instruction.

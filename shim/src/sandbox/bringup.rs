@@ -20,8 +20,10 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::disks::Disks;
 use super::record::ProcessId;
-use super::{Guest, Handle, Opening, PodDisk, Progress, SandboxError, plan, teardown};
-use crate::guest::GuestChannel;
+use super::{
+    Guest, Handle, Opening, PodDisk, Progress, SandboxError, forward, identity, plan, teardown,
+};
+use crate::guest::{GuestChannel, GuestError};
 use crate::host::cgroup;
 use crate::host::net::{self, Wire};
 use crate::sizing::{self, Sizing};
@@ -325,6 +327,10 @@ impl Handle {
             .client
             .start_sandbox(&request)
             .await
+            .and_then(|reply| {
+                let (call, checked) = ("start_sandbox", identity::check(&request, &reply));
+                checked.map(|()| reply).map_err(|reason| GuestError::BadReply { call, reason })
+            })
             .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
         let inside =
             reply.phases.iter().fold(0, |sum: u64, phase| sum.saturating_add(phase.nanoseconds));
@@ -333,7 +339,10 @@ impl Handle {
         wire.as_ref()
             .map_or(Ok(()), Wire::open)
             .map_err(|error| SandboxError::host(id, "open the pod's network to its VM", error))?;
-        self.record(|record| record.machine_id = hex(machine_id))?;
+        self.record(|record| {
+            record.machine_id = identity::hex(&reply.machine_id);
+            record.boot_id.clone_from(&reply.boot_id);
+        })?;
         let (client, streams) = (channel.client, channel.streams);
         let mut guest = Guest { client, streams, vm, disks, pod_disk: Opening::done() };
         self.limit_disks(&guest, &wanted.annotations).await?;
@@ -351,13 +360,12 @@ impl Handle {
                 Ok(())
             });
         }
+        if let Some(netns) = &wanted.netns {
+            forward::serve(id, &guest, netns, channel.lost.clone());
+        }
         self.watch(guest.clone(), channel.events, channel.lost);
         Ok(guest)
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// `namespace/name`, where CRI gave them.

@@ -14,7 +14,9 @@ use oci_spec::runtime::{Process as OciProcess, Spec};
 
 use super::plan::{self, Plan, Source};
 use super::state::{self, Exit, Operation, Process, Status};
-use super::{CreateTask, Deleted, Guest, Handle, KILLED, SandboxError, SandboxEvent, StdioPaths};
+use super::{
+    CreateTask, Deleted, Guest, Handle, KILLED, Progress, SandboxError, SandboxEvent, StdioPaths,
+};
 use crate::host::patience::{self, PATIENCE};
 use crate::host::{block, mounts, oom};
 use crate::rootfs;
@@ -111,6 +113,7 @@ impl Handle {
             Err(error) => {
                 self.release(&task.id, acquired).await;
                 self.table().containers.remove(&task.id);
+                self.rate_vmm_again();
                 Err(error)
             }
         }
@@ -229,6 +232,15 @@ impl Handle {
         oom::set_of_pod(guest.vm.pid(), scores);
     }
 
+    /// The same, when a container has gone; without a guest there is nothing to rate.
+    fn rate_vmm_again(&self) {
+        let guest = match &*self.0.progress.borrow() {
+            Progress::Ready(guest) => guest.clone(),
+            _ => return,
+        };
+        self.rate_vmm(&guest);
+    }
+
     async fn create_in_guest(
         &self,
         guest: &Guest,
@@ -305,8 +317,9 @@ impl Handle {
             None if self.is_pause(id) => self.delete_pause(id).await?,
             None => self.delete_container(id).await?,
         };
-        let exec_id = exec.map(ToOwned::to_owned);
-        self.emit(SandboxEvent::Deleted { id: id.to_owned(), exec_id, deleted });
+        if exec.is_none() {
+            self.emit(SandboxEvent::Deleted { id: id.to_owned(), deleted });
+        }
         let last = {
             let table = self.table();
             table.leaving && table.is_empty()
@@ -333,6 +346,7 @@ impl Handle {
         self.release(id, acquired).await;
         self.end_execs(id).await;
         let container = self.table().containers.remove(id).ok_or_else(not_found)?;
+        self.rate_vmm_again();
         Ok(deleted(&container.process))
     }
 

@@ -12,8 +12,11 @@
 //! [`Progress`], which the bring-up sets once.
 
 mod bringup;
+mod clock;
 mod containers;
 pub(crate) mod disks;
+mod forward;
+mod identity;
 mod kubelet;
 pub mod lifecycle;
 pub mod orphans;

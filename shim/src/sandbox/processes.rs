@@ -1,20 +1,23 @@
 //! What containerd asks of processes: check the state, one call to the guest, note the outcome.
 
 use std::collections::HashMap;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use joey_protocol::api;
 use joey_protocol::ids::ExecId;
 
 use super::containers::Exec;
 use super::state::{self, Exit, Operation, Process, Status};
-use super::{ExecTask, Guest, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths};
+use super::{ExecTask, Guest, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths, clock};
 use crate::guest::GuestError;
 use crate::sizing;
 use crate::stdio::{Request, StdinEnd, Stdio};
 
 /// Exit status of a command that cannot be executed, as shells have it.
 const NOT_EXECUTED: u32 = 127;
+/// How often a guest is asked to thaw what it may have frozen.
+const THAWS: u32 = 5;
+const THAW_AGAIN: Duration = Duration::from_secs(2);
 
 /// The name of a process in errors.
 fn name(id: &str, exec: Option<&str>) -> String {
@@ -405,7 +408,15 @@ impl Handle {
         } else {
             guest.client.resume(&request).await
         };
-        answer.map_err(Self::guest_error(id, None))?;
+        if let Err(error) = answer {
+            if frozen && !matches!(error, GuestError::Refused { .. }) {
+                self.thaw(&guest, request);
+            }
+            return Err(Self::guest_error(id, None)(error));
+        }
+        if !frozen {
+            clock::look(&guest);
+        }
         self.with_process(id, None, |process| {
             process.freeze(frozen);
             Ok(())
@@ -413,6 +424,27 @@ impl Handle {
         let id = id.to_owned();
         self.emit(if frozen { SandboxEvent::Paused { id } } else { SandboxEvent::Resumed { id } });
         Ok(())
+    }
+
+    /// Takes back a pause of which the guest has not said how it went, and which for containerd never was.
+    fn thaw(&self, guest: &Guest, request: api::ContainerRequest) {
+        let (handle, client) = (self.clone(), guest.client.clone());
+        tokio::spawn(async move {
+            let id = &request.container_id;
+            for _ in 0..THAWS {
+                // Gone, or paused by a later call.
+                if handle.check(id, None, Operation::Pause).is_err() {
+                    return;
+                }
+                match client.resume(&request).await {
+                    Ok(()) | Err(GuestError::Lost { .. }) => return,
+                    Err(error) => {
+                        tracing::warn!(container = id, %error, "pause not taken back yet");
+                        tokio::time::sleep(THAW_AGAIN).await;
+                    }
+                }
+            }
+        });
     }
 
     /// Counters of a container. The sandbox's own task has no cgroup in the guest: zeroes.

@@ -70,9 +70,12 @@ pub struct Record {
     pub vmm: Option<ProcessId>,
     /// Whether it came from a template; `None` before it runs.
     pub cloned: Option<bool>,
-    /// The guest's machine id.
+    /// The guest's machine id, as the guest has it.
     #[serde(default)]
     pub machine_id: String,
+    /// The guest's boot id.
+    #[serde(default)]
+    pub boot_id: String,
     /// Seconds after the epoch when the shim started.
     pub started_at: u64,
 }

@@ -108,13 +108,16 @@ pub struct Process {
     exit: Option<Exit>,
     /// The end in effect.
     ended: watch::Sender<Option<Exit>>,
+    /// Whether the guest has told of an end, be it in effect or not.
+    told: bool,
 }
 
 impl Process {
     /// A process that is being built.
     #[must_use]
     pub fn new() -> Self {
-        Self { status: Status::Creating, pid: 0, exit: None, ended: watch::Sender::new(None) }
+        let ended = watch::Sender::new(None);
+        Self { status: Status::Creating, pid: 0, exit: None, ended, told: false }
     }
 
     /// Where it is.
@@ -185,6 +188,11 @@ impl Process {
             Status::Creating | Status::Starting => None,
             _ => self.settle(Status::Stopped),
         }
+    }
+
+    /// The guest tells of its end; whether that is the first time.
+    pub fn hears_end(&mut self) -> bool {
+        !std::mem::replace(&mut self.told, true)
     }
 
     /// Goes on to `next`, or ends if an end was kept back.

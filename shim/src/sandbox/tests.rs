@@ -1,5 +1,6 @@
 //! A sandbox on a fake machine: what containerd is told, and in which order.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,8 +19,11 @@ use super::*;
 use crate::guest::GuestChannel;
 use crate::vmm::fake::FakeVm;
 
-/// An agent whose starts end as `0` says; `None`: never.
-struct FakeAgent(Option<ttrpc::Code>);
+/// An agent whose starts end as it is told; `None`: never. Its containers are never frozen.
+struct FakeAgent {
+    starts: Option<ttrpc::Code>,
+    resumed: Arc<AtomicU32>,
+}
 
 #[async_trait]
 impl api::Agent for FakeAgent {
@@ -28,7 +32,7 @@ impl api::Agent for FakeAgent {
         _: &TtrpcContext,
         _: api::ProcessRequest,
     ) -> ttrpc::Result<api::StartResponse> {
-        match self.0 {
+        match self.starts {
             None => std::future::pending().await,
             Some(ttrpc::Code::OK) => Ok(api::StartResponse { pid: 7, ..Default::default() }),
             Some(code) => Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "no"))),
@@ -38,6 +42,29 @@ impl api::Agent for FakeAgent {
     async fn delete(&self, _: &TtrpcContext, _: api::ProcessRequest) -> ttrpc::Result<api::Empty> {
         Ok(api::Empty::new())
     }
+
+    async fn hello(
+        &self,
+        _: &TtrpcContext,
+        _: api::HelloRequest,
+    ) -> ttrpc::Result<api::HelloResponse> {
+        Ok(api::HelloResponse::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: api::ContainerRequest) -> ttrpc::Result<api::Empty> {
+        std::future::pending().await
+    }
+
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        _: api::ContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        match self.resumed.fetch_add(1, Ordering::Relaxed) {
+            0 => std::future::pending().await,
+            _ => Ok(api::Empty::new()),
+        }
+    }
 }
 
 struct Fake {
@@ -45,6 +72,7 @@ struct Fake {
     events: UnboundedReceiver<SandboxEvent>,
     guest: MuxStream,
     machine: JoinHandle<()>,
+    resumed: Arc<AtomicU32>,
     _server: ttrpc::r#async::Server,
     _run_dir: tempfile::TempDir,
 }
@@ -68,11 +96,12 @@ async fn sandbox(starts: Option<ttrpc::Code>) -> Fake {
     let machine = tokio::spawn(async move { drop(driver.await) });
     let calls = mux.open(STREAM_RPC).unwrap();
     let guest = mux.open(STREAM_EVENTS).unwrap();
+    let resumed = Arc::<AtomicU32>::default();
     let once = futures::stream::iter([Ok(calls)]);
     let listener = Listener::new(futures::StreamExt::chain(once, futures::stream::pending()));
-    let mut server = ttrpc::r#async::Server::new()
-        .add_listener(listener)
-        .register_service(api::create_agent(Arc::new(FakeAgent(starts))));
+    let mut server = ttrpc::r#async::Server::new().add_listener(listener).register_service(
+        api::create_agent(Arc::new(FakeAgent { starts, resumed: resumed.clone() })),
+    );
     server.start().await.unwrap();
     let channel = GuestChannel::connect(vm.take_channel().unwrap()).unwrap();
     let ready = Guest {
@@ -99,7 +128,7 @@ async fn sandbox(starts: Option<ttrpc::Code>) -> Fake {
         oom_told: None,
     };
     handle.table().containers.insert("c".to_owned(), container);
-    Fake { handle, events, guest, machine, _server: server, _run_dir: run_dir }
+    Fake { handle, events, guest, machine, resumed, _server: server, _run_dir: run_dir }
 }
 
 impl Fake {
@@ -150,7 +179,7 @@ impl Fake {
                 SandboxEvent::Exited { id, exec_id, exit, .. } => {
                     format!("exit {} {}", exec_id.unwrap_or(id), exit.status)
                 }
-                SandboxEvent::Deleted { id, deleted, .. } => {
+                SandboxEvent::Deleted { id, deleted } => {
                     format!("delete {id} {}", deleted.status)
                 }
                 other => format!("{other:?}"),
@@ -235,6 +264,41 @@ async fn a_kill_of_all_is_no_error_when_the_first_process_has_ended() {
     // The fake agent does not know the call: what is left is logged, not told.
     fake.handle.kill("c", None, 9, true).await.unwrap();
     fake.handle.kill("other", None, 9, true).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn a_guest_that_floods_with_exits_costs_no_more_than_one() {
+    let mut fake = sandbox(Some(ttrpc::Code::OK)).await;
+    fake.handle.start("c", None).await.unwrap();
+    let before = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    for status in 0..2000 {
+        fake.exit("", 3 + status % 200).await;
+        fake.exit("no-such-exec", 1).await;
+    }
+    // Told after them, and so heard after them.
+    fake.oom("c").await;
+    loop {
+        let told = fake.told();
+        if told.iter().any(|told| told.starts_with("Oom")) {
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
+    let alive = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    assert!(alive <= before + 1, "{before} tasks before, {alive} after");
+    assert_eq!(fake.handle.wait("c", None).await.unwrap().status, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pause_without_an_answer_is_taken_back() {
+    let mut fake = sandbox(Some(ttrpc::Code::OK)).await;
+    fake.handle.start("c", None).await.unwrap();
+    fake.handle.pause("c").await.unwrap_err();
+    while fake.resumed.load(Ordering::Relaxed) < 2 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert_eq!(fake.handle.state("c", None).await.unwrap().status, Status::Running);
+    assert_eq!(fake.told(), ["start c"]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -94,7 +94,8 @@ pub struct Deleted {
     pub exited_at: SystemTime,
 }
 
-/// Something containerd is told, in this order for each process: create, start, exit, delete.
+/// Something containerd is told, in this order for each process: create, start, exit, delete. An exec's deletion
+/// is not told, as runc's shim has it.
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "the fields are those of containerd's events")]
 pub enum SandboxEvent {
@@ -104,7 +105,7 @@ pub enum SandboxEvent {
     ExecStarted { id: String, exec_id: String, pid: u32 },
     Oom { id: String },
     Exited { id: String, exec_id: Option<String>, pid: u32, exit: Exit },
-    Deleted { id: String, exec_id: Option<String>, deleted: Deleted },
+    Deleted { id: String, deleted: Deleted },
     Paused { id: String },
     Resumed { id: String },
 }

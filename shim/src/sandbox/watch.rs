@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::plan::WriteBack;
 use super::state::Exit;
-use super::{Guest, Handle, KILLED, Progress, SandboxEvent};
+use super::{Guest, Handle, KILLED, Progress, SandboxEvent, clock};
 use crate::guest::{self, Event, Events, Lost};
 use crate::rootfs::described;
 use crate::stdio::DRAIN;
@@ -25,6 +25,7 @@ impl Handle {
     /// Starts the tasks that listen to the guest.
     pub(super) fn watch(&self, guest: Guest, mut events: Events, mut lost: Lost) {
         self.rate_vmm(&guest);
+        clock::follow(&guest, lost.clone());
         let handle = self.clone();
         let listening = guest.clone();
         let listener = tokio::spawn(async move {
@@ -69,12 +70,19 @@ impl Handle {
         let id = exit.container.to_string();
         let exec = exit.exec.as_ref().map(ToString::to_string);
         let (drained, write_back) = {
-            let table = self.table();
-            let Some(container) = table.containers.get(&id) else { return };
-            let copies = match &exec {
-                None => container.copies.as_ref(),
-                Some(exec) => container.execs.get(exec).and_then(|exec| exec.copies.as_ref()),
+            let mut table = self.table();
+            let Some(container) = table.containers.get_mut(&id) else { return };
+            let (process, copies) = match &exec {
+                None => (&mut container.process, container.copies.as_ref()),
+                Some(exec) => match container.execs.get_mut(exec) {
+                    Some(exec) => (&mut exec.process, exec.copies.as_ref()),
+                    None => return,
+                },
             };
+            // A process ends once, whatever a guest says: what is done for an end is bounded by that.
+            if !process.hears_end() {
+                return;
+            }
             let write_back = match exec {
                 None => container.acquired.write_back.clone(),
                 Some(_) => Vec::new(),

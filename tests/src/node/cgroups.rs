@@ -47,6 +47,32 @@ pub fn count_cpu(cgroup: &str, pid: u32) -> Result<()> {
         .with_context(|| format!("put {pid} into {}", folder.display()))
 }
 
+/// The file of a cgroup's memory controller, by its names in version 1 and version 2.
+fn memory_file(cgroup: &str, names: [&str; 2]) -> Result<PathBuf> {
+    let name = cgroup.trim_start_matches('/');
+    let root = Path::new("/sys/fs/cgroup");
+    let files = [root.join("memory").join(name).join(names[0]), root.join(name).join(names[1])];
+    let file = files.iter().find(|file| file.exists()).cloned();
+    file.with_context(|| format!("cgroup {cgroup} has no memory controller"))
+}
+
+/// Limits the memory of a cgroup, as the kubelet does a pod's.
+pub fn limit_memory(cgroup: &str, bytes: i64) -> Result<()> {
+    let file = memory_file(cgroup, ["memory.limit_in_bytes", "memory.max"])?;
+    fs::write(&file, bytes.to_string()).with_context(|| format!("write {}", file.display()))
+}
+
+/// Memory of a cgroup's processes that nothing but swap could take from them, in bytes.
+pub fn own_memory(cgroup: &str) -> Result<u64> {
+    let file = memory_file(cgroup, ["memory.stat", "memory.stat"])?;
+    let text = fs::read_to_string(&file)?;
+    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+    let (_, value) = lines
+        .find(|(name, _)| ["total_rss", "anon"].contains(name))
+        .with_context(|| format!("no total_rss or anon in {}", file.display()))?;
+    Ok(value.trim().parse()?)
+}
+
 /// A new cpuset (v1) is empty and takes no process; controllers (v2) must be switched on by the parent.
 fn inherit(parent: &Path, folder: &Path) {
     for file in ["cpuset.cpus", "cpuset.mems"] {

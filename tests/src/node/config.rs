@@ -40,6 +40,23 @@ impl std::str::FromStr for Version {
 /// Name of the image that holds a pod's namespaces with handler runc.
 pub const PAUSE: &str = "localhost/pause:1";
 
+/// The handler whose containers have the limits of [`limits`].
+pub const LIMITED: &str = "joey-limited";
+/// Its base specification, below the node's folder.
+pub const LIMITS: &str = "limits.json";
+
+/// containerd's own default specification with resource limits of processes.
+pub fn limits(default: &str) -> serde_json::Result<String> {
+    let mut spec: serde_json::Value = serde_json::from_str(default)?;
+    let limit = |name: &str, soft: u64, hard: u64| serde_json::json!({"type": format!("RLIMIT_{name}"), "soft": soft, "hard": hard});
+    spec["process"]["rlimits"] = serde_json::json!([
+        limit("NOFILE", 1234, 4321),
+        limit("CORE", 0, 0),
+        limit("MEMLOCK", 65536, 131_072)
+    ]);
+    serde_json::to_string(&spec)
+}
+
 /// containerd's configuration for a node in `dir`.
 pub fn containerd(version: Version, dir: &Path) -> String {
     let dir = dir.display();
@@ -130,6 +147,10 @@ fn runtimes(section: &str, version: Version, dir: &str) -> String {
     text += &joey("joey", &options);
     // The shim's own conversion of what containerd's own snapshotter has unpacked.
     text += &joey("joey-overlayfs", "");
+    text += &joey(
+        LIMITED,
+        &format!("snapshotter = \"joey\"\nbase_runtime_spec = \"{dir}/{LIMITS}\"\n"),
+    );
     if version == Version::V2_1 {
         text += &joey("joey-sandboxed", "sandboxer = \"shim\"\n");
     }

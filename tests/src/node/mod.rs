@@ -76,6 +76,7 @@ impl Node {
             snapshotter: Mutex::new(None),
             dir,
         };
+        fs::write(node.dir.join(config::LIMITS), config::limits(&node.ctr(&["oci", "spec"])?)?)?;
         node.start_snapshotter()?;
         node.start_containerd()?;
         for archive in image::standard(&node.dir.join("images"), config::PAUSE)? {
@@ -248,6 +249,36 @@ impl Node {
 
     /// Runs containerd's own client; returns its standard output.
     pub fn ctr(&self, arguments: &[&str]) -> Result<String> {
+        self.finish(arguments, self.ctr_command(arguments))
+    }
+
+    /// As [`Self::ctr`], with what a shell command prints as its input.
+    pub fn ctr_fed(&self, feed: &str, arguments: &[&str]) -> Result<String> {
+        let ctr = self.ctr_command(arguments);
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("({feed}) | exec \"$@\""), "sh"]);
+        command.arg(ctr.get_program()).args(ctr.get_args()).stdin(Stdio::null());
+        command.envs(ctr.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        self.finish(arguments, command)
+    }
+
+    fn finish(&self, arguments: &[&str], command: Command) -> Result<String> {
+        let output = self.run_inside(command)?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            bail!("ctr {}: {}\n{text}", arguments.join(" "), output.status);
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Starts containerd's own client, its output into a file.
+    pub fn ctr_to(&self, arguments: &[&str], file: &Path) -> Result<Child> {
+        let mut command = self.ctr_command(arguments);
+        command.stdout(File::create(file)?).stderr(Stdio::null());
+        holder::spawn_inside(self.holder, command)
+    }
+
+    fn ctr_command(&self, arguments: &[&str]) -> Command {
         let bin = paths::deps().join(format!("containerd-{}/usr/bin", self.version.name()));
         let mut command = Command::new(bin.join("ctr"));
         command.arg("--address").arg(self.socket()).args(["-n", "k8s.io"]).args(arguments);
@@ -255,12 +286,7 @@ impl Node {
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{}:{path}", paths::binaries().display()));
         command.stdin(Stdio::null());
-        let output = self.run_inside(command)?;
-        if !output.status.success() {
-            let text = String::from_utf8_lossy(&output.stderr).into_owned();
-            bail!("ctr {}: {}\n{text}", arguments.join(" "), output.status);
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        command
     }
 
     /// Starts a command in the node's namespaces.

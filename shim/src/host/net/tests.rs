@@ -41,7 +41,9 @@ struct Lab {
 impl Lab {
     fn new() -> Option<Self> {
         if !nix::unistd::geteuid().is_root() || !Path::new("/dev/net/tun").exists() {
-            println!("skipped: needs root and /dev/net/tun");
+            // Not by a macro, whose output a harness keeps for itself when a test passes.
+            let why = "\nSKIPPED the pod's wire: needs root and /dev/net/tun\n";
+            let _ = io::Write::write_all(&mut io::stdout(), why.as_bytes());
             return None;
         }
         let number = LABS.fetch_add(1, Ordering::Relaxed);
