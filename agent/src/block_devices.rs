@@ -104,7 +104,7 @@ pub(crate) fn name(
 
 /// The device's numbers in this guest. One that another container has is left as it is: for a new look at its
 /// size the driver would have to let go of it, under whoever uses it.
-fn find(wanted: &api::BlockDevice, in_use: bool) -> Result<Numbers, StorageError> {
+pub(crate) fn find(wanted: &api::BlockDevice, in_use: bool) -> Result<Numbers, StorageError> {
     let slot = wanted.slot;
     let device = storage::device(slot)?;
     let failed = |source| StorageError::Device { slot, device: device.clone(), source };

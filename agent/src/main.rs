@@ -15,6 +15,7 @@ mod container;
 mod containers;
 mod damage;
 mod device_mapper;
+mod disk_volumes;
 mod events;
 mod fd_io;
 mod forward;
@@ -83,6 +84,9 @@ fn main() -> ExitCode {
     }
     if std::env::args_os().nth(1).is_some_and(|argument| argument == pod_disk::REMOVE) {
         return pod_disk::remove(std::env::args_os().nth(2));
+    }
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == disk_volumes::PROGRAM) {
+        return disk_volumes::main(std::env::args_os().nth(2));
     }
     if std::process::id() != 1 {
         warning!("this program is the init process of a Joey guest; it does nothing elsewhere");

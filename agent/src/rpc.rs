@@ -95,6 +95,24 @@ impl api::Agent for Service {
         done(self.0.share_files(&request))
     }
 
+    async fn mount_volume(
+        &self,
+        _: &TtrpcContext,
+        request: api::MountVolumeRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        done(self.0.to_the_end(sandbox.mount_volume(request)).await)
+    }
+
+    async fn unmount_volume(
+        &self,
+        _: &TtrpcContext,
+        request: api::UnmountVolumeRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        done(self.0.to_the_end(sandbox.unmount_volume(request)).await)
+    }
+
     async fn read_file(
         &self,
         _: &TtrpcContext,

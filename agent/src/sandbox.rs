@@ -23,6 +23,7 @@ use ttrpc::Code;
 use crate::block_devices;
 use crate::container::{Kind, Spares};
 use crate::containers::Containers;
+use crate::disk_volumes::{DiskVolumeError, DiskVolumes};
 use crate::events::Events;
 use crate::forward::{self, ForwardError};
 use crate::identity::{self, IdentityError, Prepared};
@@ -69,6 +70,9 @@ pub(crate) enum SandboxError {
     /// Files of the host are not shared.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// A disk is not mounted, or not unmounted.
+    #[error(transparent)]
+    DiskVolume(#[from] DiskVolumeError),
     /// The request cannot be followed.
     #[error("{0}")]
     Invalid(String),
@@ -145,6 +149,7 @@ impl SandboxError {
             }
             Self::Forward(ForwardError::Connect { .. }) => Code::UNAVAILABLE,
             Self::Share(_) | Self::Forward(_) => Code::INVALID_ARGUMENT,
+            Self::DiskVolume(DiskVolumeError::Unknown { .. }) => Code::UNIMPLEMENTED,
             Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Engine(error) => match error.kind {
                 Kind::Invalid => Code::INVALID_ARGUMENT,
@@ -159,6 +164,7 @@ impl SandboxError {
             | Self::Resize(_)
             | Self::PodPid(_)
             | Self::Storage(_)
+            | Self::DiskVolume(_)
             | Self::Cancelled => Code::INTERNAL,
         }
     }
@@ -187,6 +193,8 @@ pub(crate) struct Sandbox {
     pub(crate) containers: Containers,
     /// The disks in use.
     pub(crate) slots: SharedSlots,
+    /// Those of them that are mounted for all containers.
+    pub(crate) disk_volumes: DiskVolumes,
     /// Those of them that are containers' devices.
     pub(crate) devices: block_devices::Users,
     /// The channel, for stdio.
@@ -215,6 +223,7 @@ impl Sandbox {
             spares: Spares::new(SOURCES),
             containers: Containers::default(),
             slots: SharedSlots::default(),
+            disk_volumes: DiskVolumes::default(),
             devices: block_devices::Users::default(),
             mux,
             reaper,

@@ -17,7 +17,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, fchmod};
 use oci_spec::runtime::Spec;
 
-use crate::{paths, pod_disk, rootfs, share};
+use crate::{disk_volumes, paths, pod_disk, rootfs, share};
 
 /// Where volumes lie.
 pub(crate) const VOLUMES: &str = "/run/joey/volumes";
@@ -66,7 +66,8 @@ pub(crate) fn bind_source(
     };
     let (id, below) = named.split_once('/').unwrap_or((named, ""));
     let id = VolumeId::new(id).map_err(|error| error.to_string())?;
-    let places = [VOLUMES, pod_disk::VOLUMES].map(|place| Path::new(place).join(id.as_str()));
+    let places = [VOLUMES, pod_disk::VOLUMES, disk_volumes::MOUNTS]
+        .map(|place| Path::new(place).join(id.as_str()));
     let shared = Path::new(share::SHARES).join(id.as_str());
     let shared = shared.exists().then(|| shared.join(SHARED));
     let volume = places.into_iter().find(|path| path.exists()).or(shared);

@@ -72,6 +72,8 @@ pub struct Config {
     /// Where the sandboxes' writable disks are, files without a name; `None`: `state_dir/disks`, see
     /// [`Config::disk_dir`].
     pub disk_dir: Option<PathBuf>,
+    /// Where CSI drivers leave what the guest is to mount in place of the host.
+    pub direct_volumes_dir: PathBuf,
     /// Kernel and initramfs of the guest; `None`: `state_dir/guest`, see [`Config::guest_dir`].
     pub guest_dir: Option<PathBuf>,
     /// QEMU; `None`: searched for.
@@ -115,6 +117,7 @@ impl Default for Config {
             state_dir: "/var/lib/joey".into(),
             run_dir: "/run/joey".into(),
             disk_dir: None,
+            direct_volumes_dir: "/run/kata-containers/shared/direct-volumes".into(),
             guest_dir: None,
             qemu: None,
             bpf_dir: "/sys/fs/bpf/joey".into(),
@@ -220,6 +223,7 @@ impl Config {
             ("state_dir", Some(&self.state_dir)),
             ("run_dir", Some(&self.run_dir)),
             ("bpf_dir", Some(&self.bpf_dir)),
+            ("direct_volumes_dir", Some(&self.direct_volumes_dir)),
             ("disk_dir", self.disk_dir.as_ref()),
             ("guest_dir", self.guest_dir.as_ref()),
             ("qemu", self.qemu.as_ref()),

@@ -248,6 +248,19 @@ pub(crate) fn keep_capabilities_with_user() -> nix::Result<()> {
     nix::Error::result(result).map(drop)
 }
 
+/// Has the kernel run a filter of system calls for this thread, and for those it will make.
+pub(crate) fn set_seccomp_filter(program: &[libc::sock_filter]) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(io::Error::other)?,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: the kernel only reads the program, which is as long as it says.
+    let result = unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Closes every descriptor from this number on, in a process that owns none of them yet.
 pub(crate) fn close_from(first: libc::c_uint) -> io::Result<()> {
     // SAFETY: the caller has nothing open that anything relies on.

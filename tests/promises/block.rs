@@ -20,13 +20,16 @@ pub const TESTS: &[Test] = &[
 const MIB: u64 = 1 << 20;
 
 /// A block device over a file, until dropped.
-struct Loop {
-    device: String,
-    file: PathBuf,
+pub struct Loop {
+    /// The device's path.
+    pub device: String,
+    /// What is behind it.
+    pub file: PathBuf,
 }
 
 impl Loop {
-    fn new(ctx: &Context<'_>, bytes: u64) -> Result<Self> {
+    /// A device of so many zero bytes.
+    pub fn new(ctx: &Context<'_>, bytes: u64) -> Result<Self> {
         let file = ctx.node.dir().join(format!("block-{}", pod::serial()));
         File::create_new(&file)?.set_len(bytes)?;
         let made = Command::new("losetup").args(["--find", "--show"]).arg(&file).output()?;

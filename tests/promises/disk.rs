@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "disk::full_is_the_pods_alone", run: full_is_the_pods_alone },
     Test { name: "disk::layers_come_and_go", run: layers_come_and_go },
     Test { name: "disk::has_its_speed", run: has_its_speed },
+    Test { name: "disk::reads_and_operations_have_theirs", run: reads_and_operations_have_theirs },
     Test { name: "disk::memory_has_its_limit", run: memory_has_its_limit },
     Test { name: "disk::host_sees_nothing", run: host_sees_nothing },
 ];
@@ -113,6 +114,33 @@ fn has_its_speed(ctx: &Context<'_>) -> Result<()> {
     let took = write(2)?;
     ensure!(took >= Duration::from_millis(3000), "2 MiB at 512 KiB/s took {took:?}");
     refused("a limit that is none", limit("fast"), "io.joey.disk.write-bytes")?;
+    pod.remove()
+}
+
+fn reads_and_operations_have_theirs(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = ctx.pod("operations")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    let run = |script: &str| {
+        let begun = Instant::now();
+        let said = container.sh(&format!("{script} 2>&1; echo $?"))?;
+        ensure!(said.text().ends_with('0'), "{}", said.text());
+        Ok(begun.elapsed())
+    };
+    run("dd if=/dev/zero of=/f bs=256k count=16 oflag=direct")?;
+    for (option, value, script) in [
+        ("--read-bytes", "2Mi", "dd if=/f of=/dev/null bs=256k count=16 iflag=direct"),
+        ("--read-operations", "50", "dd if=/f of=/dev/null bs=4k count=150 iflag=direct"),
+        ("--write-operations", "50", "dd if=/dev/zero of=/f bs=4k count=150 oflag=direct"),
+    ] {
+        ctx.node.joey(&["limit", &pod.id, option, value])?;
+        let took = run(script)?;
+        ctx.node.joey(&["limit", &pod.id, option, "0"])?;
+        ensure!(
+            took >= Duration::from_millis(1500),
+            "{script} with {option} {value} took {took:?}"
+        );
+    }
     pod.remove()
 }
 

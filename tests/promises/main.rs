@@ -8,6 +8,7 @@
 
 mod block;
 mod context;
+mod direct;
 mod disk;
 mod events;
 mod faults;
@@ -17,6 +18,7 @@ mod io;
 mod lifecycle;
 mod limits;
 mod network;
+mod registry;
 mod restart;
 mod security;
 mod share;
@@ -86,8 +88,10 @@ fn tests() -> Vec<Test> {
     [
         lifecycle::TESTS,
         storage::TESTS,
+        registry::TESTS,
         disk::TESTS,
         block::TESTS,
+        direct::TESTS,
         share::TESTS,
         volumes::TESTS,
         io::TESTS,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use joey_tests::pod::{self, Pod, SOON};
-use k8s_cri::v1::NamespaceMode;
+use k8s_cri::v1::{NamespaceMode, NamespaceOption};
 
 use crate::context::{Context, Test, holds, refused, same};
 
@@ -18,6 +18,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "network::large_transfer", run: large_transfer },
     Test { name: "network::port_forward", run: port_forward },
     Test { name: "network::host_network_is_refused", run: host_network },
+    Test { name: "network::host_ipc_is_refused", run: host_ipc },
 ];
 
 /// Asks for `/` until a server answers.
@@ -201,11 +202,20 @@ fn large_transfer(ctx: &Context<'_>) -> Result<()> {
 }
 
 fn host_network(ctx: &Context<'_>) -> Result<()> {
+    on_node(ctx, "host network", |namespaces| namespaces.network = NamespaceMode::Node.into())
+}
+
+fn host_ipc(ctx: &Context<'_>) -> Result<()> {
+    on_node(ctx, "host IPC", |namespaces| namespaces.ipc = NamespaceMode::Node.into())
+}
+
+/// A pod that asks for a namespace of the node is refused.
+fn on_node(ctx: &Context<'_>, what: &str, ask: fn(&mut NamespaceOption)) -> Result<()> {
     ctx.only_joey()?;
-    let mut config = pod::config(ctx.node, "hostnet");
+    let mut config = pod::config(ctx.node, "onnode");
     let security = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
     if let Some(namespaces) = security.and_then(|s| s.namespace_options.as_mut()) {
-        namespaces.network = NamespaceMode::Node.into();
+        ask(namespaces);
     }
-    refused("host network", Pod::run_with(ctx.node, ctx.handler, config), "host network")
+    refused(what, Pod::run_with(ctx.node, ctx.handler, config), what)
 }

@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::context::{Context, Test, holds, refused, same};
-use crate::volumes::{mounted, volume};
+use crate::volumes::{mounted, publish, volume};
 
 pub const TESTS: &[Test] = &[
     Test { name: "share::both_sides_see_each_other", run: both_sides_see_each_other },
@@ -25,6 +25,8 @@ pub const TESTS: &[Test] = &[
     Test { name: "share::server_is_confined_and_may_die", run: server_is_confined_and_may_die },
     Test { name: "share::kernel_paths_are_the_guests", run: kernel_paths_are_the_guests },
     Test { name: "share::sub_path_of_an_empty_dir", run: sub_path_of_an_empty_dir },
+    Test { name: "share::programs_run", run: programs_run },
+    Test { name: "share::sub_paths_of_the_host", run: sub_paths_of_the_host },
 ];
 
 /// A directory of the host.
@@ -208,6 +210,7 @@ fn server_is_confined_and_may_die(ctx: &Context<'_>) -> Result<()> {
     same("its root", root[0].file_name().to_str(), Some("shared"))?;
     let status = fs::read_to_string(format!("/proc/{server}/status"))?;
     holds("privileges", &status, "NoNewPrivs:\t1")?;
+    holds("a filter of system calls", &status, "Seccomp:\t2")?;
     // CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID.
     holds("capabilities", &status, "CapBnd:\t00000000000000df")?;
     holds("capabilities", &status, "CapEff:\t00000000000000df")?;
@@ -261,4 +264,52 @@ fn sub_path_of_an_empty_dir(ctx: &Context<'_>) -> Result<()> {
     unmount.arg(&target);
     ctx.node.run_inside(unmount)?;
     done
+}
+
+/// The kubelet mounts what a `subPath` means, or a `subPathExpr` once its variables are known.
+fn sub_paths_of_the_host(ctx: &Context<'_>) -> Result<()> {
+    let host = directory(ctx)?;
+    fs::create_dir_all(host.join("a/b"))?;
+    fs::write(host.join("a/secret"), "not this")?;
+    let settings = volume(ctx, "configmap", "settings")?;
+    publish(&settings, 1, &[("key", "first"), ("other", "not this")])?;
+    let pods = settings.ancestors().nth(3).context("the pod's folder")?.to_owned();
+    let part = |volume: &str, index: u32| pods.join(format!("volume-subpaths/{volume}/c/{index}"));
+    let (folder, file) = (part("host", 0), part("settings", 1));
+    fs::create_dir_all(&folder)?;
+    fs::create_dir_all(file.parent().context("its folder")?)?;
+    fs::write(&file, "")?;
+    let inside = |program: &str, paths: &[&std::path::Path]| {
+        let mut command = Command::new(program);
+        command.args(paths);
+        ctx.node.run_inside(command)
+    };
+    let bind = std::path::Path::new("--bind");
+    inside("mount", &[bind, &host.join("a/b"), &folder])?;
+    inside("mount", &[bind, &settings.join("..data/key").canonicalize()?, &file])?;
+    let pod = ctx.pod("subpaths")?;
+    let config = mounted(pod::script("c", "sleep 1000"), "/part", &folder, false);
+    let container = pod.start(&mounted(config, "/etc/key", &file, true))?;
+    let script = "ls -A /part | wc -l; cat /etc/key; echo from the guest > /part/f";
+    same("the parts alone", container.sh(script)?.text(), "0\nfirst")?;
+    same("live", fs::read_to_string(host.join("a/b/f"))?.as_str(), "from the guest\n")?;
+    fs::write(host.join("a/b/f"), "from the host")?;
+    same("both ways", container.sh("cat /part/f")?.text(), "from the host")?;
+    // As with any runtime: who has a part of a configMap does not see it change.
+    publish(&settings, 2, &[("key", "second"), ("other", "not this")])?;
+    std::thread::sleep(Duration::from_millis(500));
+    same("as it was", container.sh("cat /etc/key")?.text(), "first")?;
+    let done = pod.remove();
+    inside("umount", &[&folder])?;
+    inside("umount", &[&file])?;
+    done
+}
+
+fn programs_run(ctx: &Context<'_>) -> Result<()> {
+    let folder = directory(ctx)?;
+    let pod = ctx.pod("programs")?;
+    let container = pod.start(&mounted(pod::script("c", "sleep 1000"), "/data", &folder, false))?;
+    let script = "cp /bin/busybox /data/busybox; /data/busybox echo ran 2>&1";
+    same("a program", container.sh(script)?.text(), "ran")?;
+    pod.remove()
 }

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use joey_tests::image::{self, BUSYBOX, Layer};
+use joey_tests::node::config::Version;
 use joey_tests::pod::{self, SOON};
-use k8s_cri::v1::ContainerConfig;
+use k8s_cri::v1::{ContainerConfig, ImageSpec, Mount};
 
 use crate::context::{Context, Test, holds, refused, same, skip};
 
@@ -21,6 +22,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "storage::many_layers", run: many_layers },
     Test { name: "storage::volumes_of_an_image", run: volumes_of_an_image },
     Test { name: "storage::image_as_a_volume", run: image_as_a_volume },
+    Test { name: "storage::image_volume_of_cri", run: image_volume_of_cri },
     Test { name: "storage::flipped_bit_is_an_error", run: flipped_bit_is_an_error },
     Test { name: "storage::pods_outlive_the_snapshotter", run: pods_outlive_the_snapshotter },
     Test { name: "storage::killed_at_every_write", run: killed_at_every_write },
@@ -235,10 +237,40 @@ fn image_as_a_volume(ctx: &Context<'_>) -> Result<()> {
     let script = "cat /mnt/model/weights; echo; ls /mnt | grep -c bin; touch /mnt/x 2>&1";
     let other = pod::script("c", script);
     let seen = pod.finish(&crate::volumes::mounted(other, "/mnt", &place, true));
+    // The same without the description, which is the next container's only.
+    let description = disk.join("disk.json");
+    fs::rename(&description, disk.join("gone"))?;
+    let config = crate::volumes::mounted(pod::script("u", "ls /mnt"), "/mnt", &place, true);
+    let undescribed = pod.finish(&config);
+    fs::rename(disk.join("gone"), &description)?;
     let mut unmount = Command::new("umount");
     unmount.arg(&place);
     ctx.node.run_inside(unmount)?;
+    refused("without its description", undescribed, "disk.json")?;
     holds("content", &seen?.text(), "weights\n1\ntouch: /mnt/x: Read-only file system")?;
+    pod.remove()
+}
+
+/// An image that a pod asks for as a volume, by CRI.
+fn image_volume_of_cri(ctx: &Context<'_>) -> Result<()> {
+    only_its_own(ctx)?;
+    if ctx.node.version == Version::V1_7 {
+        skip("containerd 1.7 knows no images as volumes")?;
+    }
+    let layer = Layer::default().file("model/weights", 0o644, b"weights")?;
+    let image = Image::import(ctx, "crimodel", vec![layer])?;
+    let pod = ctx.pod("crimodel")?;
+    let script =
+        "cat /mnt/model/weights; echo; grep -c ' /mnt erofs ro' /proc/mounts; touch /mnt/x 2>&1";
+    let mut config = pod::script("c", script);
+    config.mounts.push(Mount {
+        container_path: "/mnt".into(),
+        image: Some(ImageSpec { image: image.name.clone(), ..ImageSpec::default() }),
+        readonly: true,
+        ..Mount::default()
+    });
+    let seen = pod.finish(&config)?.text();
+    holds("content", &seen, "weights\n1\ntouch: /mnt/x: Read-only file system")?;
     pod.remove()
 }
 

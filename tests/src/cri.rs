@@ -12,9 +12,10 @@ use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerStats, ContainerStatsRequest, ContainerStatus,
     ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec,
     ListContainersRequest, ListImagesRequest, ListPodSandboxRequest, PodSandboxConfig,
-    PodSandboxStatus, PodSandboxStatusRequest, PortForwardRequest, RemoveContainerRequest,
-    RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest, VersionRequest,
+    PodSandboxStatus, PodSandboxStatusRequest, PortForwardRequest, PullImageRequest,
+    RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    UpdateContainerResourcesRequest, VersionRequest,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -131,6 +132,16 @@ impl Cri {
         let request = ListImagesRequest { filter: None };
         let answer = wait("ListImages", self.images.clone().list_images(request))?;
         Ok(answer.images.into_iter().flat_map(|image| image.repo_tags).collect())
+    }
+
+    /// Pulls an image for pods of a runtime handler, as the kubelet does for its first such pod.
+    pub fn pull(&self, name: &str, handler: &str) -> Result<()> {
+        const HANDLER: &str = "io.containerd.cri.runtime-handler";
+        let annotations = [(HANDLER.to_owned(), handler.to_owned())];
+        let image =
+            ImageSpec { image: name.into(), annotations: annotations.into(), ..Default::default() };
+        let request = PullImageRequest { image: Some(image), ..Default::default() };
+        wait("PullImage", self.images.clone().pull_image(request)).map(drop)
     }
 
     /// Removes an image.

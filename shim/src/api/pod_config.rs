@@ -30,6 +30,7 @@ pub struct PodConfig {
     cpu_shares: u64,
     memory: u64,
     network_mode: u64,
+    ipc_mode: u64,
 }
 
 /// Calls `field` for each field of a message: its number and the reader placed at its value.
@@ -126,10 +127,12 @@ impl PodConfig {
             }
             let options = input.read_bytes()?;
             fields(&options, |number, input| {
-                if number == 1 {
-                    self.network_mode = input.read_uint64()?;
+                match number {
+                    1 => self.network_mode = input.read_uint64()?,
+                    3 => self.ipc_mode = input.read_uint64()?,
+                    _ => return Ok(false),
                 }
-                Ok(number == 1)
+                Ok(true)
             })?;
             Ok(true)
         })
@@ -148,16 +151,9 @@ impl PodConfig {
         })
     }
 
-    /// What the sandbox is to be; the network namespace is told beside it.
-    ///
-    /// # Errors
-    /// The pod asks for the host's network.
-    pub fn into_request(self) -> Result<SandboxRequest, String> {
-        if self.network_mode == NODE {
-            return Err("host network (hostNetwork: true) is not supported: the pod's network is \
-                        its virtual machine's own"
-                .to_owned());
-        }
+    /// What the sandbox is to be; the network namespace is told beside it. What it cannot have is refused when it
+    /// is started.
+    pub fn into_request(self) -> SandboxRequest {
         let files = self.files();
         let mut annotations = self.annotations;
         let resources = [
@@ -171,14 +167,16 @@ impl PodConfig {
             let signed = i64::from_ne_bytes(value.to_ne_bytes());
             annotations.insert(format!("io.kubernetes.cri.sandbox-{name}"), signed.to_string());
         }
-        Ok(SandboxRequest {
+        SandboxRequest {
             netns: None,
+            host_network: self.network_mode == NODE,
+            host_ipc: self.ipc_mode == NODE,
             hostname: self.hostname,
             cgroup_parent: self.cgroup_parent,
             sysctls: self.sysctls.into_iter().collect(),
             annotations,
             files,
-        })
+        }
     }
 
     /// The pod's /etc files, as containerd's pause mode writes them.
@@ -218,6 +216,15 @@ mod tests {
     }
 
     #[test]
+    fn the_hosts_namespaces_are_noticed() {
+        for (number, found) in [(1, (true, false)), (2, (false, false)), (3, (false, true))] {
+            let pod = field(8, &field(2, &field(1, &[number << 3, 2])));
+            let request = decode(&pod).unwrap().into_request();
+            assert_eq!((request.host_network, request.host_ipc), found);
+        }
+    }
+
+    #[test]
     fn the_fields_of_a_pod_are_found_and_the_rest_skipped() {
         let metadata = [field(1, b"web"), field(2, b"uid-1"), field(3, b"shop")].concat();
         let dns = [field(1, b"10.0.0.10"), field(2, b"svc.local")].concat();
@@ -231,7 +238,7 @@ mod tests {
             field(8, &linux),
         ]
         .concat();
-        let request = decode(&bytes).unwrap().into_request().unwrap();
+        let request = decode(&bytes).unwrap().into_request();
         assert_eq!(request.hostname, "web-0");
         assert_eq!(request.cgroup_parent, "/kubepods/pod1");
         assert_eq!(request.annotations["io.joey.vcpus"], "2");
@@ -245,6 +252,6 @@ mod tests {
     fn what_is_no_message_is_an_error() {
         assert!(decode(&[0xff, 0xff, 0xff]).is_err());
         let host = field(8, &field(2, &field(1, &[1 << 3, 2])));
-        assert!(decode(&host).unwrap().into_request().unwrap_err().contains("host network"));
+        assert!(decode(&host).unwrap().into_request().host_network);
     }
 }

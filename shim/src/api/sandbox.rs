@@ -59,7 +59,7 @@ impl Sandbox for SandboxService {
     ) -> TtrpcResult<CreateSandboxResponse> {
         self.check(&request.sandbox_id)?;
         let pod = decode(request.options.as_ref())?;
-        let mut wanted = pod.into_request().map_err(invalid)?;
+        let mut wanted = pod.into_request();
         wanted.netns = (!request.netns_path.is_empty()).then(|| PathBuf::from(request.netns_path));
         wanted.annotations.extend(request.annotations);
         self.0.create_sandbox(wanted).await.map_err(to_rpc)?;

@@ -216,6 +216,14 @@ impl Client {
         forward(ForwardRequest), FORWARD
     }
     call! {
+        /// Mounts the file system on a disk.
+        mount_volume(MountVolumeRequest), MOUNT_VOLUME
+    }
+    call! {
+        /// Writes out and unmounts it.
+        unmount_volume(UnmountVolumeRequest), UNMOUNT_VOLUME
+    }
+    call! {
         /// Creates a container up to its first instruction.
         create_container(CreateContainerRequest) -> CreateContainerResponse, CREATE, checks::created
     }

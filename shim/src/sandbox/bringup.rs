@@ -37,6 +37,8 @@ pub(crate) struct Wanted {
     pub(super) netns: Option<PathBuf>,
     /// Whether the pod asks for the host's network: CRI then names no network namespace at all.
     pub(super) host_network: bool,
+    /// Whether the pod asks for the host's IPC: there is no IPC namespace for it either.
+    pub(super) host_ipc: bool,
     /// Host name.
     pub(super) hostname: String,
     /// OCI's `cgroupsPath`.
@@ -56,11 +58,11 @@ impl Wanted {
             let network = all.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?;
             network.path().clone()
         });
-        let isolated = namespaces
-            .is_some_and(|all| all.iter().any(|n| n.typ() == LinuxNamespaceType::Network));
+        let isolated = |kind| namespaces.is_some_and(|all| all.iter().any(|n| n.typ() == kind));
         Self {
             netns,
-            host_network: !isolated,
+            host_network: !isolated(LinuxNamespaceType::Network),
+            host_ipc: !isolated(LinuxNamespaceType::Ipc),
             hostname: spec.hostname().clone().unwrap_or_default(),
             cgroups_path: linux
                 .and_then(|linux| linux.cgroups_path().as_ref())
@@ -200,6 +202,12 @@ impl Handle {
             }
             other => other.clone(),
         };
+        if wanted.host_ipc {
+            return Err(refuse(
+                &"host IPC (hostIPC: true) is not supported: the pod's shared memory, semaphores \
+                and message queues are its virtual machine's own",
+            ));
+        }
         let path = wanted.cgroups_path.clone().unwrap_or_else(|| format!("/joey/{id}"));
         let cgroups = cgroup::directories(&path).map_err(|error| refuse(&error))?;
         self.record(|record| {

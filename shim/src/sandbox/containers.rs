@@ -22,6 +22,7 @@ use crate::host::{block, mounts, oom};
 use crate::rootfs;
 use crate::rootfs::{FileSystem, Image, described};
 use crate::stdio::{Copies, DRAIN, Stdio};
+use crate::volumes::direct;
 
 /// How long the exits of a deleted container's execs may take: their output is read first.
 const LAST_EXITS: Duration = DRAIN.saturating_add(Duration::from_secs(1));
@@ -55,6 +56,8 @@ pub(crate) struct Exec {
 #[derive(Clone, Default)]
 pub(crate) struct Acquired {
     pub(super) slots: Vec<u32>,
+    /// Volumes that the guest mounts from disks.
+    direct: Vec<String>,
     /// Whether the guest knows the container.
     in_guest: bool,
     /// Files that are written back to the host when the container ends.
@@ -158,9 +161,20 @@ impl Handle {
         self.0.timeline.host("disk", id, start);
         let start = Instant::now();
         for volume in &plan.volumes {
-            if let Source::Shared(shared) = &volume.source {
-                let opened = self.0.shares.open(&guest, volume, shared).await;
-                opened.map_err(|error| SandboxError::host(id, "share files of the host", error))?;
+            match &volume.source {
+                Source::Shared(shared) => {
+                    let opened = self.0.shares.open(&guest, volume, shared).await;
+                    opened.map_err(|error| {
+                        SandboxError::host(id, "share files of the host", error)
+                    })?;
+                }
+                Source::Direct(direct) => {
+                    let opened = self.0.direct.open(&guest, volume, direct).await;
+                    opened
+                        .map_err(|error| SandboxError::host(id, "mount a disk's files", error))?;
+                    acquired.direct.push(volume.id.clone());
+                }
+                _ => {}
             }
         }
         self.0
@@ -186,6 +200,7 @@ impl Handle {
         let vmm_pid = self.table().vmm_pid;
         let pod_files = self.0.pod_files.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let looked = Arc::new(Mutex::new(PathBuf::new()));
+        let config = self.0.config.clone();
         let (asked, noted) = (spec.clone(), looked.clone());
         let planning = patience::within(PATIENCE, move || {
             let look = |path: &Path| {
@@ -197,6 +212,7 @@ impl Handle {
                 pod_files: &pod_files,
                 look: &look,
                 mounted: &mounts::root_of,
+                direct: &|path| direct::find(&config.direct_volumes_dir, path),
                 described: &described::of_mount,
             };
             Plan::new(&asked, &facts)
@@ -282,6 +298,9 @@ impl Handle {
                 }
                 _ => {}
             }
+        }
+        for volume in &acquired.direct {
+            self.0.direct.release(&guest, volume).await;
         }
         for slot in acquired.slots {
             guest.disks.release(guest.vm.as_ref(), slot).await;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! …/pods/UID/volumes/kubernetes.io~PLUGIN/NAME           a volume
+//! …/pods/UID/volumes/kubernetes.io~csi/NAME/mount        one of a CSI driver's
 //! …/pods/UID/volume-subpaths/NAME/CONTAINER/INDEX        a part of one (subPath), mounted there
 //! …/pods/UID/containers/CONTAINER/xxxxxxxx               a termination message
 //! ```
@@ -14,8 +15,10 @@
 use std::path::{Path, PathBuf};
 
 use super::plan::{Facts, Kind};
+use crate::volumes::direct::Direct;
 
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+const CSI: &str = "kubernetes.io~csi";
 /// Directory of containerd's CRI plugin, in its root and in its state.
 const CRI: &str = "io.containerd.grpc.v1.cri";
 /// Volumes whose content the kubelet writes itself.
@@ -81,13 +84,42 @@ pub(super) fn origin(source: &Path, destination: &Path, facts: &Facts<'_>) -> Or
     let folder = |plugin: &str| Some(volumes.join(plugin).join(&name));
     let there = |folder: &PathBuf| (facts.look)(folder) == Kind::Directory;
     if let Some(folder) = folder(EMPTY_DIR).filter(there) {
-        let below = (facts.mounted)(source).map_or_else(PathBuf::new, |root| below(&root, &name));
+        let below = (facts.mounted)(source)
+            .map_or_else(PathBuf::new, |root| below(&root, &Path::new(EMPTY_DIR).join(&name)));
         return Origin::EmptyDir { folder, below };
     }
     match PUBLISHED.iter().filter_map(|plugin| folder(plugin)).any(|folder| there(&folder)) {
         true => Origin::Published,
         false => Origin::Other,
     }
+}
+
+/// A volume that a CSI driver leaves to the guest.
+pub(super) struct DirectVolume {
+    /// The volume's path on the host.
+    pub(super) folder: PathBuf,
+    /// What is to be mounted.
+    pub(super) direct: Direct,
+    /// The path below it that is meant (subPath).
+    pub(super) below: PathBuf,
+}
+
+/// Tells whether `source` is such a volume, or a part of one.
+///
+/// # Errors
+/// What the driver has left is not usable, or it is not known which part is meant.
+pub(super) fn direct(source: &Path, facts: &Facts<'_>) -> Result<Option<DirectVolume>, String> {
+    let find = |path: &Path| (facts.direct)(path).map_err(|error| error.to_string());
+    if let Some(direct) = find(source)? {
+        let (folder, below) = (source.to_owned(), PathBuf::new());
+        return Ok(Some(DirectVolume { folder, direct, below }));
+    }
+    let Some((volumes, name)) = volume_of_part(source) else { return Ok(None) };
+    let place = Path::new(CSI).join(name).join("mount");
+    let folder = volumes.join(&place);
+    let Some(direct) = find(&folder)? else { return Ok(None) };
+    let root = (facts.mounted)(source).ok_or("the kubelet has mounted no part of a volume here")?;
+    Ok(Some(DirectVolume { folder, direct, below: below(&root, &place) }))
 }
 
 /// For a part of a volume that the kubelet has mounted: the pod's `volumes` and the volume's name.
@@ -97,11 +129,10 @@ fn volume_of_part(source: &Path) -> Option<(PathBuf, PathBuf)> {
     Some((pod.join("volumes"), volume.file_name()?.into()))
 }
 
-/// The path below an emptyDir, from the path in its file system: of the host's disk, or of a tmpfs that is
-/// the emptyDir itself.
-fn below(root: &Path, name: &Path) -> PathBuf {
-    let ancestors = root.ancestors();
-    let folder = ancestors.filter(|it| it.ends_with(Path::new(EMPTY_DIR).join(name))).last();
+/// The path below a volume whose folder ends so, from the path in its file system: of the host's disk, or of a
+/// tmpfs that is the volume itself.
+fn below(root: &Path, volume: &Path) -> PathBuf {
+    let folder = root.ancestors().filter(|it| it.ends_with(volume)).last();
     let folder = folder.unwrap_or(Path::new("/"));
     root.strip_prefix(folder).unwrap_or(Path::new("")).to_owned()
 }
@@ -143,6 +174,7 @@ mod tests {
             pod_files: &files,
             look: &look,
             mounted: &mounted,
+            direct: &|_| Ok(None),
             described: &described,
         };
         origin(Path::new(source), Path::new("/x"), &facts)

@@ -19,6 +19,10 @@ const LAST_DELETES: Duration = Duration::from_secs(3);
 pub struct SandboxRequest {
     /// The pod's network namespace.
     pub netns: Option<PathBuf>,
+    /// Whether the pod asks for the host's network.
+    pub host_network: bool,
+    /// Whether it asks for the host's IPC.
+    pub host_ipc: bool,
     /// Host name.
     pub hostname: String,
     /// Directory of the pod in the control groups.
@@ -183,8 +187,8 @@ impl Handle {
         };
         self.bring_up(Wanted {
             netns: request.netns,
-            // Refused where CRI's configuration is decoded.
-            host_network: false,
+            host_network: request.host_network,
+            host_ipc: request.host_ipc,
             hostname: request.hostname,
             cgroups_path,
             sysctls: request.sysctls,

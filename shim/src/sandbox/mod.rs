@@ -14,7 +14,7 @@
 mod bringup;
 mod clock;
 mod containers;
-mod disks;
+pub(crate) mod disks;
 mod forward;
 mod identity;
 mod kubelet;
@@ -56,6 +56,7 @@ use crate::share::Shares;
 use crate::standby::Standby;
 use crate::vmm::{DiskLimits, Vm};
 use crate::volumes::Volumes;
+use crate::volumes::direct::DirectVolumes;
 
 /// Exit status of what was killed: 128 + SIGKILL.
 pub(crate) const KILLED: u32 = 137;
@@ -136,6 +137,8 @@ struct Sandbox {
     starting: Mutex<Option<JoinHandle<()>>>,
     /// What the guest sees of the host's files.
     shares: Shares,
+    /// What it mounts in the host's place.
+    direct: DirectVolumes,
     /// What it has copies of.
     volumes: Volumes,
     /// What its disks may do at most.
@@ -185,6 +188,7 @@ impl Handle {
             ended: channel::Sender::new(None),
             starting: Mutex::default(),
             shares: Shares::default(),
+            direct: DirectVolumes::default(),
             volumes: Volumes::default(),
             disk_limits: AsyncMutex::default(),
             undoing: AsyncMutex::default(),

@@ -9,6 +9,7 @@
 //! by a process of its own ([`server`]), which the kernel confines to what is shared; the shim only carries
 //! them. A share lives as long as the sandbox.
 
+mod calls;
 mod server;
 
 use std::collections::HashSet;

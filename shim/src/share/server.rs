@@ -3,7 +3,7 @@
 //! Its mount namespace holds a read-only root with one entry, [`SHARED`]: what is shared. Whatever a guest
 //! asks, the kernel resolves names below that. Of root's capabilities it keeps those over files, without
 //! making devices: the guest's kernel decides who may do what (`default_permissions`), as it knows the
-//! containers' groups; here is only stored whose file it is.
+//! containers' groups; here is only stored whose file it is. Of the kernel's calls it keeps those of [`calls`].
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -27,7 +27,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{MsgFlags, recv, send};
 use nix::unistd::{chdir, pivot_root};
 
-use super::{MESSAGE, READY};
+use super::{MESSAGE, READY, calls};
 use crate::sandbox::plan::Shared;
 use crate::sys;
 
@@ -89,7 +89,8 @@ fn prepare(args: &[OsString]) -> Result<Server<Vfs>> {
         attr_timeout: Duration::ZERO,
         entry_timeout: Duration::ZERO,
         cache_policy: CachePolicy::Auto,
-        xattr: true,
+        // They would be asked for by way of /proc, which is not there; a program's start asks for one.
+        xattr: false,
         killpriv_v2: true,
         do_import: false,
         root_dir: "/".to_owned(),
@@ -113,6 +114,7 @@ fn prepare(args: &[OsString]) -> Result<Server<Vfs>> {
     };
     let vfs = Vfs::new(options);
     vfs.mount(Box::new(files), "/").map_err(|error| anyhow!("mount the share: {error:?}"))?;
+    calls::restrict().context("give up system calls")?;
     Ok(Server::new(vfs))
 }
 

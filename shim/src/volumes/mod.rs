@@ -3,6 +3,7 @@
 //! Links are kept as links (the kubelet's `..data` layout), never followed: content outside the
 //! mounted directory does not get in.
 
+pub mod direct;
 mod follow;
 #[cfg(test)]
 mod tests;
@@ -108,7 +109,7 @@ impl Volumes {
                 }
                 Source::Host(path) => self.copy(client, volume, path).await?,
                 // Not copied.
-                Source::Shared(_) => {}
+                Source::Shared(_) | Source::Direct(_) => {}
                 Source::Empty(path) => {
                     let meta = fs::metadata(path).map_err(sender.read_error(path))?;
                     (sender.medium, sender.size_bytes) =

@@ -183,7 +183,8 @@ pub fn cni(dir: &Path) -> String {
 pub fn joey(dir: &Path) -> String {
     let guest = paths::guest();
     format!(
-        "state_dir = \"{0}/joey\"\nrun_dir = \"{0}/jrun\"\nguest_dir = \"{1}\"\n",
+        "state_dir = \"{0}/joey\"\nrun_dir = \"{0}/jrun\"\nguest_dir = \"{1}\"\n\
+         direct_volumes_dir = \"{0}/direct-volumes\"\n",
         dir.display(),
         guest.display()
     )

@@ -289,6 +289,11 @@ impl Node {
         command
     }
 
+    /// Starts a command in the node's namespaces.
+    pub fn spawn_inside(&self, command: Command) -> Result<Child> {
+        holder::spawn_inside(self.holder, command)
+    }
+
     /// Runs a command in the node's namespaces to its end.
     pub fn run_inside(&self, mut command: Command) -> Result<std::process::Output> {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());

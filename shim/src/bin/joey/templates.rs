@@ -91,6 +91,9 @@ type State = (&'static str, Option<String>);
 fn state(store: &TemplateStore<'_>, manifest: &Manifest) -> State {
     match store.key(manifest.vcpus, manifest.memory_mib) {
         Ok(key) if key == manifest.key => match store.open(&manifest.key) {
+            Ok(_) if manifest.accelerator == "tcg" && !manifest.has_checkpoint() => {
+                ("good", Some("but clones start QEMU anew: it has no checkpoint".to_owned()))
+            }
             Ok(_) => ("good", None),
             Err(error) => ("damaged", Some(error.to_string())),
         },

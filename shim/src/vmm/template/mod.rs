@@ -106,6 +106,13 @@ pub struct Manifest {
     files: BTreeMap<String, FileRecord>,
 }
 
+impl Manifest {
+    /// Whether clones continue a checkpoint instead of starting QEMU.
+    pub fn has_checkpoint(&self) -> bool {
+        self.files.contains_key(PROCESS)
+    }
+}
+
 /// A template that was checked.
 #[derive(Debug, Clone)]
 pub struct Template {
@@ -133,7 +140,7 @@ impl Template {
 
     /// The checkpoint, if there is one.
     pub(crate) fn open_process(&self) -> Result<Option<OwnedFd>, TemplateError> {
-        self.manifest.files.contains_key(PROCESS).then(|| self.open(PROCESS)).transpose()
+        self.manifest.has_checkpoint().then(|| self.open(PROCESS)).transpose()
     }
 
     fn open(&self, name: &str) -> Result<OwnedFd, TemplateError> {
