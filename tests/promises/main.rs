@@ -15,6 +15,7 @@ mod faults;
 mod identity;
 mod input;
 mod io;
+mod kills;
 mod lifecycle;
 mod limits;
 mod network;
@@ -101,6 +102,7 @@ fn tests() -> Vec<Test> {
         identity::TESTS,
         input::TESTS,
         faults::TESTS,
+        kills::TESTS,
         restart::TESTS,
         tasks::TESTS,
         events::TESTS,

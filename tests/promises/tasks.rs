@@ -43,7 +43,9 @@ impl<'a> Task<'a> {
     ) -> Result<Self> {
         let runtime = format!("io.containerd.{}.v2", ctx.handler);
         let task = Self { ctx, name };
-        let what = [&["run", "-d", "--runtime", &runtime][..], flags];
+        // Below the node's, where leftovers are looked for.
+        let cgroup = format!("{}/{}", ctx.node.cgroup(), name.rsplit('/').next().unwrap_or(name));
+        let what = [&["run", "-d", "--runtime", &runtime, "--cgroup", &cgroup][..], flags];
         ctx.node.ctr(&[&what.concat()[..], &[BUSYBOX, name, "sh", "-c", script]].concat())?;
         Ok(task)
     }

@@ -21,8 +21,10 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use super::disks::Disks;
 use super::record::ProcessId;
 use super::{
-    Guest, Handle, Opening, PodDisk, Progress, SandboxError, forward, identity, plan, teardown,
+    Guest, Handle, LAST_WORDS, Opening, PodDisk, Progress, SandboxError, forward, identity, plan,
+    teardown,
 };
+use crate::failpoint;
 use crate::guest::{GuestChannel, GuestError};
 use crate::host::cgroup;
 use crate::host::net::{self, Wire};
@@ -149,12 +151,13 @@ impl Handle {
     async fn give_up(&self, reason: &str) {
         tracing::error!(sandbox = %self.0.boot.id, reason, "sandbox not started");
         self.settle(Progress::Failed(reason.into()));
-        self.undo().await;
+        self.undo(false).await;
     }
 
-    /// Undoes everything but the socket, on which this shim still answers. It waits for processes to
-    /// end, so in a thread of its own; one at a time.
-    pub(super) async fn undo(&self) {
+    /// Undoes everything but the socket, on which this shim still answers, and the record, by which it is
+    /// found should containerd forget it; that goes when the shim leaves. It waits for processes to end, so
+    /// in a thread of its own; one at a time.
+    pub(super) async fn undo(&self, leaves: bool) {
         let _alone = self.0.undoing.lock().await;
         let mut record = {
             let record = self.0.record.lock();
@@ -162,7 +165,10 @@ impl Handle {
         };
         record.socket = PathBuf::new();
         let config = self.0.config.clone();
-        let undo = move || teardown::undo(&config.run_dir, &record);
+        let undo = move || match leaves {
+            true => teardown::undo(&config.run_dir, &record),
+            false => teardown::release(&config.run_dir, &record),
+        };
         match tokio::task::spawn_blocking(undo).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!(%error, "clean-up"),
@@ -174,7 +180,18 @@ impl Handle {
         let wired = self.plug(wanted)?;
         let sizing = wired.sizing;
         let launched = self.launch(wired).await?;
-        Ok((self.identify(wanted, launched).await?, sizing))
+        let vm = launched.machine.vm.clone();
+        match self.identify(wanted, launched).await {
+            Ok(guest) => Ok((guest, sizing)),
+            // Whatever failed first, that the VMM is gone is the reason.
+            Err(error) => match tokio::time::timeout(LAST_WORDS, vm.exited()).await {
+                Ok(how) => {
+                    let ended = format!("the VMM ended: {how} ({error})");
+                    Err(SandboxError::host(&self.0.boot.id, "make the clone itself", ended))
+                }
+                Err(_) => Err(error),
+            },
+        }
     }
 
     /// The machine that has waited, if it is as large as the sandbox asks; another one ends.
@@ -232,6 +249,7 @@ impl Handle {
             }
         };
         self.0.timeline.shim();
+        failpoint::hold(&config.run_dir, "start.wire");
         let start = Instant::now();
         let wire =
             netns.as_deref().map(|netns| Wire::plug(netns, config, tap)).transpose().map_err(
@@ -322,6 +340,7 @@ impl Handle {
             sysctls: wanted.sysctls.iter().cloned().collect(),
             ..Default::default()
         };
+        failpoint::reach(&self.0.config.run_dir, "start.identity").await;
         let start = Instant::now();
         let reply = channel
             .client
@@ -336,6 +355,7 @@ impl Handle {
             reply.phases.iter().fold(0, |sum: u64, phase| sum.saturating_add(phase.nanoseconds));
         self.0.timeline.call("agent", "identity", start, Duration::from_nanos(inside));
         self.note_phases("", &reply.phases);
+        failpoint::reach(&self.0.config.run_dir, "start.identified").await;
         wire.as_ref()
             .map_or(Ok(()), Wire::open)
             .map_err(|error| SandboxError::host(id, "open the pod's network to its VM", error))?;
@@ -353,6 +373,7 @@ impl Handle {
                 .map_err(|error| SandboxError::Refused(format!("sandbox {id}: {error}")))?;
             let (handle, client) = (self.clone(), guest.client.clone());
             guest.pod_disk = Opening::beside(async move {
+                failpoint::reach(&handle.0.config.run_dir, "start.disk").await;
                 let start = Instant::now();
                 let phases = disk.open(&client).await?;
                 handle.0.timeline.host("pod-disk", "", start);

@@ -7,6 +7,7 @@ use super::bringup::Wanted;
 use super::containers::deleted;
 use super::state::{self, Exit, Operation, Process};
 use super::{CreateTask, Deleted, Handle, KILLED, Pause, Progress, SandboxError, SandboxEvent};
+use crate::failpoint;
 
 /// Signals that a pause process ends by: SIGINT, SIGQUIT, SIGKILL, SIGTERM.
 const ENDING: [u32; 4] = [2, 3, 9, 15];
@@ -102,7 +103,7 @@ impl Handle {
             table.pause.take().ok_or_else(|| self.not_found("sandbox", id))?
         };
         self.end("it was deleted", KILLED).await;
-        self.undo().await;
+        self.undo(false).await;
         Ok(deleted(&pause.process))
     }
 
@@ -122,8 +123,11 @@ impl Handle {
             }
         };
         self.0.ended.send_replace(Some(exit));
+        let run_dir = &self.0.config.run_dir;
+        failpoint::reach(run_dir, "stop.kill").await;
         guest.vm.kill();
         let how = guest.vm.exited().await;
+        failpoint::reach(run_dir, "stop.killed").await;
         tracing::info!(sandbox = %self.0.boot.id, why, how, "VM ended");
         self.on_loss(why);
     }
@@ -138,7 +142,7 @@ impl Handle {
             let _ = starting.await;
         }
         self.0.ended.send_replace(Some(exit));
-        self.undo().await;
+        self.undo(false).await;
     }
 
     /// Shutdown of the Task service: ends the shim if nothing is left in it.
@@ -165,7 +169,7 @@ impl Handle {
 
     pub(super) async fn leave(&self) {
         self.end("the shim was shut down", KILLED).await;
-        self.undo().await;
+        self.undo(true).await;
         self.0.leave.send_replace(true);
     }
 

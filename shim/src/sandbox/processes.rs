@@ -8,7 +8,11 @@ use joey_protocol::ids::ExecId;
 
 use super::containers::Exec;
 use super::state::{self, Exit, Operation, Process, Status};
-use super::{ExecTask, Guest, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths, clock};
+use super::{
+    ExecTask, Guest, Handle, LAST_WORDS, ProcessState, SandboxError, SandboxEvent, StdioPaths,
+    clock,
+};
+use crate::failpoint;
 use crate::guest::GuestError;
 use crate::sizing;
 use crate::stdio::{Request, StdinEnd, Stdio};
@@ -70,6 +74,8 @@ impl Handle {
         let start = Instant::now();
         let guest = self.guest().await?;
         self.with_process(id, exec, Process::starting)?;
+        let point = if exec.is_some() { "exec-start" } else { "start" };
+        failpoint::reach(&self.0.config.run_dir, &format!("{point}.call")).await;
         let reply = match guest.client.start(&request(id, exec)).await {
             Ok(reply) => reply,
             Err(error) => {
@@ -86,6 +92,7 @@ impl Handle {
         };
         self.0.timeline.host("start", &name(id, exec), start);
         self.note_phases(&name(id, exec), &reply.phases);
+        failpoint::reach(&self.0.config.run_dir, &format!("{point}.done")).await;
         let container = id.to_owned();
         let started = match exec {
             None => SandboxEvent::Started { id: container, pid: reply.pid },
@@ -173,6 +180,7 @@ impl Handle {
             stdio: Some(message).into(),
             ..Default::default()
         };
+        failpoint::reach(&self.0.config.run_dir, "exec.call").await;
         if let Err(source) = guest.client.create_exec(&create).await {
             if let Some(container) = self.table().containers.get_mut(id) {
                 container.execs.remove(exec_id);
@@ -250,7 +258,22 @@ impl Handle {
             all,
             ..Default::default()
         };
-        guest.client.signal(&signal).await.map_err(Self::guest_error(id, exec))
+        failpoint::reach(&self.0.config.run_dir, "kill.call").await;
+        match guest.client.signal(&signal).await {
+            Ok(()) => Ok(()),
+            // That its guest went meanwhile is an end, too, and so what the caller wants.
+            Err(error) if !error.is_refusal() && self.ends_soon(id, exec).await => {
+                Err(SandboxError::State { id: name(id, exec), refusal: state::Refusal::Finished })
+            }
+            Err(error) => Err(Self::guest_error(id, exec)(error)),
+        }
+    }
+
+    /// Whether a process has ended, or does as its guest is found to be lost.
+    async fn ends_soon(&self, id: &str, exec: Option<&str>) -> bool {
+        let ended = self.with_process(id, exec, |process| Ok(process.ended()));
+        let Ok(mut ended) = ended else { return true };
+        tokio::time::timeout(LAST_WORDS * 2, ended.wait_for(Option::is_some)).await.is_ok()
     }
 
     /// Whether the first process of a container has ended.

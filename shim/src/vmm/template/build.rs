@@ -22,6 +22,7 @@ use super::{
     VMM, file_error, record,
 };
 use crate::config::DISK_MIB;
+use crate::failpoint;
 use crate::vmm::qemu::args::Mode;
 use crate::vmm::qemu::relocate::{random_base, relocate};
 use crate::vmm::qemu::{QemuVm, kernel_stub};
@@ -38,6 +39,8 @@ const PROGRAM: u32 = 0o555;
 /// What a machine that is nobody's goes through, by its channel, before its checkpoint is taken.
 pub type Rehearse<'a> =
     dyn Fn(Arc<dyn Vm>, UnixStream) -> BoxFuture<'a, anyhow::Result<()>> + Sync + 'a;
+/// How long after a failure QEMU's end may become known.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// How much of it the guest uses in the disk that it opens once: the smallest there is.
 const TRIAL_BYTES: u64 = *DISK_MIB.start() << 20;
@@ -126,6 +129,38 @@ impl TemplateStore<'_> {
         };
         let launch = prepare(self.config, self, Mode::Build, spec, &paths, None)?;
         let vm = QemuVm::start(launch, &mut Phases::new()).await?;
+        let saved = self.boot_and_save(&vm, key, &console, target.into()).await;
+        if let Err(error @ VmmError::Qmp(_)) = saved {
+            // That QEMU has ended is the reason, not that it does not answer.
+            let ended = timeout(LAST_WORDS, vm.exited()).await;
+            return Err(ended.map_or(error, |how| {
+                let what = format!("the VMM ended: {how}");
+                TemplateError::Agent { key: key.to_owned(), what, console }.into()
+            }));
+        }
+        saved?;
+        vm.kill();
+        vm.exited().await;
+        make_sparse(&memory).map_err(error(&memory))?;
+        self.relocate_vmm(&work.join(VMM)).map_err(error(&work.join(VMM)))?;
+        let machine = || self.nobodys(key, vcpus, memory_mib);
+        if let Err(error) = self.checkpoint(work, machine, rehearse).await {
+            tracing::warn!("template {key}: clones start QEMU anew: {error:#}");
+            let _ = fs::remove_file(work.join(PROCESS));
+        }
+        failpoint::reach(&self.config.run_dir, "template.publishing").await;
+        self.publish(work, key, vcpus, memory_mib)
+    }
+
+    /// Waits until the guest is at rest and writes its state to `target`.
+    async fn boot_and_save(
+        &self,
+        vm: &QemuVm,
+        key: &str,
+        console: &Path,
+        target: OwnedFd,
+    ) -> Result<(), VmmError> {
+        failpoint::reach(&self.config.run_dir, "template.booting").await;
         let channel = vm.take_channel()?;
         // Open until the state is saved: a guest that saw its host go would end in every clone.
         let _connected =
@@ -138,19 +173,13 @@ impl TemplateStore<'_> {
             answered = greeting => answered,
             how = vm.exited() => Err(format!("the VMM ended: {how}")),
         };
-        answered.map_err(|what| TemplateError::Agent { key: key.to_owned(), what, console })?;
+        answered.map_err(|what| {
+            let (key, console) = (key.to_owned(), console.to_owned());
+            TemplateError::Agent { key, what, console }
+        })?;
         vm.detach_disk(limits::POD_DISK).await?;
-        vm.save(target.into()).await?;
-        vm.kill();
-        vm.exited().await;
-        make_sparse(&memory).map_err(error(&memory))?;
-        self.relocate_vmm(&work.join(VMM)).map_err(error(&work.join(VMM)))?;
-        let machine = || self.nobodys(key, vcpus, memory_mib);
-        if let Err(error) = self.checkpoint(work, machine, rehearse).await {
-            tracing::warn!("template {key}: clones start QEMU anew: {error:#}");
-            let _ = fs::remove_file(work.join(PROCESS));
-        }
-        self.publish(work, key, vcpus, memory_mib)
+        failpoint::reach(&self.config.run_dir, "template.saving").await;
+        vm.save(target).await
     }
 
     /// A machine that a template is made with.
