@@ -71,7 +71,8 @@ impl<'a> Registry<'a> {
         self.ctx.node.import(&path)?;
         std::fs::remove_file(path)?;
         self.ctx.node.ctr(&["images", "push", "--plain-http", &image])?;
-        self.ctx.node.ctr(&["images", "rm", "--sync", &image])?;
+        // By every name that it has for the runtime interface, and its content with it.
+        self.ctx.node.cri.remove_image(&image)?;
         self.images.push(image.clone());
         Ok(image)
     }
