@@ -11,7 +11,7 @@ use joey_tests::pod::{self, Pod};
 
 use crate::context::{Context, Test, holds, refused, same};
 use crate::faults;
-use crate::volumes::{mounted, publish, volume};
+use crate::volumes::{InMemory, mounted, publish, volume};
 
 pub const TESTS: &[Test] = &[
     Test { name: "disk::full_is_the_pods_alone", run: full_is_the_pods_alone },
@@ -20,6 +20,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "disk::reads_and_operations_have_theirs", run: reads_and_operations_have_theirs },
     Test { name: "disk::memory_has_its_limit", run: memory_has_its_limit },
     Test { name: "disk::host_sees_nothing", run: host_sees_nothing },
+    Test { name: "disk::who_knows_what_a_layer_uses", run: who_knows_what_a_layer_uses },
 ];
 
 /// Removal waits a while, since the pod is most often gone by then.
@@ -147,9 +148,7 @@ fn reads_and_operations_have_theirs(ctx: &Context<'_>) -> Result<()> {
 fn memory_has_its_limit(ctx: &Context<'_>) -> Result<()> {
     let folder = volume(ctx, "empty-dir", "memory")?;
     // As the kubelet does for `medium: Memory` with a sizeLimit.
-    let mut mount = Command::new("mount");
-    mount.args(["-t", "tmpfs", "-o", "size=8m,mode=1777", "tmpfs"]).arg(&folder);
-    ctx.node.run_inside(mount)?;
+    let _mounted = InMemory::mount(ctx, &folder, "size=8m,mode=1777")?;
     let pod = ctx.pod("memory")?;
     let script = "dd if=/dev/zero of=/m/big bs=1M count=16 2>&1; stat -c %a /m; df -k /m | tail -1";
     let container = mounted(pod::script("c", script), "/m", &folder, false);
@@ -160,10 +159,7 @@ fn memory_has_its_limit(ctx: &Context<'_>) -> Result<()> {
     let later =
         mounted(pod::script("d", "ls -l /m | awk 'END { print $5 }'"), "/m", &folder, false);
     same("outlives a container", pod.finish(&later)?.text(), (8 * MIB).to_string())?;
-    pod.remove()?;
-    let mut unmount = Command::new("umount");
-    unmount.arg(&folder);
-    ctx.node.run_inside(unmount).map(drop)
+    pod.remove()
 }
 
 fn host_sees_nothing(ctx: &Context<'_>) -> Result<()> {
@@ -212,4 +208,24 @@ fn search(ctx: &Context<'_>, text: &str, places: &[PathBuf]) -> Result<String> {
         Some(0..=2) => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         _ => bail!("grep: {}", output.status),
     }
+}
+
+/// `df` tells what the pod uses; containerd asks the snapshotter, which has nothing of what a container wrote.
+fn who_knows_what_a_layer_uses(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = pod(ctx, "1Gi")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    let other = pod.start(&pod::script("o", "sleep 1000"))?;
+    container.sh("dd if=/dev/zero of=/big bs=1M count=20 2>/dev/null")?;
+    for container in [&container, &other] {
+        let used = container.sh("df -m / | awk 'END { print $3 }'")?.text().parse::<u64>()?;
+        ensure!((20..24).contains(&used), "df: {used} MiB");
+    }
+    // containerd asks its snapshotters every ten seconds.
+    std::thread::sleep(Duration::from_secs(11));
+    let layer = ctx.node.cri.stats(&container.id)?.writable_layer.unwrap_or_default();
+    eprintln!("TEMP {layer:?}");
+    let bytes = layer.used_bytes.unwrap_or_default().value;
+    ensure!(bytes < MIB, "CRI's statistics: {bytes} bytes");
+    pod.remove()
 }

@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::context::{Context, Test, holds, refused, same};
-use crate::volumes::{mounted, publish, volume};
+use crate::volumes::{mounted, probed, publish, volume};
 
 pub const TESTS: &[Test] = &[
     Test { name: "share::both_sides_see_each_other", run: both_sides_see_each_other },
@@ -26,6 +26,8 @@ pub const TESTS: &[Test] = &[
     Test { name: "share::kernel_paths_are_the_guests", run: kernel_paths_are_the_guests },
     Test { name: "share::sub_path_of_an_empty_dir", run: sub_path_of_an_empty_dir },
     Test { name: "share::programs_run", run: programs_run },
+    Test { name: "share::locks_hold_within_the_pod", run: locks_hold_within_the_pod },
+    Test { name: "share::mappings_reach_the_host", run: mappings_reach_the_host },
     Test { name: "share::sub_paths_of_the_host", run: sub_paths_of_the_host },
 ];
 
@@ -311,5 +313,56 @@ fn programs_run(ctx: &Context<'_>) -> Result<()> {
     let container = pod.start(&mounted(pod::script("c", "sleep 1000"), "/data", &folder, false))?;
     let script = "cp /bin/busybox /data/busybox; /data/busybox echo ran 2>&1";
     same("a program", container.sh(script)?.text(), "ran")?;
+    pod.remove()
+}
+
+fn locks_hold_within_the_pod(ctx: &Context<'_>) -> Result<()> {
+    let folder = directory(ctx)?;
+    let pod = ctx.pod("locks")?;
+    let mounts = |config| mounted(probed(config), "/data", &folder, false);
+    let holder = ["/probe", "lock", "/data/f", "/data/release"];
+    let holder = pod.start(&mounts(pod::container("holder", &holder)))?;
+    holder.wait_output("locked", pod::SOON)?;
+    let other = pod.start(&mounts(pod::script("other", "sleep 1000")))?;
+    let lock = || Ok::<_, anyhow::Error>(other.exec(&["/probe", "lock", "/data/f"])?.text());
+    same("while it is held", lock()?, "busy".to_owned())?;
+    let hosts = fs::File::open(folder.join("f"))?;
+    same("on the host", hosts.try_lock().is_ok(), ctx.handler != "runc")?;
+    same("whatever the host does", lock()?, "busy".to_owned())?;
+    hosts.unlock()?;
+    fs::write(folder.join("release"), "")?;
+    same("the holder's end", holder.wait(pod::SOON)?.exit_code, 0)?;
+    same("after its release", lock()?, "locked".to_owned())?;
+    // The kernel releases what a process had that was killed.
+    fs::remove_file(folder.join("release"))?;
+    let command = ["/probe", "lock", "/data/f", "/data/release"];
+    let killed = pod.start(&mounts(pod::container("killed", &command)))?;
+    killed.wait_output("locked", pod::SOON)?;
+    same("held again", lock()?, "busy".to_owned())?;
+    killed.remove(Duration::ZERO)?;
+    same("after a kill", lock()?, "locked".to_owned())?;
+    pod.remove()
+}
+
+fn mappings_reach_the_host(ctx: &Context<'_>) -> Result<()> {
+    let folder = directory(ctx)?;
+    let (file, at_host) = (folder.join("f"), || fs::read_to_string(folder.join("f")));
+    fs::write(&file, "written by the host")?;
+    let pod = ctx.pod("mappings")?;
+    let mounts = |config| mounted(probed(config), "/data", &folder, false);
+    let container = pod.start(&mounts(pod::script("c", "sleep 1000")))?;
+    let read = container.exec(&["/probe", "map", "/data/f", "changed by the pod!"])?;
+    same("through a mapping", read.text().as_str(), "written by the host")?;
+    same("after close", at_host()?.as_str(), "changed by the pod!")?;
+    fs::write(&file, "changed by the host")?;
+    let command = ["/probe", "map-sync", "/data/f", "synced"];
+    let open = pod.start(&mounts(pod::container("open", &command)))?;
+    open.wait_output("changed by the host\nsynced\n", pod::SOON)?;
+    same("after msync", at_host()?.as_str(), "syncedd by the host")?;
+    let read = container.exec(&["/probe", "map", "/data/f", "S"])?;
+    same("what another container mapped", read.text().as_str(), "syncedd by the host")?;
+    same("while both have it", container.sh("cat /data/f")?.text(), "Syncedd by the host")?;
+    open.remove(Duration::ZERO)?;
+    same("in the end", at_host()?.as_str(), "Syncedd by the host")?;
     pod.remove()
 }

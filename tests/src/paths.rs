@@ -39,6 +39,12 @@ pub fn shim() -> PathBuf {
     binaries().join("containerd-shim-joey-v2")
 }
 
+/// The program that containers of tests run where busybox does not suffice (`probe/`), linked statically.
+pub fn probe() -> PathBuf {
+    let built = || repository().join("target/x86_64-unknown-linux-gnu/release/joey-probe");
+    std::env::var_os("JOEY_PROBE").map_or_else(built, PathBuf::from)
+}
+
 /// The operator's tool under test.
 pub fn joey() -> PathBuf {
     binaries().join("joey")

@@ -95,22 +95,24 @@ fn hex(data: &[u8]) -> String {
     Sha256::digest(data).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The static agent, with nothing of this machine's paths in it.
 fn build_agent() -> Result<PathBuf> {
-    let mut build = command(
-        "cargo",
-        &["build", "--quiet", "--release", "-p", "joey-agent", "--target", TARGET],
-    );
+    let agent = build_static("joey-agent")?;
+    let stripped = target().join("joey-agent.stripped");
+    run(command("strip", &["--strip-all", "-o"]).arg(&stripped).arg(agent))?;
+    Ok(stripped)
+}
+
+/// A program that needs no libraries, with nothing of this machine's paths in it.
+pub fn build_static(package: &str) -> Result<PathBuf> {
+    let mut build =
+        command("cargo", &["build", "--quiet", "--release", "-p", package, "--target", TARGET]);
     let remap = format!("--remap-path-prefix={}=joey", repository().display());
     let cargo_home = std::env::var("CARGO_HOME")
         .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))
         .unwrap_or_default();
     let crates = format!("--remap-path-prefix={cargo_home}=cargo");
     run(build.env("RUSTFLAGS", format!("-C target-feature=+crt-static {remap} {crates}")))?;
-    let agent = target().join(TARGET).join("release/joey-agent");
-    let stripped = target().join("joey-agent.stripped");
-    run(command("strip", &["--strip-all", "-o"]).arg(&stripped).arg(agent))?;
-    Ok(stripped)
+    Ok(target().join(TARGET).join("release").join(package))
 }
 
 struct Kernel {

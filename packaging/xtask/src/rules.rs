@@ -12,6 +12,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("joey-shim", &["joey-protocol", "joey-ebpf"]),
     ("joey-snapshotter", &[]),
     ("joey-xtask", &[]),
+    ("joey-probe", &[]),
 ];
 
 /// Fails naming the first crate that uses another it may not.

@@ -101,11 +101,7 @@ fn unit_tests() -> Result<Count> {
 }
 
 fn promises() -> Result<Count> {
-    guest::build()?;
-    build(Profile::Debug)?;
-    let mut tests =
-        command("cargo", &["test", "--quiet", "-p", "joey-tests", "--test", "promises"]);
-    environment(&mut tests, Profile::Debug);
+    let mut tests = prepared(&[])?;
     let (text, good) = tee(&mut tests)?;
     Ok(counted(&text, good))
 }
@@ -138,12 +134,18 @@ fn number_before(line: &str, word: &str) -> usize {
 /// Runs the node tests only, with the harness's own filters.
 pub fn only_promises(filters: &[String]) -> Result<()> {
     deps::install()?;
+    run(&mut prepared(filters)?)
+}
+
+/// The node tests, after all they need was built.
+fn prepared(filters: &[String]) -> Result<Command> {
     guest::build()?;
     build(Profile::Debug)?;
-    let mut tests: Command =
+    let probe = guest::build_static("joey-probe")?;
+    let mut tests =
         command("cargo", &["test", "--quiet", "-p", "joey-tests", "--test", "promises", "--"]);
-    environment(tests.args(filters), Profile::Debug);
-    run(&mut tests)
+    environment(tests.args(filters).env("JOEY_PROBE", probe), Profile::Debug);
+    Ok(tests)
 }
 
 #[cfg(test)]

@@ -1,0 +1,115 @@
+//! What a container of a test does that busybox cannot: locks, mappings, sockets, inotify.
+//!
+//! `cargo xtask test` links it statically, so that any image can run it.
+#![allow(clippy::print_stdout)]
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory as _};
+
+fn open(path: &str) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    options.open(path).with_context(|| format!("open {path}"))
+}
+
+/// Takes a file's lock (`flock`) if nobody has it; holds it until the file `until` is there.
+fn lock(path: &str, until: Option<&str>) -> Result<()> {
+    let file = open(path)?;
+    match file.try_lock() {
+        Ok(()) => println!("locked"),
+        // EWOULDBLOCK and nothing else.
+        Err(TryLockError::WouldBlock) => println!("busy"),
+        Err(TryLockError::Error(error)) => return Err(error).context("flock"),
+    }
+    while until.is_some_and(|until| !Path::new(until).exists()) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Reads a file through a shared mapping, then writes to its beginning through it.
+fn map(path: &str, text: &str, sync: bool) -> Result<()> {
+    let file = open(path)?;
+    let length = usize::try_from(file.metadata()?.len())?;
+    let copy = file.try_clone()?;
+    let region = MmapRegion::<()>::from_file(FileOffset::new(file, 0), length).context("mmap")?;
+    let mut before = vec![0; length];
+    region.as_volatile_slice().copy_to(&mut before);
+    println!("{}", String::from_utf8_lossy(&before));
+    region.get_slice(0, text.len())?.copy_from(text.as_bytes());
+    if sync {
+        // What msync(MS_SYNC) does to the whole of a file.
+        copy.sync_all().context("fsync")?;
+        // The mapping is never undone: what is on the host by now, fsync has brought there.
+        println!("synced");
+        std::thread::sleep(Duration::from_secs(1000));
+    }
+    Ok(())
+}
+
+/// Answers one question.
+fn serve(path: &str) -> Result<()> {
+    let listener = UnixListener::bind(path).context("bind")?;
+    println!("listens");
+    let (mut stream, _) = listener.accept().context("accept")?;
+    let mut question = String::new();
+    stream.read_to_string(&mut question)?;
+    Ok(stream.write_all(format!("you said {question}").as_bytes())?)
+}
+
+fn ask(path: &str, question: &str) -> Result<()> {
+    let mut stream = UnixStream::connect(path).context("connect")?;
+    stream.write_all(question.as_bytes())?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    println!("{answer}");
+    Ok(())
+}
+
+/// Waits until each folder's `..data` has been moved into place and names what is in `..data/key` then.
+fn watch(folders: &[String]) -> Result<()> {
+    let inotify = Inotify::init(InitFlags::empty())?;
+    let mut left = Vec::new();
+    for folder in folders {
+        let watched = inotify.add_watch(folder.as_str(), AddWatchFlags::IN_MOVED_TO)?;
+        left.push((watched, folder));
+    }
+    println!("watches");
+    while !left.is_empty() {
+        for event in inotify.read_events()? {
+            if event.name.is_none_or(|name| name != "..data") {
+                continue;
+            }
+            if let Some(at) = left.iter().position(|(watched, _)| *watched == event.wd) {
+                let (_, folder) = left.swap_remove(at);
+                let text = fs::read_to_string(Path::new(folder).join("key"))?;
+                println!("{folder}: {text}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let texts: Vec<&str> = words.iter().map(String::as_str).collect();
+    match texts.as_slice() {
+        ["lock", path] => lock(path, None),
+        ["lock", path, until] => lock(path, Some(until)),
+        ["map", path, text] => map(path, text, false),
+        ["map-sync", path, text] => map(path, text, true),
+        ["serve", path] => serve(path),
+        ["ask", path, question] => ask(path, question),
+        ["watch", ..] => watch(words.get(1..).unwrap_or_default()),
+        _ => bail!("{words:?}"),
+    }
+}
