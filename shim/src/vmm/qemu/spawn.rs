@@ -2,7 +2,8 @@
 
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream as StdStream;
@@ -117,7 +118,10 @@ pub(crate) async fn spawn(launch: Launch<'_>) -> Result<Process, VmmError> {
         Ok((tokio_stream(qmp)?, tokio_stream(channel)?, tokio_stream(console)?))
     })()
     .map_err(failed("registering descriptors"))?;
-    tokio::spawn(keep_console(console, launch.console_log));
+    let folder = launch.console_log.parent().unwrap_or(Path::new("/"));
+    let folder = File::open(folder).map_err(failed("opening the console's folder"))?;
+    let name = launch.console_log.file_name().unwrap_or_default().into();
+    tokio::spawn(keep_console(console, folder, name));
     let process = Process { pid, pidfd, qmp, channel, stderr, jail };
     let mut message = Vec::new();
     let mut report = pipe::Receiver::from_owned_fd(report.into()).map_err(failed("the report"))?;
@@ -182,11 +186,11 @@ fn keep_errors(errors: OwnedFd, tail: Tail) -> io::Result<()> {
 }
 
 /// Keeps the console in a file of bounded size: when full, it is started anew with the older half
-/// dropped.
-async fn keep_console(mut console: impl AsyncRead + Unpin, path: PathBuf) {
-    use std::io::Write;
+/// dropped. The folder may get another name meanwhile, as a keeper's does when it is claimed.
+async fn keep_console(mut console: impl AsyncRead + Unpin, folder: File, name: PathBuf) {
+    let path = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
     let mut written = 0;
-    let mut file: Option<std::fs::File> = None;
+    let mut file: Option<File> = None;
     let mut buffer = vec![0; 4096];
     while let Ok(read @ 1..) = console.read(&mut buffer).await {
         if written + read > CONSOLE_BYTES / 2 {
@@ -194,12 +198,34 @@ async fn keep_console(mut console: impl AsyncRead + Unpin, path: PathBuf) {
             let _ = std::fs::rename(&path, path.with_extension("log.1"));
         }
         if file.is_none() {
-            file = std::fs::File::create(&path).ok();
+            file = File::create(&path).ok();
             written = 0;
         }
         if let Some(file) = &mut file {
             let _ = file.write_all(buffer.get(..read).unwrap_or_default());
             written += read;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_console_is_kept_where_its_folder_goes() {
+        let root = tempfile::tempdir().unwrap();
+        let (before, after) = (root.path().join("standby"), root.path().join("sandbox"));
+        std::fs::create_dir(&before).unwrap();
+        let (mut guest, console) = tokio::io::duplex(64);
+        let folder = File::open(&before).unwrap();
+        let kept = tokio::spawn(keep_console(console, folder, "console.log".into()));
+        std::fs::rename(&before, &after).unwrap();
+        guest.write_all(b"panic\n").await.unwrap();
+        drop(guest);
+        kept.await.unwrap();
+        assert_eq!(std::fs::read(after.join("console.log")).unwrap(), b"panic\n");
     }
 }
