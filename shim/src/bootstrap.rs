@@ -361,6 +361,7 @@ pub fn start(invocation: &Invocation, config: &Config) -> Result<Start, Bootstra
     let directory = record::directory(&config.run_dir, &invocation.flags.id);
     if let Some(claim) = Claim::find(config, invocation) {
         let listener = UnixListener::bind(&socket).map_err(io_error("bind socket", &socket))?;
+        crate::failpoint::hold(&config.run_dir, "bootstrap.go");
         if claim.hand_over(&listener).is_ok() {
             return Ok(Start::Running(answer));
         }
@@ -372,6 +373,7 @@ pub fn start(invocation: &Invocation, config: &Config) -> Result<Start, Bootstra
         let _ = std::fs::remove_file(&socket);
     }
     take_name(&config.run_dir, &directory)?;
+    crate::failpoint::hold(&config.run_dir, "bootstrap.named");
     Record::begun(&invocation.flags.id, &invocation.flags.namespace, &socket)
         .write(&directory)
         .map_err(io_error("write the sandbox's record in", &directory))?;

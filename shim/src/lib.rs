@@ -5,6 +5,7 @@
 pub mod api;
 pub mod bootstrap;
 pub mod config;
+pub mod failpoint;
 pub mod guest;
 pub mod host;
 pub mod log;

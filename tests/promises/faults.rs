@@ -147,7 +147,7 @@ fn live(pod: &Pod<'_>) -> Result<()> {
 }
 
 /// Removes all pods as a kubelet does, again and again, and sees all of Joey's go.
-fn nothing_is_left(ctx: &Context<'_>) -> Result<()> {
+pub fn nothing_is_left(ctx: &Context<'_>) -> Result<()> {
     let end = Instant::now() + SOON;
     for pod in ctx.node.cri.pods()? {
         // containerd may yet have to hear of an end.

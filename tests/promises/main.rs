@@ -13,6 +13,7 @@ mod faults;
 mod identity;
 mod input;
 mod io;
+mod kills;
 mod lifecycle;
 mod limits;
 mod network;
@@ -87,6 +88,7 @@ fn tests() -> Vec<Test> {
         identity::TESTS,
         input::TESTS,
         faults::TESTS,
+        kills::TESTS,
         restart::TESTS,
         tasks::TESTS,
         standby::TESTS,

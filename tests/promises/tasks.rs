@@ -28,7 +28,9 @@ impl<'a> Task<'a> {
     fn run(ctx: &'a Context<'a>, name: &'static str, output: &str, script: &str) -> Result<Self> {
         let runtime = format!("io.containerd.{}.v2", ctx.handler);
         let task = Self { ctx, name };
-        let what = ["run", "-d", "--runtime", &runtime, "--log-uri", output];
+        // Below the node's, where leftovers are looked for.
+        let cgroup = format!("{}/{}", ctx.node.cgroup(), name.rsplit('/').next().unwrap_or(name));
+        let what = ["run", "-d", "--runtime", &runtime, "--cgroup", &cgroup, "--log-uri", output];
         ctx.node.ctr(&[&what[..], &[BUSYBOX, name, "sh", "-c", script]].concat())?;
         Ok(task)
     }

@@ -21,6 +21,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use super::disks::Disks;
 use super::record::ProcessId;
 use super::{Guest, Handle, Opening, PodDisk, Progress, SandboxError, plan, teardown};
+use crate::failpoint;
 use crate::guest::GuestChannel;
 use crate::host::cgroup;
 use crate::host::net::{self, Wire};
@@ -222,6 +223,7 @@ impl Handle {
             }
         };
         self.0.timeline.shim();
+        failpoint::hold(&config.run_dir, "start.wire");
         let start = Instant::now();
         let wire =
             netns.as_deref().map(|netns| Wire::plug(netns, config, tap)).transpose().map_err(
@@ -312,6 +314,7 @@ impl Handle {
             sysctls: wanted.sysctls.iter().cloned().collect(),
             ..Default::default()
         };
+        failpoint::reach(&self.0.config.run_dir, "start.identity").await;
         let start = Instant::now();
         let reply = channel
             .client
@@ -322,6 +325,7 @@ impl Handle {
             reply.phases.iter().fold(0, |sum: u64, phase| sum.saturating_add(phase.nanoseconds));
         self.0.timeline.call("agent", "identity", start, Duration::from_nanos(inside));
         self.note_phases("", &reply.phases);
+        failpoint::reach(&self.0.config.run_dir, "start.identified").await;
         wire.as_ref()
             .map_or(Ok(()), Wire::open)
             .map_err(|error| SandboxError::host(id, "open the pod's network to its VM", error))?;
@@ -336,6 +340,7 @@ impl Handle {
                 .map_err(|error| SandboxError::Refused(format!("sandbox {id}: {error}")))?;
             let (handle, client) = (self.clone(), guest.client.clone());
             guest.pod_disk = Opening::beside(async move {
+                failpoint::reach(&handle.0.config.run_dir, "start.disk").await;
                 let start = Instant::now();
                 let phases = disk.open(&client).await?;
                 handle.0.timeline.host("pod-disk", "", start);

@@ -15,6 +15,7 @@ use oci_spec::runtime::{Process as OciProcess, Spec};
 use super::plan::{self, Plan, Source};
 use super::state::{self, Exit, Operation, Process, Status};
 use super::{CreateTask, Deleted, Guest, Handle, KILLED, SandboxError, SandboxEvent, StdioPaths};
+use crate::failpoint;
 use crate::host::patience::{self, PATIENCE};
 use crate::host::{block, mounts, oom};
 use crate::rootfs;
@@ -153,6 +154,7 @@ impl Handle {
             devices.push(give(&guest, id, device, acquired).await?);
         }
         self.0.timeline.host("disk", id, start);
+        failpoint::reach(&config.run_dir, "create.attached").await;
         let start = Instant::now();
         for volume in &plan.volumes {
             if let Source::Shared(shared) = &volume.source {
@@ -227,12 +229,14 @@ impl Handle {
         request.stdio = Some(message).into();
         let start = Instant::now();
         acquired.in_guest = true;
+        failpoint::reach(&self.0.config.run_dir, "create.call").await;
         let reply = guest
             .client
             .create_container(&request)
             .await
             .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
         self.0.timeline.host("container", &id, start);
+        failpoint::reach(&self.0.config.run_dir, "create.made").await;
         self.note_phases(&id, &reply.phases);
         self.note_first_byte(id, copies.first_byte());
         Ok((reply.pid, copies))
@@ -311,7 +315,9 @@ impl Handle {
             }
             container.acquired.clone()
         };
+        failpoint::reach(&self.0.config.run_dir, "delete.call").await;
         self.release(id, acquired).await;
+        failpoint::reach(&self.0.config.run_dir, "delete.released").await;
         self.end_execs(id).await;
         let container = self.table().containers.remove(id).ok_or_else(not_found)?;
         Ok(deleted(&container.process))

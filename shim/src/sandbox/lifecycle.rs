@@ -7,6 +7,7 @@ use super::bringup::Wanted;
 use super::containers::deleted;
 use super::state::{self, Exit, Operation, Process};
 use super::{CreateTask, Deleted, Handle, KILLED, Pause, Progress, SandboxError, SandboxEvent};
+use crate::failpoint;
 
 /// Signals that a pause process ends by: SIGINT, SIGQUIT, SIGKILL, SIGTERM.
 const ENDING: [u32; 4] = [2, 3, 9, 15];
@@ -118,8 +119,11 @@ impl Handle {
             }
         };
         self.0.ended.send_replace(Some(exit));
+        let run_dir = &self.0.config.run_dir;
+        failpoint::reach(run_dir, "stop.kill").await;
         guest.vm.kill();
         let how = guest.vm.exited().await;
+        failpoint::reach(run_dir, "stop.killed").await;
         tracing::info!(sandbox = %self.0.boot.id, why, how, "VM ended");
         self.on_loss(why);
     }

@@ -35,6 +35,7 @@ pub fn is_orphan(run_dir: &Path, record: &Record) -> bool {
 /// # Errors
 /// The records cannot be listed.
 pub fn collect(run_dir: &Path) -> io::Result<Vec<(Record, Result<(), Incomplete>)>> {
+    remove_bare_names(run_dir);
     let all = Record::all(run_dir)?.into_iter();
     let orphans = all.filter(|record| is_orphan(run_dir, record));
     Ok(orphans
@@ -43,6 +44,19 @@ pub fn collect(run_dir: &Path) -> io::Result<Vec<(Record, Result<(), Incomplete>
             (record, undone)
         })
         .collect())
+}
+
+/// Removes the directories in which nothing is: a `start` that was killed between taking a sandbox's name
+/// and writing its record leaves one, and containerd calls no `delete` for it.
+fn remove_bare_names(run_dir: &Path) {
+    for entry in std::fs::read_dir(run_dir.join("sandboxes")).into_iter().flatten().flatten() {
+        let made = entry.metadata().and_then(|meta| meta.modified());
+        let age = made.map(|at| SystemTime::now().duration_since(at).unwrap_or_default());
+        if age.is_ok_and(|age| age >= GRACE) {
+            // Fails where something is in it.
+            let _ = std::fs::remove_dir(entry.path());
+        }
+    }
 }
 
 /// [`collect`], unless another shim of the node does, or did a short while ago.
@@ -103,5 +117,20 @@ mod tests {
         collect_in_turn(run.path());
         assert_eq!(left(run.path()), ["alive", "orphan", "young"], "looked a moment ago");
         assert_eq!(collect(run.path()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_name_without_a_record_goes_when_it_is_old() {
+        let run = tempfile::tempdir().unwrap();
+        let [old, young, full] = ["old", "young", "full"].map(|id| directory(run.path(), id));
+        for path in [&old, &young, &full] {
+            std::fs::create_dir_all(path).unwrap();
+        }
+        std::fs::write(full.join("console.log"), "").unwrap();
+        for path in [&old, &full] {
+            File::open(path).unwrap().set_modified(SystemTime::now() - GRACE * 2).unwrap();
+        }
+        collect(run.path()).unwrap();
+        assert_eq!([old, young, full].map(|path| path.exists()), [false, true, true]);
     }
 }

@@ -9,6 +9,7 @@ use joey_protocol::ids::ExecId;
 use super::containers::Exec;
 use super::state::{self, Exit, Operation, Process, Status};
 use super::{ExecTask, Guest, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths};
+use crate::failpoint;
 use crate::guest::GuestError;
 use crate::sizing;
 use crate::stdio::{Request, StdinEnd, Stdio};
@@ -67,6 +68,8 @@ impl Handle {
         let start = Instant::now();
         let guest = self.guest().await?;
         self.with_process(id, exec, Process::starting)?;
+        let point = if exec.is_some() { "exec-start" } else { "start" };
+        failpoint::reach(&self.0.config.run_dir, &format!("{point}.call")).await;
         let reply = match guest.client.start(&request(id, exec)).await {
             Ok(reply) => reply,
             Err(error) => {
@@ -83,6 +86,7 @@ impl Handle {
         };
         self.0.timeline.host("start", &name(id, exec), start);
         self.note_phases(&name(id, exec), &reply.phases);
+        failpoint::reach(&self.0.config.run_dir, &format!("{point}.done")).await;
         let container = id.to_owned();
         let started = match exec {
             None => SandboxEvent::Started { id: container, pid: reply.pid },
@@ -170,6 +174,7 @@ impl Handle {
             stdio: Some(message).into(),
             ..Default::default()
         };
+        failpoint::reach(&self.0.config.run_dir, "exec.call").await;
         if let Err(source) = guest.client.create_exec(&create).await {
             if let Some(container) = self.table().containers.get_mut(id) {
                 container.execs.remove(exec_id);
@@ -247,6 +252,7 @@ impl Handle {
             all,
             ..Default::default()
         };
+        failpoint::reach(&self.0.config.run_dir, "kill.call").await;
         guest.client.signal(&signal).await.map_err(Self::guest_error(id, exec))
     }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use super::record::{Record, directory};
+use crate::failpoint;
 use crate::host::cgroup;
 use crate::host::net::Wire;
 use crate::sys;
@@ -79,16 +80,20 @@ fn end_processes(record: &Record, left: &mut Vec<String>) {
 /// [`Incomplete`] lists what is left.
 pub fn undo(run_dir: &Path, record: &Record) -> Result<(), Incomplete> {
     let mut left = Vec::new();
+    failpoint::hold(run_dir, "teardown.processes");
     end_processes(record, &mut left);
+    failpoint::hold(run_dir, "teardown.wire");
     if let Some(netns) = &record.netns
         && let Err(error) = Wire::unplug(netns)
     {
         left.push(format!("wire in {}: {error}", netns.display()));
     }
+    failpoint::hold(run_dir, "teardown.cgroups");
     if let Err(error) = cgroup::remove(&record.cgroups) {
         left.push(error.to_string());
     }
     remove(&record.socket, |path| std::fs::remove_file(path), &mut left);
+    failpoint::hold(run_dir, "teardown.directory");
     if left.is_empty() {
         remove(&directory(run_dir, &record.id), |path| std::fs::remove_dir_all(path), &mut left);
     }

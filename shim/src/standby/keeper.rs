@@ -15,6 +15,7 @@ use super::rehearsal::rehearse;
 use super::{PREFIX, Role, Standby, class, folder};
 use crate::bootstrap::Invocation;
 use crate::config::{CONFIG, Config};
+use crate::failpoint;
 use crate::guest::GuestChannel;
 use crate::host::net::ParkedTap;
 use crate::host::{cgroup, oom};
@@ -168,10 +169,12 @@ async fn keep(
             .with_context(|| format!("rename {} to {}", directory.display(), target.display()))?;
         // From here on it is the sandbox's: should either side or both die now, it is found by this name.
         name.replace(terms.id.clone());
+        failpoint::hold(&config.run_dir, "keeper.named");
         let Terms { id, namespace, socket, .. } = terms.clone();
         Ok(Record { id, namespace, socket, ..record.clone() }.write(&target)?)
     });
     let Some((terms, listener)) = claimed.await? else { return Ok(None) };
+    failpoint::hold(&config.run_dir, "keeper.claimed");
     std::env::set_current_dir(&terms.bundle)?;
     sys::set_command_line(&format!(
         "containerd-shim-joey-v2 -namespace {} -id {} -address {}",
@@ -200,6 +203,7 @@ async fn prepare(config: &Config, sizing: Sizing, id: &str, directory: &Path) ->
     let settings = vmm::VmmConfig { builder: None, ..config.vmm()? };
     let started = vmm::start(&settings, spec).await?;
     oom::set_of_pod(started.vm.pid(), std::iter::empty());
+    failpoint::reach(&config.run_dir, "keeper.cloned").await;
     if !started.cloned {
         bail!("there is no template to clone");
     }
@@ -214,6 +218,7 @@ async fn prepare(config: &Config, sizing: Sizing, id: &str, directory: &Path) ->
         pod_disk: Opening::done(),
     };
     let disk = rehearse(config, &guest, &mut channel.events).await?;
+    failpoint::reach(&config.run_dir, "keeper.rehearsed").await;
     Ok(Standby { sizing, vm, channel, disks, disk, tap })
 }
 

@@ -25,7 +25,7 @@ use self::qemu::args::{Machine, Mode, arguments};
 use self::qemu::{Launch, QemuVm};
 use self::template::{Template, TemplateError, TemplateStore};
 use crate::host::jail::{IdRange, Jail};
-use crate::sys;
+use crate::{failpoint, sys};
 
 /// What was measured while a machine started.
 pub type Phases = Vec<(&'static str, Duration)>;
@@ -239,6 +239,7 @@ async fn clone(
     let state = template.open_state()?;
     let launch = prepare(config, store, Mode::Clone, spec, &paths, Some(state))?;
     let vm = QemuVm::start(launch, phases).await?;
+    failpoint::reach(&config.run_dir, "vmm.spawned").await;
     let begun = Instant::now();
     vm.restored().await?;
     phases.push(("vmm_restored", begun.elapsed()));

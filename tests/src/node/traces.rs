@@ -59,6 +59,23 @@ impl Traces {
                 }
             }
         }
+        // What a keeper or a builder has that still runs is for the pods to come.
+        let numbers: Vec<String> = keepers
+            .iter()
+            .filter_map(|pid| levels(*pid)?.get(1).map(ToString::to_string))
+            .collect();
+        let kept =
+            |name: &str| name.split(['.', '/']).any(|part| numbers.iter().any(|n| n == part));
+        for (what, folder, expected) in [
+            ("state", dir.join("joey"), is_cached as fn(&str) -> bool),
+            ("disk", dir.join("joey/disks"), |_| false),
+            ("runtime", dir.join("jrun"), is_of_the_node),
+        ] {
+            for name in names(&folder).into_iter().filter(|name| !expected(name)) {
+                let standby = if kept(&name) { STANDBY } else { "" };
+                found.insert(format!("{standby}{what} file {name}"));
+            }
+        }
         for path in cgroups::list(cgroup) {
             found.insert(format!("cgroup {}", path.display()));
         }
@@ -74,6 +91,35 @@ impl Traces {
     /// All of it.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
+    }
+}
+
+/// Whether a file of Joey's state is of a finished template or image: these are kept for the pods to come.
+fn is_cached(name: &str) -> bool {
+    let is_key = |text: &str| text.len() >= 24 && text.chars().all(|c| c.is_ascii_hexdigit());
+    match name.split_once('/') {
+        None => ["templates", "images", "disks"].contains(&name),
+        Some(("templates", name)) => {
+            let (first, rest) = name.split_once('/').unwrap_or((name, ""));
+            // A lock is a file that stays; which builder holds it is another matter.
+            is_key(first.strip_suffix(".lock").filter(|_| rest.is_empty()).unwrap_or(first))
+        }
+        Some(("images", name)) => name.strip_suffix(".erofs").is_some_and(is_key),
+        Some(_) => false,
+    }
+}
+
+/// Whether a file of Joey's run directory is the node's, not a sandbox's: what was once found out, locks,
+/// the last words of keepers and builders. What sandboxes have is looked at by itself.
+fn is_of_the_node(name: &str) -> bool {
+    let (first, rest) = name.split_once('/').unwrap_or((name, ""));
+    match first {
+        "sandboxes" => true,
+        // The folders of classes; the sockets in them are keepers'.
+        "standby" => !rest.contains('/'),
+        "accelerator.json" | "qemu.json" | "orphans.lock" | "standby.lock" | "standby.log"
+        | "template-build.log" => true,
+        name => ["containerd-", "template-", "build-"].iter().any(|kind| name.starts_with(kind)),
     }
 }
 
@@ -175,4 +221,27 @@ fn names(folder: &Path) -> Vec<String> {
         found.push(name);
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_cached_is_told_from_what_was_left() {
+        let key = "0123456789abcdef01234567";
+        for name in ["", ".lock", "/memory"].map(|end| format!("templates/{key}{end}")) {
+            assert!(is_cached(&name), "{name}");
+        }
+        assert!(is_cached(&format!("images/{key}.erofs")));
+        for end in [".1234.new", ".1234.new/memory", ".1234.old"] {
+            assert!(!is_cached(&format!("templates/{key}{end}")), "{end}");
+        }
+        for name in [".new", ".lock", ".mnt"].map(|end| format!("images/{key}{end}")) {
+            assert!(!is_cached(&name), "{name}");
+        }
+        assert!(!is_of_the_node("standby/0123/17"));
+        assert!(!is_of_the_node("qemu.17"));
+        assert!(is_of_the_node("standby/0123"));
+    }
 }

@@ -19,6 +19,7 @@ use super::{
     file_error, record,
 };
 use crate::config::DISK_MIB;
+use crate::failpoint;
 use crate::vmm::qemu::args::Mode;
 use crate::vmm::qemu::relocate::{random_base, relocate};
 use crate::vmm::qemu::{QemuVm, kernel_stub};
@@ -119,6 +120,7 @@ impl TemplateStore<'_> {
         };
         let launch = prepare(self.config, self, Mode::Build, spec, &paths, None)?;
         let vm = QemuVm::start(launch, &mut Phases::new()).await?;
+        failpoint::reach(&self.config.run_dir, "template.booting").await;
         let channel = vm.take_channel()?;
         // Open until the state is saved: a guest that saw its host go would end in every clone.
         let _connected =
@@ -133,11 +135,13 @@ impl TemplateStore<'_> {
         };
         answered.map_err(|what| TemplateError::Agent { key: key.to_owned(), what, console })?;
         vm.detach_disk(limits::POD_DISK).await?;
+        failpoint::reach(&self.config.run_dir, "template.saving").await;
         vm.save(target.into()).await?;
         vm.kill();
         vm.exited().await;
         make_sparse(&memory).map_err(error(&memory))?;
         self.relocate_vmm(&work.join(VMM)).map_err(error(&work.join(VMM)))?;
+        failpoint::reach(&self.config.run_dir, "template.publishing").await;
         self.publish(work, key, vcpus, memory_mib)
     }
 
