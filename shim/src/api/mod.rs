@@ -13,8 +13,8 @@ use containerd_shim::protos::ttrpc::{Error, Result};
 
 use crate::sandbox::SandboxError;
 
-/// Does `work` to its end even if containerd's deadline ends the request: a process or a clean-up
-/// that is left half-way would never come to its end.
+/// Does `work` to its end even if containerd's deadline ends the request, or containerd goes: a process or
+/// a clean-up that is left half-way would never come to its end.
 async fn to_the_end<T: Send + 'static>(
     work: impl Future<Output = std::result::Result<T, SandboxError>> + Send + 'static,
 ) -> Result<T> {

@@ -90,13 +90,17 @@ impl Task for TaskService {
             },
         };
         let sandbox = self.sandbox.clone();
-        let pid = to_the_end(async move { sandbox.create(task).await }).await?;
+        let create = async move { sandbox.with_reason(sandbox.create(task).await).await };
+        let pid = to_the_end(create).await?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> TtrpcResult<StartResponse> {
         let sandbox = self.sandbox.clone();
-        let start = async move { sandbox.start(&request.id, exec(&request.exec_id)).await };
+        let start = async move {
+            let started = sandbox.start(&request.id, exec(&request.exec_id)).await;
+            sandbox.with_reason(started).await
+        };
         let pid = to_the_end(start).await?;
         Ok(StartResponse { pid, ..Default::default() })
     }
@@ -115,7 +119,7 @@ impl Task for TaskService {
             },
         };
         let sandbox = self.sandbox.clone();
-        to_the_end(async move { sandbox.exec(task).await }).await?;
+        to_the_end(async move { sandbox.with_reason(sandbox.exec(task).await).await }).await?;
         Ok(Empty::default())
     }
 
@@ -149,10 +153,12 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> TtrpcResult<Empty> {
-        self.sandbox
-            .kill(&request.id, exec(&request.exec_id), request.signal, request.all)
-            .await
-            .map_err(to_rpc)?;
+        let sandbox = self.sandbox.clone();
+        let kill = async move {
+            let (id, exec) = (&request.id, exec(&request.exec_id));
+            sandbox.kill(id, exec, request.signal, request.all).await
+        };
+        to_the_end(kill).await?;
         Ok(Empty::default())
     }
 
@@ -184,17 +190,22 @@ impl Task for TaskService {
             true => Some(json("resources", &request.resources, RESOURCES)?.to_vec()),
             false => None,
         };
-        self.sandbox.update(&request.id, resources, &request.annotations).await.map_err(to_rpc)?;
+        let sandbox = self.sandbox.clone();
+        let update =
+            async move { sandbox.update(&request.id, resources, &request.annotations).await };
+        to_the_end(update).await?;
         Ok(Empty::default())
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> TtrpcResult<Empty> {
-        self.sandbox.pause(&request.id).await.map_err(to_rpc)?;
+        let sandbox = self.sandbox.clone();
+        to_the_end(async move { sandbox.pause(&request.id).await }).await?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> TtrpcResult<Empty> {
-        self.sandbox.resume(&request.id).await.map_err(to_rpc)?;
+        let sandbox = self.sandbox.clone();
+        to_the_end(async move { sandbox.resume(&request.id).await }).await?;
         Ok(Empty::default())
     }
 

@@ -83,6 +83,11 @@ impl GuestError {
         matches!(self, Self::Refused { call: "start", code: Code::INTERNAL, .. })
     }
 
+    /// Whether the guest has answered, and said no.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused { .. })
+    }
+
     /// Whether the guest says that the thing is not there.
     pub fn is_not_found(&self) -> bool {
         self.code() == Code::NOT_FOUND

@@ -20,7 +20,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::disks::Disks;
 use super::record::ProcessId;
-use super::{Guest, Handle, Opening, PodDisk, Progress, SandboxError, plan, teardown};
+use super::{Guest, Handle, LAST_WORDS, Opening, PodDisk, Progress, SandboxError, plan, teardown};
 use crate::failpoint;
 use crate::guest::GuestChannel;
 use crate::host::cgroup;
@@ -171,7 +171,18 @@ impl Handle {
         let wired = self.plug(wanted)?;
         let sizing = wired.sizing;
         let launched = self.launch(wired).await?;
-        Ok((self.identify(wanted, launched).await?, sizing))
+        let vm = launched.machine.vm.clone();
+        match self.identify(wanted, launched).await {
+            Ok(guest) => Ok((guest, sizing)),
+            // Whatever failed first, that the VMM is gone is the reason.
+            Err(error) => match tokio::time::timeout(LAST_WORDS, vm.exited()).await {
+                Ok(how) => {
+                    let ended = format!("the VMM ended: {how} ({error})");
+                    Err(SandboxError::host(&self.0.boot.id, "make the clone itself", ended))
+                }
+                Err(_) => Err(error),
+            },
+        }
     }
 
     /// The machine that has waited, if it is as large as the sandbox asks; another one ends.

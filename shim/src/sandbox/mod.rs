@@ -32,7 +32,7 @@ mod watch;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Mutex as AsyncMutex, mpsc, watch as channel};
 use tokio::task::JoinHandle;
@@ -54,6 +54,9 @@ use crate::standby::Standby;
 use crate::vmm::{DiskLimits, Vm};
 use crate::volumes::Volumes;
 
+/// How long after a failure the end that caused it may become known: a killed VMM is noticed by its silence
+/// first.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 /// Exit status of what was killed: 128 + SIGKILL.
 pub(crate) const KILLED: u32 = 137;
 
@@ -212,6 +215,30 @@ impl Handle {
                 Err(SandboxError::NotStarted { id: id(), reason: "it was not asked to".into() })
             }
         }
+    }
+
+    /// What is told of a failure: where the sandbox has ended, that is the reason, whatever failed first.
+    ///
+    /// # Errors
+    /// `outcome`'s.
+    pub(crate) async fn with_reason<T>(
+        &self,
+        outcome: Result<T, SandboxError>,
+    ) -> Result<T, SandboxError> {
+        let Err(error @ (SandboxError::Guest { .. } | SandboxError::Host { .. })) = outcome else {
+            return outcome;
+        };
+        if matches!(&error, SandboxError::Guest { source, .. } if source.is_refusal()) {
+            return Err(error);
+        }
+        let mut progress = self.0.progress.subscribe();
+        let ended = progress.wait_for(|progress| matches!(progress, Progress::Ended(_)));
+        let Ok(Ok(ended)) = tokio::time::timeout(LAST_WORDS * 2, ended).await else {
+            return Err(error);
+        };
+        let Progress::Ended(reason) = &*ended else { return Err(error) };
+        let reason = format!("{reason} ({error})").into();
+        Err(SandboxError::Ended { id: self.0.boot.id.clone(), reason })
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {

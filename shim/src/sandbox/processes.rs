@@ -8,7 +8,9 @@ use joey_protocol::ids::ExecId;
 
 use super::containers::Exec;
 use super::state::{self, Exit, Operation, Process, Status};
-use super::{ExecTask, Guest, Handle, ProcessState, SandboxError, SandboxEvent, StdioPaths};
+use super::{
+    ExecTask, Guest, Handle, LAST_WORDS, ProcessState, SandboxError, SandboxEvent, StdioPaths,
+};
 use crate::failpoint;
 use crate::guest::GuestError;
 use crate::sizing;
@@ -253,7 +255,21 @@ impl Handle {
             ..Default::default()
         };
         failpoint::reach(&self.0.config.run_dir, "kill.call").await;
-        guest.client.signal(&signal).await.map_err(Self::guest_error(id, exec))
+        match guest.client.signal(&signal).await {
+            Ok(()) => Ok(()),
+            // That its guest went meanwhile is an end, too, and so what the caller wants.
+            Err(error) if !error.is_refusal() && self.ends_soon(id, exec).await => {
+                Err(SandboxError::State { id: name(id, exec), refusal: state::Refusal::Finished })
+            }
+            Err(error) => Err(Self::guest_error(id, exec)(error)),
+        }
+    }
+
+    /// Whether a process has ended, or does as its guest is found to be lost.
+    async fn ends_soon(&self, id: &str, exec: Option<&str>) -> bool {
+        let ended = self.with_process(id, exec, |process| Ok(process.ended()));
+        let Ok(mut ended) = ended else { return true };
+        tokio::time::timeout(LAST_WORDS * 2, ended.wait_for(Option::is_some)).await.is_ok()
     }
 
     /// Whether the first process of a container has ended.

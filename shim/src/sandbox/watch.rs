@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use joey_protocol::api;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::plan::WriteBack;
 use super::state::Exit;
-use super::{Guest, Handle, KILLED, Progress, SandboxEvent};
+use super::{Guest, Handle, KILLED, LAST_WORDS, Progress, SandboxEvent};
 use crate::guest::{self, Event, Events, Lost};
 use crate::rootfs::described;
 use crate::stdio::DRAIN;
@@ -39,7 +39,10 @@ impl Handle {
         let handle = self.clone();
         tokio::spawn(async move {
             let reason: Arc<str> = tokio::select! {
-                reason = lost.wait() => format!("the channel to the guest was lost: {reason}").into(),
+                reason = lost.wait() => match timeout(LAST_WORDS, guest.vm.exited()).await {
+                    Ok(how) => format!("the VMM ended: {how}").into(),
+                    Err(_) => format!("the channel to the guest was lost: {reason}").into(),
+                },
                 how = guest.vm.exited() => format!("the VMM ended: {how}").into(),
             };
             guest.vm.kill();
