@@ -20,12 +20,12 @@ pub const TESTS: &[Test] = &[
     Test { name: "standby::outdated_leaves", run: outdated_leaves },
 ];
 
-fn list(ctx: &Context<'_>) -> Result<Vec<Value>> {
+pub fn list(ctx: &Context<'_>) -> Result<Vec<Value>> {
     Ok(serde_json::from_str(&ctx.node.joey(&["--json", "standby", "ls"])?)?)
 }
 
 /// Has a machine prepared, if there is none, and waits for it: its record.
-fn ready(ctx: &Context<'_>) -> Result<Value> {
+pub fn ready(ctx: &Context<'_>) -> Result<Value> {
     if list(ctx)?.is_empty() {
         ctx.pod("before")?.remove()?;
     }

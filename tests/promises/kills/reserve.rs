@@ -1,0 +1,122 @@
+//! What is there for the pods to come: machines in reserve and the builders of templates.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use joey_tests::pod::SOON;
+use joey_tests::process;
+
+use super::Victim::{Containerd, Shim, Vmm};
+use super::pods::Answer::{Done, Error};
+use super::pods::Step;
+use super::{failed, interrupt, kill_at, pods, settled, standby};
+use crate::context::Context;
+use crate::standby as machines;
+
+/// A machine that is killed before it waits is missed by nobody.
+pub(super) fn machine_in_preparation(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    standby(ctx, 1, || {
+        let before = ctx.node.traces();
+        for point in ["keeper.cloned", "keeper.rehearsed"] {
+            for victim in [Shim, Vmm] {
+                ctx.node.joey(&["standby", "rm"])?;
+                kill_at(ctx, point, victim, || ctx.pod("before")?.remove())??;
+                pods::after(ctx).with_context(|| format!("{point}, {victim:?} killed"))?;
+            }
+        }
+        dead_machines_go(ctx)?;
+        settled(ctx, &before)
+    })
+}
+
+/// What a killed keeper has left is an orphan's after a while.
+fn dead_machines_go(ctx: &Context<'_>) -> Result<()> {
+    let end = Instant::now() + SOON;
+    loop {
+        let dead: Vec<String> = machines::list(ctx)?
+            .into_iter()
+            .filter(|one| {
+                let keeper = one["shim"]["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+                keeper.is_none_or(|pid| ctx.node.outside(pid).is_none())
+            })
+            .map(|one| one["id"].to_string())
+            .collect();
+        if dead.is_empty() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "left of dead machines: {dead:?}");
+        std::thread::sleep(Duration::from_millis(500));
+        ctx.node.joey(&["clean"])?;
+    }
+}
+
+/// A machine that is killed on the way to its sandbox costs at most that sandbox's start.
+pub(super) fn machine_being_claimed(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    standby(ctx, 1, || {
+        let before = ctx.node.traces();
+        pods::with_machine(
+            ctx,
+            &[
+                // It has the sandbox's name, and has not said so: `start` makes a machine of its own.
+                (Step::Run, "keeper.named", &[(Shim, Done), (Vmm, Error), (Containerd, Error)]),
+                (Step::Run, "keeper.claimed", &[(Shim, Error), (Vmm, Error)]),
+                // `start` itself, before it has handed the sandbox over.
+                (Step::Run, "bootstrap.go", &[(Shim, Error)]),
+                (Step::Run, "start.identity", &[(Shim, Error), (Vmm, Error), (Containerd, Error)]),
+                (Step::Start, "create.call", &[(Shim, Error), (Vmm, Error)]),
+            ],
+        )?;
+        keeper_killed_before_go(ctx)?;
+        pods::after(ctx)?;
+        dead_machines_go(ctx)?;
+        settled(ctx, &before)
+    })
+}
+
+/// The keeper has said yes and dies before `start` says go: `start` makes a machine of its own.
+fn keeper_killed_before_go(ctx: &Context<'_>) -> Result<()> {
+    let machine = machines::ready(ctx)?;
+    let keeper = machine["shim"]["pid"].as_u64().unwrap_or_default();
+    let keeper = ctx.node.outside(u32::try_from(keeper)?).context("the keeper has no process")?;
+    let kill = |_| {
+        process::kill(keeper)?;
+        while process::alive(keeper) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    };
+    interrupt(ctx, "bootstrap.go", || ctx.pod("claims")?.remove(), kill)?.context("the pod")
+}
+
+/// A build that is cut short publishes nothing, and the next one builds and removes what is left.
+pub(super) fn template_build(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let size = ["--vcpus", "1", "--memory", "128"];
+    let build = || ctx.node.joey(&[&["template", "build"], &size[..]].concat());
+    let keys = || -> Result<Vec<String>> {
+        let text = ctx.node.joey(&["--json", "template", "ls"])?;
+        let all: Vec<serde_json::Value> = serde_json::from_str(&text)?;
+        let own = all.iter().filter(|one| one["vcpus"] == 1 && one["memory_mib"] == 128);
+        Ok(own.filter_map(|one| one["key"].as_str().map(str::to_owned)).collect())
+    };
+    // Some other test may have needed one of this size.
+    for key in keys()? {
+        ctx.node.joey(&["template", "rm", &key])?;
+    }
+    let before = ctx.node.traces();
+    for (point, victim, words) in [
+        ("template.booting", Vmm, "killed by SIGKILL"),
+        ("template.booting", Shim, "signal: 9"),
+        ("template.saving", Vmm, "killed by SIGKILL"),
+        ("template.publishing", Shim, "signal: 9"),
+    ] {
+        let told = kill_at(ctx, point, victim, build)?;
+        failed(told, &[words]).with_context(|| format!("{point}, {victim:?} killed"))?;
+        ensure!(keys()?.is_empty(), "{point}, {victim:?} killed: a template was published");
+    }
+    build()?;
+    ensure!(keys()?.len() == 1, "no template was built");
+    settled(ctx, &before)
+}
