@@ -146,12 +146,13 @@ impl Handle {
     async fn give_up(&self, reason: &str) {
         tracing::error!(sandbox = %self.0.boot.id, reason, "sandbox not started");
         self.settle(Progress::Failed(reason.into()));
-        self.undo().await;
+        self.undo(false).await;
     }
 
-    /// Undoes everything but the socket, on which this shim still answers. It waits for processes to
-    /// end, so in a thread of its own; one at a time.
-    pub(super) async fn undo(&self) {
+    /// Undoes everything but the socket, on which this shim still answers, and the record, by which it is
+    /// found should containerd forget it; that goes when the shim leaves. It waits for processes to end, so
+    /// in a thread of its own; one at a time.
+    pub(super) async fn undo(&self, leaves: bool) {
         let _alone = self.0.undoing.lock().await;
         let mut record = {
             let record = self.0.record.lock();
@@ -159,7 +160,10 @@ impl Handle {
         };
         record.socket = PathBuf::new();
         let config = self.0.config.clone();
-        let undo = move || teardown::undo(&config.run_dir, &record);
+        let undo = move || match leaves {
+            true => teardown::undo(&config.run_dir, &record),
+            false => teardown::release(&config.run_dir, &record),
+        };
         match tokio::task::spawn_blocking(undo).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!(%error, "clean-up"),

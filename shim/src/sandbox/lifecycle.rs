@@ -99,7 +99,7 @@ impl Handle {
             table.pause.take().ok_or_else(|| self.not_found("sandbox", id))?
         };
         self.end("it was deleted", KILLED).await;
-        self.undo().await;
+        self.undo(false).await;
         Ok(deleted(&pause.process))
     }
 
@@ -138,7 +138,7 @@ impl Handle {
             let _ = starting.await;
         }
         self.0.ended.send_replace(Some(exit));
-        self.undo().await;
+        self.undo(false).await;
     }
 
     /// Shutdown of the Task service: ends the shim if nothing is left in it.
@@ -165,7 +165,7 @@ impl Handle {
 
     pub(super) async fn leave(&self) {
         self.end("the shim was shut down", KILLED).await;
-        self.undo().await;
+        self.undo(true).await;
         self.0.leave.send_replace(true);
     }
 

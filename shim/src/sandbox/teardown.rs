@@ -79,6 +79,18 @@ fn end_processes(record: &Record, left: &mut Vec<String>) {
 /// # Errors
 /// [`Incomplete`] lists what is left.
 pub fn undo(run_dir: &Path, record: &Record) -> Result<(), Incomplete> {
+    release(run_dir, record)?;
+    let mut left = Vec::new();
+    failpoint::hold(run_dir, "teardown.directory");
+    remove(&directory(run_dir, &record.id), |path| std::fs::remove_dir_all(path), &mut left);
+    if left.is_empty() { Ok(()) } else { Err(Incomplete { id: record.id.clone(), left }) }
+}
+
+/// Undoes all but the run directory: for a shim that stays, and is to be found by its record.
+///
+/// # Errors
+/// [`Incomplete`] lists what is left.
+pub fn release(run_dir: &Path, record: &Record) -> Result<(), Incomplete> {
     let mut left = Vec::new();
     failpoint::hold(run_dir, "teardown.processes");
     end_processes(record, &mut left);
@@ -93,10 +105,6 @@ pub fn undo(run_dir: &Path, record: &Record) -> Result<(), Incomplete> {
         left.push(error.to_string());
     }
     remove(&record.socket, |path| std::fs::remove_file(path), &mut left);
-    failpoint::hold(run_dir, "teardown.directory");
-    if left.is_empty() {
-        remove(&directory(run_dir, &record.id), |path| std::fs::remove_dir_all(path), &mut left);
-    }
     if left.is_empty() { Ok(()) } else { Err(Incomplete { id: record.id.clone(), left }) }
 }
 

@@ -30,6 +30,9 @@ use crate::vmm::{Disk, Paths, Phases, Vm as _, VmSpec, VmmError, prepare};
 /// second: with 2 s a clone's first container took a third longer than with 8 s.
 const REST: Duration = Duration::from_secs(8);
 
+/// How long after a failure QEMU's end may become known.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+
 /// How much of it the guest uses in the disk that it opens once: the smallest there is.
 const TRIAL_BYTES: u64 = *DISK_MIB.start() << 20;
 
@@ -120,6 +123,32 @@ impl TemplateStore<'_> {
         };
         let launch = prepare(self.config, self, Mode::Build, spec, &paths, None)?;
         let vm = QemuVm::start(launch, &mut Phases::new()).await?;
+        let saved = self.boot_and_save(&vm, key, &console, target.into()).await;
+        if let Err(error @ VmmError::Qmp(_)) = saved {
+            // That QEMU has ended is the reason, not that it does not answer.
+            let ended = timeout(LAST_WORDS, vm.exited()).await;
+            return Err(ended.map_or(error, |how| {
+                let what = format!("the VMM ended: {how}");
+                TemplateError::Agent { key: key.to_owned(), what, console }.into()
+            }));
+        }
+        saved?;
+        vm.kill();
+        vm.exited().await;
+        make_sparse(&memory).map_err(error(&memory))?;
+        self.relocate_vmm(&work.join(VMM)).map_err(error(&work.join(VMM)))?;
+        failpoint::reach(&self.config.run_dir, "template.publishing").await;
+        self.publish(work, key, vcpus, memory_mib)
+    }
+
+    /// Waits until the guest is at rest and writes its state to `target`.
+    async fn boot_and_save(
+        &self,
+        vm: &QemuVm,
+        key: &str,
+        console: &Path,
+        target: OwnedFd,
+    ) -> Result<(), VmmError> {
         failpoint::reach(&self.config.run_dir, "template.booting").await;
         let channel = vm.take_channel()?;
         // Open until the state is saved: a guest that saw its host go would end in every clone.
@@ -133,16 +162,13 @@ impl TemplateStore<'_> {
             answered = greeting => answered,
             how = vm.exited() => Err(format!("the VMM ended: {how}")),
         };
-        answered.map_err(|what| TemplateError::Agent { key: key.to_owned(), what, console })?;
+        answered.map_err(|what| {
+            let (key, console) = (key.to_owned(), console.to_owned());
+            TemplateError::Agent { key, what, console }
+        })?;
         vm.detach_disk(limits::POD_DISK).await?;
         failpoint::reach(&self.config.run_dir, "template.saving").await;
-        vm.save(target.into()).await?;
-        vm.kill();
-        vm.exited().await;
-        make_sparse(&memory).map_err(error(&memory))?;
-        self.relocate_vmm(&work.join(VMM)).map_err(error(&work.join(VMM)))?;
-        failpoint::reach(&self.config.run_dir, "template.publishing").await;
-        self.publish(work, key, vcpus, memory_mib)
+        vm.save(target).await
     }
 
     /// Makes the copy of QEMU that clones run. Without one they run QEMU itself, for more time and memory.
