@@ -1,4 +1,5 @@
-//! When a part is killed, the pod ends with a reason and everything of it goes.
+//! When a part of a running pod is killed, the pod ends with a reason and everything of it goes. Kills while
+//! something is under way: [`crate::kills`].
 
 use std::time::{Duration, Instant};
 
@@ -14,12 +15,6 @@ pub const TESTS: &[Test] = &[
     Test { name: "faults::vmm_killed", run: vmm_killed },
     Test { name: "faults::vmm_hangs", run: vmm_hangs },
     Test { name: "faults::container_killed_inside", run: container_killed_inside },
-    Test { name: "faults::shim_killed_at_every_phase", run: shim_killed_at_every_phase },
-    Test { name: "faults::vmm_killed_at_every_phase", run: vmm_killed_at_every_phase },
-    Test {
-        name: "faults::containerd_killed_at_every_phase",
-        run: containerd_killed_at_every_phase,
-    },
 ];
 
 fn find(ctx: &Context<'_>, what: &str, part: &str) -> Result<u32> {
@@ -79,71 +74,6 @@ fn container_killed_inside(ctx: &Context<'_>) -> Result<()> {
     same("exit code", container.wait(SOON)?.exit_code, 137)?;
     same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
     pod.remove()
-}
-
-fn shim_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
-    killed_at_every_phase(ctx, "containerd-shim-joey")
-}
-
-fn vmm_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
-    killed_at_every_phase(ctx, "qemu")
-}
-
-/// Kills `victim` a while after it appeared.
-fn killed_at_every_phase(ctx: &Context<'_>, victim: &str) -> Result<()> {
-    ctx.only_joey()?;
-    for delay in [5, 20, 40, 80, 120, 200] {
-        let config = pod::config(ctx.node, "phase");
-        let outcome = std::thread::scope(|scope| {
-            let starter = scope.spawn(|| {
-                let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
-                live(&pod)?;
-                pod.remove()
-            });
-            let end = Instant::now() + Duration::from_secs(10);
-            let found = loop {
-                let found = find(ctx, victim, "");
-                if found.is_ok() || Instant::now() > end {
-                    break found;
-                }
-            };
-            std::thread::sleep(Duration::from_millis(delay));
-            if let Ok(pid) = found {
-                let _ = process::kill(pid);
-            }
-            starter.join()
-        });
-        // It may have won the race; what counts is that it neither hangs nor leaves anything.
-        if outcome.is_err() {
-            bail!("the starting thread panicked");
-        }
-        nothing_is_left(ctx)?;
-    }
-    ctx.pod("after")?.remove()
-}
-
-fn containerd_killed_at_every_phase(ctx: &Context<'_>) -> Result<()> {
-    ctx.only_joey()?;
-    for delay in [5, 60, 150] {
-        // A pod that containerd was still making is known to nobody; its network is lost with runc, too.
-        let pod = ctx.pod("phase")?;
-        std::thread::scope(|scope| -> Result<()> {
-            scope.spawn(|| live(&pod));
-            std::thread::sleep(Duration::from_millis(delay));
-            ctx.node.kill_containerd()?;
-            ctx.node.start_containerd()
-        })?;
-        same("pod lives on", pod.script("echo ok")?.text(), "ok")?;
-        // It may have been removed already, by the rule that follows.
-        drop(pod);
-        nothing_is_left(ctx)?;
-    }
-    ctx.pod("after")?.remove()
-}
-
-/// A container's life; whoever killed something knows why it fails.
-fn live(pod: &Pod<'_>) -> Result<()> {
-    pod.start(&pod::script("c", "sleep 1000"))?.sh("true").map(drop)
 }
 
 /// Removes all pods as a kubelet does, again and again, and sees all of Joey's go.

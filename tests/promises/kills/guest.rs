@@ -1,11 +1,11 @@
 //! The container's own process, killed inside the guest.
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use joey_tests::pod::{self, Pod, SOON};
 use k8s_cri::v1::{ContainerConfig, NamespaceMode, NamespaceOption};
 
 use super::{interrupt, standby};
-use crate::context::{Context, same};
+use crate::context::{Context, refused, same};
 
 /// Lets a container see the processes of the whole pod.
 fn shared(mut config: ContainerConfig) -> ContainerConfig {
@@ -48,17 +48,20 @@ pub(super) fn process_in_the_guest(ctx: &Context<'_>) -> Result<()> {
                 },
                 |_| neighbour.sh(&kill).map(drop),
             )?;
-            println!("{point}: {told:?}");
             if is_exec {
                 same("the exec's exit code", told?, 137)?;
                 same("the container lives on", victim.sh("echo ok")?.text(), "ok")?;
             } else {
-                let status = victim.wait(SOON).with_context(|| format!("{point}: {told:?}"))?;
-                println!("  {:?} {} {}", status.exit_code, status.reason, status.message);
-                if point == "start.done" {
-                    told?;
-                    same("exit code", status.exit_code, 137)?;
+                let created = point == "create.made";
+                match created {
+                    true => {
+                        refused("StartContainer", told, "cannot start a process that is stopped")?
+                    }
+                    false => same("StartContainer", told?, 0)?,
                 }
+                // CRI's code for what could not be started, and SIGKILL's.
+                let expected = if created { 128 } else { 137 };
+                same("exit code", victim.wait(SOON)?.exit_code, expected)?;
             }
             victim.remove(std::time::Duration::ZERO)?;
             same("the neighbour lives on", neighbour.sh("echo ok")?.text(), "ok")?;

@@ -176,7 +176,6 @@ fn settled(ctx: &Context<'_>, before: &traces::Traces) -> Result<()> {
         if left.is_empty() {
             return Ok(());
         }
-        println!("    waits for {left:?}");
         ensure!(Instant::now() < end, "left behind:\n  {}", left.join("\n  "));
         if left.iter().all(|name| name.starts_with("bundle ")) {
             // containerd's own: it keeps the bundle of a container whose shim died after its creation and

@@ -64,8 +64,8 @@ pub(super) fn machine_being_claimed(ctx: &Context<'_>) -> Result<()> {
                 (Step::Run, "keeper.claimed", &[(Shim, Error), (Vmm, Error)]),
                 // `start` itself, before it has handed the sandbox over.
                 (Step::Run, "bootstrap.go", &[(Shim, Error)]),
-                (Step::Run, "start.identity", &[(Shim, Error), (Vmm, Error), (Containerd, Error)]),
-                (Step::Start, "create.call", &[(Shim, Error), (Vmm, Error)]),
+                (Step::Run, "start.identity", &[(Shim, Error), (Vmm, Error)]),
+                (Step::Start, "create.call", &[(Vmm, Error)]),
             ],
         )?;
         keeper_killed_before_go(ctx)?;
