@@ -70,8 +70,11 @@ impl Handle {
         let start = Instant::now();
         let guest = self.guest().await?;
         self.with_process(id, exec, Process::starting)?;
-        let point = if exec.is_some() { "exec-start" } else { "start" };
-        failpoint::reach(&self.0.config.run_dir, &format!("{point}.call")).await;
+        let (call, done) = match exec {
+            None => ("start.call", "start.done"),
+            Some(_) => ("exec-start.call", "exec-start.done"),
+        };
+        failpoint::reach(&self.0.config.run_dir, call).await;
         let reply = match guest.client.start(&request(id, exec)).await {
             Ok(reply) => reply,
             Err(error) => {
@@ -88,7 +91,7 @@ impl Handle {
         };
         self.0.timeline.host("start", &name(id, exec), start);
         self.note_phases(&name(id, exec), &reply.phases);
-        failpoint::reach(&self.0.config.run_dir, &format!("{point}.done")).await;
+        failpoint::reach(&self.0.config.run_dir, done).await;
         let container = id.to_owned();
         let started = match exec {
             None => SandboxEvent::Started { id: container, pid: reply.pid },

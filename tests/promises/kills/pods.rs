@@ -11,6 +11,7 @@ use k8s_cri::v1::PodSandboxConfig;
 use super::Victim::{self, Containerd, Shim, Vmm};
 use super::{Told, failed, kill_at, settled, standby};
 use crate::context::{Context, holds, same};
+use crate::volumes::mounted;
 use crate::{faults, standby as machines};
 
 /// What a client does when the kill comes.
@@ -21,7 +22,6 @@ pub(super) enum Step {
     Start,
     Exec,
     Stop,
-    Remove,
     StopPod,
 }
 
@@ -58,9 +58,6 @@ impl<'a> Scene<'a> {
         if !matches!(step, Step::Run | Step::Start) {
             scene.act(Step::Start)?;
         }
-        if step == Step::Remove {
-            scene.act(Step::Stop)?;
-        }
         Ok(scene)
     }
 
@@ -75,14 +72,15 @@ impl<'a> Scene<'a> {
             return cri.stop_pod(&pod.id);
         }
         if step == Step::Start {
-            let container = pod.create(&pod::script("c", "sleep 1000"))?;
+            // With files of the host, whose server is a process of its own.
+            let (script, folder) = (pod::script("c", "sleep 1000"), ctx.node.dir().join("logs"));
+            let container = pod.create(&mounted(script, "/host", &folder, true))?;
             return cri.start(&self.container.insert(container).id);
         }
         let container = self.container.as_ref().context("no container")?;
         match step {
             Step::Exec => container.sh("true").map(drop),
-            Step::Stop => cri.stop(&container.id, Duration::ZERO),
-            _ => cri.remove(&container.id),
+            _ => cri.stop(&container.id, Duration::ZERO),
         }
     }
 
@@ -112,8 +110,9 @@ fn words(victim: Victim) -> &'static [&'static str] {
 
 /// Checks an error: the shim's own name the sandbox, too.
 fn check(scene: &Scene<'_>, victim: Victim, told: Told<()>) -> Result<()> {
-    if let (Vmm, Err(error), Some(pod)) = (victim, &told, &scene.pod) {
-        holds("the error", &format!("{error:#}"), &format!("sandbox {} has ended", pod.id))?;
+    if let (Vmm, Err(error)) = (victim, &told) {
+        let named = scene.pod.as_ref().map(|pod| format!("sandbox {} has ended", pod.id));
+        holds("the error", &format!("{error:#}"), named.as_deref().unwrap_or("did not start"))?;
     }
     failed(told, words(victim))
 }
@@ -138,7 +137,10 @@ fn cases(ctx: &Context<'_>, all: &[Case<'_>], machine: bool) -> Result<()> {
                 Any if told.is_err() => check(&scene, *victim, told),
                 Any => Ok(()),
             });
-            let cleared = scene.clear(&before);
+            let mut cleared = scene.clear(&before);
+            if cleared.is_ok() && *step == Step::Run && !machine {
+                cleared = ctx.pod("next").and_then(Pod::remove).context("the next pod");
+            }
             for error in [told, cleared].into_iter().filter_map(Result::err) {
                 wrong.push(format!("{step:?}, {point}, {victim:?} killed: {error:#}"));
             }
