@@ -245,7 +245,7 @@ impl Handle {
                 cgroup::put(pid, &cgroups).map_err(|error| {
                     SandboxError::host(id, "put the VMM into the pod's cgroup", error)
                 })?;
-                (Some(Machine { vm, channel, disks, disk }), Some(tap))
+                (Some(Machine { vm, channel, disks, disk: Some(disk) }), Some(tap))
             }
         };
         self.0.timeline.shim();

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use joey_protocol::limits::deadline;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::UnixListener;
 
@@ -211,12 +210,8 @@ async fn prepare(config: &Config, sizing: Sizing, id: &str, directory: &Path) ->
     let vm: Arc<dyn vmm::Vm> = started.vm.into();
     let mut channel = GuestChannel::connect(vm.take_channel()?)?;
     let guest = Guest::nobodys(vm.clone(), &channel);
-    let disk = if started.rehearsed {
-        channel.client.hello(deadline::HELLO_COLD).await?;
-        None
-    } else {
-        Some(rehearse(config, &guest, &mut channel.events).await?)
-    };
+    // Even if its template has: what it shares with others until it is written is its own by then.
+    let disk = rehearse(config, &guest, &mut channel.events).await?;
     let disks = guest.disks;
     failpoint::reach(&config.run_dir, "keeper.rehearsed").await;
     Ok(Standby { sizing, vm, channel, disks, disk, tap })

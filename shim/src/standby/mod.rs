@@ -45,8 +45,7 @@ pub(crate) struct Standby {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) channel: GuestChannel,
     pub(crate) disks: Arc<Disks>,
-    /// The pod's disk, if the rehearsal left one.
-    pub(crate) disk: Option<PodDisk>,
+    pub(crate) disk: PodDisk,
     pub(crate) tap: ParkedTap,
 }
 

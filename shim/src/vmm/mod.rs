@@ -77,8 +77,6 @@ pub struct Started {
     pub vm: Box<dyn Vm>,
     /// Whether it continues from a template.
     pub cloned: bool,
-    /// Whether it has been through a sandbox's start and end once.
-    pub rehearsed: bool,
     /// What took how long.
     pub phases: Phases,
 }
@@ -177,7 +175,7 @@ pub async fn start(config: &VmmConfig, spec: VmSpec) -> Result<Started, VmmError
     phases.push(("template", begun.elapsed()));
     let again = copy_of(&spec)?;
     match clone(config, &store, &template, spec, &mut phases).await {
-        Ok((vm, rehearsed)) => Ok(Started { vm: Box::new(vm), cloned: true, rehearsed, phases }),
+        Ok(vm) => Ok(Started { vm: Box::new(vm), cloned: true, phases }),
         Err(error) => {
             tracing::warn!("sandbox {}: cloning failed, boots cold: {error}", again.id);
             if error.is_templates_fault() {
@@ -231,13 +229,13 @@ async fn clone(
     template: &Template,
     spec: VmSpec,
     phases: &mut Phases,
-) -> Result<(QemuVm, bool), VmmError> {
+) -> Result<QemuVm, VmmError> {
     if let Some(process) = template.open_process()? {
         let vm = QemuVm::start(continued(config, spec, process)?, phases).await?;
         let begun = Instant::now();
         vm.resume().await?;
         phases.push(("vmm_restored", begun.elapsed()));
-        return Ok((vm, true));
+        return Ok(vm);
     }
     let paths = Paths {
         kernel: template.kernel(),
@@ -252,7 +250,7 @@ async fn clone(
     let begun = Instant::now();
     vm.restored().await?;
     phases.push(("vmm_restored", begun.elapsed()));
-    Ok((vm, false))
+    Ok(vm)
 }
 
 async fn cold(
@@ -269,7 +267,7 @@ async fn cold(
     };
     let launch = prepare(config, store, Mode::Cold, spec, &paths, None)?;
     let vm = QemuVm::start(launch, &mut phases).await?;
-    Ok(Started { vm: Box::new(vm), cloned: false, rehearsed: false, phases })
+    Ok(Started { vm: Box::new(vm), cloned: false, phases })
 }
 
 /// Files of the node that QEMU opens.
