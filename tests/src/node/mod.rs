@@ -378,6 +378,10 @@ impl Node {
         while !traces::processes(self.holder).is_empty() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(50));
         }
+        // What a builder had, Joey collects when the builder is gone.
+        if let Err(error) = self.joey(&["template", "rm", "--stale"]) {
+            leaks.push(format!("templates: {error:#}"));
+        }
         leaks.extend(self.leaks_at_end());
         crate::process::terminate(self.holder, Duration::ZERO)?;
         if let Some(mut child) = lock(&self.holder_child).take() {
