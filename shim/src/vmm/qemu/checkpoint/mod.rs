@@ -55,6 +55,7 @@ pub(crate) fn take(pid: i32, passed: i32, file: &File) -> io::Result<()> {
     if own.iter().any(|it| it.start < BASE + ROOM) {
         return Err(io::Error::other("its memory is where the restorer belongs"));
     }
+    // The kernel's own mappings, which it put anywhere, go where the process knows them; all else is unmapped.
     let vdso = kernels.iter().find(|it| it.is_vdso()).map_or(0, |it| it.start);
     let moving = |from, length, to| {
         let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
@@ -70,12 +71,14 @@ pub(crate) fn take(pid: i32, passed: i32, file: &File) -> io::Result<()> {
     for it in &kernels {
         rows.push(moving(ASIDE + (it.start - lowest), it.end - it.start, it.start));
     }
+    // The memory, from a descriptor that is then closed.
     let source = passed as u64;
     rows.push(Row::new(libc::SYS_fcntl, &[source, libc::F_DUPFD as u64, SOURCE], SOURCE));
     rows.push(Row::new(libc::SYS_close, &[source], 0));
     let (maps, end) = copy(&process, &own, file, PAGE, SOURCE)?;
     rows.extend(maps);
     rows.push(Row::new(libc::SYS_close, &[SOURCE], 0));
+    // What is the process's, then the threads, which wait as they did; the filters are for all of them.
     rows.extend(resources::descriptors(pid, passed, &mut script)?);
     rows.extend(resources::bounds(&process, first, &mut script)?);
     rows.extend(resources::signals(&process, first, &mut script)?);
