@@ -230,21 +230,18 @@ async fn clone(
     spec: VmSpec,
     phases: &mut Phases,
 ) -> Result<QemuVm, VmmError> {
-    if let Some(process) = template.open_process()? {
-        let vm = QemuVm::start(continued(config, spec, process)?, phases).await?;
-        let begun = Instant::now();
-        vm.resume().await?;
-        phases.push(("vmm_restored", begun.elapsed()));
-        return Ok(vm);
-    }
-    let paths = Paths {
-        kernel: template.kernel(),
-        initrd: None,
-        memory: Some(template.memory()),
-        vmm: template.vmm(),
+    let launch = if let Some(process) = template.open_process()? {
+        continued(config, spec, process)?
+    } else {
+        let paths = Paths {
+            kernel: template.kernel(),
+            initrd: None,
+            memory: Some(template.memory()),
+            vmm: template.vmm(),
+        };
+        let state = template.open_state()?;
+        prepare(config, store, Mode::Clone, spec, &paths, Some(state))?
     };
-    let state = template.open_state()?;
-    let launch = prepare(config, store, Mode::Clone, spec, &paths, Some(state))?;
     let vm = QemuVm::start(launch, phases).await?;
     failpoint::reach(&config.run_dir, "vmm.spawned").await;
     let begun = Instant::now();

@@ -126,6 +126,8 @@ pub struct QemuVm {
     attached: Mutex<BTreeMap<u32, String>>,
     ended: watch::Receiver<Option<String>>,
     stderr: spawn::Tail,
+    /// Whether it goes on from a checkpoint, in which all of the machine is.
+    continues: bool,
 }
 
 impl QemuVm {
@@ -161,6 +163,7 @@ impl QemuVm {
             attached: Mutex::default(),
             ended,
             stderr,
+            continues,
         };
         phases.push(("vmm_ready", begun.elapsed()));
         let begun = Instant::now();
@@ -174,12 +177,14 @@ impl QemuVm {
     pub(crate) async fn restored(&self) -> Result<(), VmmError> {
         let wait = async {
             let mut qmp = self.qmp.lock().await;
-            qmp.execute("migrate-set-capabilities", capabilities()).await?;
-            // The template's address is nobody's: the network shall not learn it.
-            qmp.execute("migrate-set-parameters", json!({"announce-rounds": 0})).await?;
-            let source = json!({"uri": "file:/dev/fdset/1"});
-            qmp.execute("migrate-incoming", source).await?;
-            migrated(&mut qmp).await?;
+            if !self.continues {
+                qmp.execute("migrate-set-capabilities", capabilities()).await?;
+                // The template's address is nobody's: the network shall not learn it.
+                qmp.execute("migrate-set-parameters", json!({"announce-rounds": 0})).await?;
+                let source = json!({"uri": "file:/dev/fdset/1"});
+                qmp.execute("migrate-incoming", source).await?;
+                migrated(&mut qmp).await?;
+            }
             // A machine that runs already does not mind.
             qmp.execute("cont", json!({})).await?;
             Ok(())

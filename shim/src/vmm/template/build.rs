@@ -227,7 +227,7 @@ impl TemplateStore<'_> {
         // Once here, rather than in every sandbox.
         let launch = continued(self.config, machine(), File::open(&path)?.into())?;
         let vm = QemuVm::start(launch, &mut Phases::new()).await?;
-        vm.resume().await?;
+        vm.restored().await?;
         let answered = answers(vm.take_channel()?, async |_| Ok(())).await;
         answered.map_err(|what| anyhow::anyhow!("its checkpoint does not go on: {what}"))?;
         vm.kill();
