@@ -16,6 +16,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use joey_protocol::api;
 use joey_protocol::limits::{ENTROPY_BYTES, MACHINE_ID_BYTES, PROTOCOL_VERSION, deadline};
+use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::disks::Disks;
@@ -351,6 +352,7 @@ impl Handle {
                 checked.map(|()| reply).map_err(|reason| GuestError::BadReply { call, reason })
             })
             .map_err(|source| SandboxError::Guest { id: id.clone(), source })?;
+        self.0.timeline.answered(Pid::from_raw(vm.pid()));
         let inside =
             reply.phases.iter().fold(0, |sum: u64, phase| sum.saturating_add(phase.nanoseconds));
         self.0.timeline.call("agent", "identity", start, Duration::from_nanos(inside));

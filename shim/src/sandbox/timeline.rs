@@ -7,6 +7,8 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 /// File name in the sandbox's run directory.
@@ -30,11 +32,23 @@ pub struct Step {
     pub took_ms: f64,
 }
 
+/// What a clone's first answer cost.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FirstAnswer {
+    /// Milliseconds from the beginning of the clone to the agent's reply, which gave it its identity.
+    pub took_ms: f64,
+    /// Milliseconds of processor time that all threads of the VMM had used by then.
+    pub vmm_cpu_ms: f64,
+}
+
 /// A start, step by step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Steps {
     /// Nanoseconds after the epoch at which the shim started.
     pub started_at_ns: u64,
+    /// None until it came, and of machines that were not cloned for this sandbox.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_answer: Option<FirstAnswer>,
     /// The steps, in the order in which they ended.
     pub steps: Vec<Step>,
 }
@@ -66,7 +80,7 @@ impl Timeline {
             origin: Instant::now().checked_sub(since).unwrap_or_else(Instant::now),
             steps: Mutex::new(Steps {
                 started_at_ns: u64::try_from(started.as_nanos()).unwrap_or(0),
-                steps: Vec::new(),
+                ..Steps::default()
             }),
         }
     }
@@ -102,6 +116,19 @@ impl Timeline {
         let before = start.elapsed().saturating_sub(inside);
         self.push(answer, "", "host", start, before);
         self.push(name, "", "host", start + before, inside);
+    }
+
+    /// Notes that the agent has answered for the first time, from a machine whose VMM is `vmm`.
+    pub fn answered(&self, vmm: Pid) {
+        let used = clock_getcpuclockid(vmm).and_then(clock_gettime);
+        let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        let clone = steps.steps.iter().find(|step| step.name == "clone").map(|step| step.start_ms);
+        if let (Some(clone), Ok(used)) = (clone, used) {
+            steps.first_answer = Some(FirstAnswer {
+                took_ms: self.origin.elapsed().as_secs_f64() * 1e3 - clone,
+                vmm_cpu_ms: Duration::from(used).as_secs_f64() * 1e3,
+            });
+        }
     }
 
     /// Notes steps that the guest measured, laid end to end so that the last ends now.

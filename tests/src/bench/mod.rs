@@ -8,7 +8,7 @@ pub mod stats;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use std::os::fd::AsFd;
@@ -20,6 +20,8 @@ use crate::process;
 
 /// Pods of the run that starts them all at once.
 const TOGETHER: usize = 20;
+/// Size of the file that is printed through an exec.
+const OUTPUT_MIB: usize = 100;
 
 /// Measures and returns the report; `progress` is told what happens.
 pub fn start(
@@ -44,6 +46,10 @@ pub fn start(
         if run % 10 == 0 || run == runs {
             progress(&format!("{run} of {runs} runs"));
         }
+    }
+    for handler in handlers {
+        progress(&format!("{OUTPUT_MIB} MiB through exec with {handler}"));
+        output(node, handler, runs, &mut samples)?;
     }
     for handler in handlers {
         progress(&format!("{TOGETHER} pods at once with {handler}"));
@@ -81,6 +87,7 @@ fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
         watcher.join().map_err(|_| anyhow!("the log's watcher panicked"))?
     })?;
     timed("first_byte", first_byte);
+    let answer = first_answer(node, &pod);
 
     let start = Instant::now();
     container.exec(&["true"])?;
@@ -98,10 +105,25 @@ fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
     if let (Some(before), Some(after)) = (cpu_before, cgroups::cpu_nanoseconds(&node.cgroup())) {
         timed("host_cpu", Duration::from_nanos(after.saturating_sub(before)));
     }
+    for (metric, value) in answer {
+        samples.add(handler, metric, "ms", value);
+    }
     for (metric, kib) in memory {
         samples.add(handler, metric, "MiB", kib as f64 / 1024.0);
     }
     pod.remove()
+}
+
+/// What the first answer of a machine that was cloned for this pod cost: nothing where it was in reserve,
+/// and with another runtime.
+fn first_answer(node: &Node, pod: &Pod<'_>) -> Vec<(&'static str, f64)> {
+    let inspect = node.joey(&["inspect", "--json", &pod.id]).unwrap_or_default();
+    let inspect: serde_json::Value = serde_json::from_str(&inspect).unwrap_or_default();
+    let answer = &inspect["timeline"]["first_answer"];
+    [("clone_to_answer", "took_ms"), ("clone_to_answer_cpu", "vmm_cpu_ms")]
+        .into_iter()
+        .filter_map(|(metric, field)| Some((metric, answer[field].as_f64()?)))
+        .collect()
 }
 
 /// When the container's log first changed.
@@ -147,6 +169,20 @@ fn memory_of(node: &Node, pod: &Pod<'_>) -> Vec<(&'static str, u64)> {
         }
     }
     vec![("private_memory", all), ("shim_private_memory", shim), ("pss_memory", shares)]
+}
+
+/// Prints a file of one pod through an exec, again and again; a sample is the time until it was there whole.
+fn output(node: &Node, handler: &str, runs: usize, samples: &mut Samples) -> Result<()> {
+    let pod = Pod::run(node, handler, "output")?;
+    let container = pod.start(&pod::container("main", &["sleep", "1000"]))?;
+    container.sh(&format!("head -c {OUTPUT_MIB}m /dev/zero > /tmp/data; sync"))?;
+    for _ in 0..runs {
+        let start = Instant::now();
+        let output = container.exec_live(&["cat", "/tmp/data"], false)?.finish()?;
+        samples.add(handler, "exec_cat_100_mib", "ms", milliseconds(start.elapsed()));
+        ensure!(output.stdout.len() == OUTPUT_MIB << 20, "{} bytes came", output.stdout.len());
+    }
+    pod.remove()
 }
 
 /// Starts pods all at once; a sample is one pod's time to a started container.

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 use joey_shim::config::Config;
 use joey_shim::sandbox::orphans;
 use joey_shim::sandbox::record::{ProcessId, Record, directory};
-use joey_shim::sandbox::timeline::Steps;
+use joey_shim::sandbox::timeline::{FirstAnswer, Steps};
 use joey_shim::standby;
 use serde_json::json;
 
@@ -133,6 +133,11 @@ pub(crate) fn inspect(config: &Config, id: &str, json: bool) -> Result<()> {
     println!("machine    {machine}");
     if let Some(netns) = &record.netns {
         println!("network    {}", netns.display());
+    }
+    if let Some(FirstAnswer { took_ms, vmm_cpu_ms }) = steps.first_answer {
+        println!(
+            "identity   {took_ms:.1} ms after the clone began, {vmm_cpu_ms:.1} ms of processor time"
+        );
     }
     print!("\n{}", timeline::draw(&steps));
     Ok(())

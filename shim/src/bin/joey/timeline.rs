@@ -56,8 +56,8 @@ mod tests {
             took_ms,
         };
         let steps = Steps {
-            started_at_ns: 0,
             steps: vec![step("clone", "host", 2.0, 60.0), step("clock", "guest", 62.0, 0.1)],
+            ..Steps::default()
         };
         let text = draw(&steps);
         assert_eq!(text.lines().count(), 3, "{text}");
