@@ -1,14 +1,14 @@
 //! Block devices of the host in a pod (`volumeDevices`).
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use joey_tests::loop_device::Loop;
 use joey_tests::pod;
-use k8s_cri::v1::{ContainerConfig, Device};
+use k8s_cri::v1::Device;
 
 use crate::context::{Context, Test, holds, refused, same, skip};
 
@@ -19,44 +19,9 @@ pub const TESTS: &[Test] = &[
 
 const MIB: u64 = 1 << 20;
 
-/// A block device over a file, until dropped.
-pub struct Loop {
-    /// The device's path.
-    pub device: String,
-    /// What is behind it.
-    pub file: PathBuf,
-}
-
-impl Loop {
-    /// A device of so many zero bytes.
-    pub fn new(ctx: &Context<'_>, bytes: u64) -> Result<Self> {
-        let file = ctx.node.dir().join(format!("block-{}", pod::serial()));
-        File::create_new(&file)?.set_len(bytes)?;
-        let made = Command::new("losetup").args(["--find", "--show"]).arg(&file).output()?;
-        if !made.status.success() {
-            let why = String::from_utf8_lossy(&made.stderr).into_owned();
-            skip(&format!("no loop device can be made here: {why}"))?;
-        }
-        let device = String::from_utf8(made.stdout)?.trim().to_owned();
-        Ok(Self { device, file })
-    }
-
-    fn give(&self, mut config: ContainerConfig, at: &str, permissions: &str) -> ContainerConfig {
-        config.devices.push(Device {
-            container_path: at.into(),
-            host_path: self.device.clone(),
-            permissions: permissions.into(),
-        });
-        config
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        // The test has failed and says why, or does not need it any more.
-        let _ = Command::new("losetup").args(["--detach", &self.device]).status();
-        let _ = fs::remove_file(&self.file);
-    }
+/// A device of so many zero bytes; where none can be made, the test is skipped.
+pub fn zeros(ctx: &Context<'_>, bytes: u64) -> Result<Loop> {
+    Loop::new(ctx.node, bytes).map_err(|error| skip(&format!("{error:#}")).err().unwrap_or(error))
 }
 
 fn bytes_at(path: &Path, at: u64, length: usize) -> Result<String> {
@@ -66,7 +31,7 @@ fn bytes_at(path: &Path, at: u64, length: usize) -> Result<String> {
 }
 
 fn is_read_and_written(ctx: &Context<'_>) -> Result<()> {
-    let volume = Loop::new(ctx, 96 * MIB)?;
+    let volume = zeros(ctx, 96 * MIB)?;
     File::options().write(true).open(&volume.file)?.write_all_at(b"from the host", 64 * MIB)?;
     let pod = ctx.pod("block")?;
     let config = volume.give(pod::script("c", "sleep 1000"), "/dev/xvda", "rwm");
@@ -90,7 +55,7 @@ fn is_read_and_written(ctx: &Context<'_>) -> Result<()> {
 
 fn read_only_and_refused(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let volume = Loop::new(ctx, 8 * MIB)?;
+    let volume = zeros(ctx, 8 * MIB)?;
     let pod = ctx.pod("blockro")?;
     let container = pod.start(&volume.give(pod::script("c", "sleep 1000"), "/dev/xvda", "r"))?;
     let script =

@@ -8,10 +8,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE;
+use joey_tests::loop_device::Loop;
 use joey_tests::pod;
 use serde_json::{Value, json};
 
-use crate::block::Loop;
+use crate::block::zeros;
 use crate::context::{Context, Test, holds, refused, same};
 use crate::volumes::{mounted, volume};
 
@@ -33,7 +34,7 @@ fn run(program: &str, arguments: &[&str]) -> Result<String> {
 
 /// A device with an ext4 file system, in it `hello` and `part/inside`.
 fn ext4(ctx: &Context<'_>) -> Result<Loop> {
-    let device = Loop::new(ctx, 64 * MIB)?;
+    let device = zeros(ctx, 64 * MIB)?;
     let content = ctx.node.dir().join(format!("content-{}", pod::serial()));
     fs::create_dir_all(content.join("part"))?;
     fs::write(content.join("hello"), "from the host")?;
@@ -152,7 +153,7 @@ fn read_only_and_refused(ctx: &Context<'_>) -> Result<()> {
     refuse("an option", &with("options", json!(["loop"])), "options \"loop\"")?;
     refuse("a device", &with("device", json!("/dev/nosuch")), "open /dev/nosuch")?;
     let xfs = "file system \"xfs\" is not in this guest's kernel";
-    let empty = Loop::new(ctx, 8 * MIB)?;
+    let empty = zeros(ctx, 8 * MIB)?;
     let xfs_on = |device: &str| {
         let mut info = info(device);
         info["fstype"] = "xfs".into();

@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod cri;
 pub mod image;
+pub mod loop_device;
 pub mod node;
 pub mod paths;
 pub mod pod;

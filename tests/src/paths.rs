@@ -41,8 +41,7 @@ pub fn shim() -> PathBuf {
 
 /// The program that containers of tests run where busybox does not suffice (`probe/`), linked statically.
 pub fn probe() -> PathBuf {
-    let built = || repository().join("target/x86_64-unknown-linux-gnu/release/joey-probe");
-    std::env::var_os("JOEY_PROBE").map_or_else(built, PathBuf::from)
+    repository().join("target/x86_64-unknown-linux-gnu/release/joey-probe")
 }
 
 /// The operator's tool under test.

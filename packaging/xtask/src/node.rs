@@ -26,7 +26,7 @@ impl Profile {
     }
 }
 
-/// Builds shim, tool and harness.
+/// Builds shim, tool and harness, and what its containers run.
 pub fn build(profile: Profile) -> Result<()> {
     let mut build = command(
         "cargo",
@@ -36,7 +36,9 @@ pub fn build(profile: Profile) -> Result<()> {
     if profile == Profile::Release {
         build.arg("--release");
     }
-    run(&mut build)
+    run(&mut build)?;
+    guest::build_static("joey-probe")?;
+    Ok(())
 }
 
 /// Says where everything is, for the harness.

@@ -141,10 +141,9 @@ pub fn only_promises(filters: &[String]) -> Result<()> {
 fn prepared(filters: &[String]) -> Result<Command> {
     guest::build()?;
     build(Profile::Debug)?;
-    let probe = guest::build_static("joey-probe")?;
     let mut tests =
         command("cargo", &["test", "--quiet", "-p", "joey-tests", "--test", "promises", "--"]);
-    environment(tests.args(filters).env("JOEY_PROBE", probe), Profile::Debug);
+    environment(tests.args(filters), Profile::Debug);
     Ok(tests)
 }
 

@@ -1,14 +1,15 @@
-//! What a container of a test does that busybox cannot: locks, mappings, sockets, inotify.
+//! What a container of a test does that busybox cannot: locks, mappings, sockets, inotify, reads that are timed.
 //!
 //! `cargo xtask test` links it statically, so that any image can run it.
 #![allow(clippy::print_stdout)]
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{Read as _, Write as _};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::net::Shutdown;
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -99,6 +100,29 @@ fn watch(folders: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// Reads a file or block device, from its beginning or in pieces of 4 KiB all over it, and prints the
+/// milliseconds that took.
+fn read(path: &str, random: bool) -> Result<()> {
+    const PIECE: u64 = 4096;
+    const PIECES: u64 = 2000;
+    let mut file = File::open(path).with_context(|| format!("open {path}"))?;
+    let pieces = file.seek(SeekFrom::End(0))? / PIECE;
+    file.rewind()?;
+    let begun = Instant::now();
+    if random {
+        // Fibonacci hashing: pieces all over the file, in no order.
+        for n in 0..PIECES.min(pieces) {
+            let at = n.wrapping_mul(0x9E37_79B9_7F4A_7C15) % pieces * PIECE;
+            file.read_exact_at(&mut [0; PIECE as usize], at)?;
+        }
+    } else {
+        let mut buffer = vec![0; 1 << 20];
+        while file.read(&mut buffer)? > 0 {}
+    }
+    println!("{:.3}", begun.elapsed().as_secs_f64() * 1000.0);
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let texts: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -107,6 +131,8 @@ fn main() -> Result<()> {
         ["lock", path, until] => lock(path, Some(until)),
         ["map", path, text] => map(path, text, false),
         ["map-sync", path, text] => map(path, text, true),
+        ["read", path] => read(path, false),
+        ["read-random", path] => read(path, true),
         ["serve", path] => serve(path),
         ["ask", path, question] => ask(path, question),
         ["watch", ..] => watch(words.get(1..).unwrap_or_default()),

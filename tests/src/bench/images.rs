@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -25,8 +25,8 @@ pub fn image(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Result
     let folder = crate::paths::repository().join("target/images");
     let archive = image::debian(&folder)?;
     for run in 1..=runs {
-        for (subject, snapshotter) in [("joey", "joey"), ("overlayfs", "overlayfs")] {
-            unpack(node, subject, snapshotter, &archive, &mut samples)?;
+        for snapshotter in ["joey", "overlayfs"] {
+            unpack(node, snapshotter, &archive, &mut samples)?;
         }
         progress(&format!("{run} of {runs} images unpacked"));
     }
@@ -39,72 +39,135 @@ pub fn image(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Result
         });
         image::on_busybox(&path, &name, more.collect::<Result<_>>()?, &[])?;
         node.import(&path)?;
-        for run in 0..=runs {
+        for handler in ["joey", "runc"] {
+            // The first one unpacks the image.
+            start(node, handler, layers, &name, &mut Samples::default())?;
+        }
+    }
+    // By turns, as the ratios are of numbers of layers too.
+    for run in 1..=runs {
+        for layers in LAYERS {
             for handler in ["joey", "runc"] {
-                let time = start(node, handler, &name)?;
-                // The first one unpacks the image.
-                if run > 0 {
-                    let metric = format!("start_with_{layers}_layers");
-                    samples.add(handler, &metric, "ms", milliseconds(time));
-                }
+                start(node, handler, layers, &format!("localhost/layers{layers}:1"), &mut samples)?;
             }
         }
-        progress(&format!("containers of {layers} layers started"));
+        progress(&format!("{run} of {runs} times started with {LAYERS:?} layers"));
     }
-    Ok(samples.report("image", &machine(), "joey", "overlayfs"))
+    let pairs = [
+        ("joey", "overlayfs"),
+        ("joey", "content"),
+        ("joey+50_layers", "joey+1_layers"),
+        ("joey+50_layers", "runc+50_layers"),
+        ("joey+1_layers", "runc+1_layers"),
+    ];
+    Ok(samples.report("image", &machine(), &pairs))
 }
 
-/// Imports and unpacks the archive into a node that has nothing of it.
-fn unpack(
-    node: &Node,
-    subject: &str,
-    snapshotter: &str,
-    archive: &Path,
-    samples: &mut Samples,
-) -> Result<()> {
+/// Imports and unpacks the archive into a node that has nothing of it, and prepares a first container's
+/// snapshot, for which joey-snapshotter lays the layers on each other.
+fn unpack(node: &Node, snapshotter: &str, archive: &Path, samples: &mut Samples) -> Result<()> {
     rest(node);
-    let store = match snapshotter {
-        "joey" => node.store(),
-        _ => node.dir().join("root/io.containerd.snapshotter.v1.overlayfs"),
-    };
-    let before = disk_used(&store)?;
+    let store = store(node, snapshotter);
+    let before = used(&store)?;
     let system = format!("{}/system", node.cgroup());
     let cpu = || cgroups::cpu_nanoseconds(&system).context("the node's CPU time is not counted");
-    let used = cpu()?;
+    let cpu_before = cpu()?;
     let local: &[&str] = if node.version == Version::V2_1 { &["--local"] } else { &[] };
     let path = archive.to_string_lossy();
-    let start = Instant::now();
+    let begun = Instant::now();
     node.ctr(&[&["images", "import", "--snapshotter", snapshotter], local, &[&*path]].concat())?;
-    samples.add(subject, "unpack_image", "ms", milliseconds(start.elapsed()));
-    let used = Duration::from_nanos(cpu()?.saturating_sub(used));
-    samples.add(subject, "host_cpu", "ms", milliseconds(used));
-    let disk = disk_used(&store)?.saturating_sub(before);
-    samples.add(subject, "disk_used", "MiB", disk as f64 / f64::from(1 << 20));
+    samples.add(snapshotter, "unpack_image", "ms", milliseconds(begun.elapsed()));
+    let snapshots = ["snapshots", "--snapshotter", snapshotter];
+    let top = top(&node.ctr(&[&snapshots[..], &["ls"]].concat())?)?;
+    let begun = Instant::now();
+    node.ctr(&[&snapshots[..], &["prepare", "bench", &top]].concat())?;
+    samples.add(snapshotter, "prepare_first_snapshot", "ms", milliseconds(begun.elapsed()));
+    let cpu = Duration::from_nanos(cpu()?.saturating_sub(cpu_before));
+    samples.add(snapshotter, "host_cpu", "ms", milliseconds(cpu));
+    let after = used(&store)?;
+    let mut add = |subject, bytes: u64| {
+        samples.add(subject, "disk_used", "MiB", bytes as f64 / f64::from(1 << 20));
+    };
+    add(snapshotter, after.blocks.saturating_sub(before.blocks));
+    if snapshotter == "overlayfs" {
+        add("content", after.content.saturating_sub(before.content));
+    }
+    node.ctr(&[&snapshots[..], &["rm", "bench"]].concat())?;
     node.cri.remove_image(DEBIAN)
 }
 
+/// The uppermost committed snapshot of the image with the most layers in `ctr snapshots ls`' table.
+fn top(table: &str) -> Result<String> {
+    let rows: Vec<Vec<&str>> =
+        table.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+    let parent_of = |key: &str| {
+        rows.iter().find(|row| row.first() == Some(&key) && row.len() == 3).map(|row| row[1])
+    };
+    let depth = |key: &str| std::iter::successors(Some(key), |key| parent_of(key)).count();
+    let committed = rows.iter().filter(|row| row.last() == Some(&"Committed"));
+    let deepest = committed.filter_map(|row| row.first()).max_by_key(|key| depth(key));
+    deepest.map(|key| (*key).to_owned()).with_context(|| format!("no snapshots in {table:?}"))
+}
+
 /// From CreateContainer to a started container, in a new pod.
-fn start(node: &Node, handler: &str, image: &str) -> Result<Duration> {
+fn start(
+    node: &Node,
+    handler: &str,
+    layers: usize,
+    image: &str,
+    samples: &mut Samples,
+) -> Result<()> {
     rest(node);
+    let subject = format!("{handler}+{layers}_layers");
     let pod = Pod::run(node, handler, "layers")?;
     let mut config = pod::container("main", &["sleep", "1000"]);
     config.image.get_or_insert_default().image = image.to_owned();
-    let start = Instant::now();
+    let begun = Instant::now();
     pod.start(&config)?;
-    let time = start.elapsed();
-    pod.remove()?;
-    Ok(time)
+    samples.add(&subject, "start_container", "ms", milliseconds(begun.elapsed()));
+    if let Some(took) = attach_and_mount(node, &pod) {
+        samples.add(&subject, "attach_and_mount", "ms", took);
+    }
+    pod.remove()
 }
 
-/// Bytes on disk of everything below a folder, hard links counted once.
-fn disk_used(folder: &Path) -> Result<u64> {
+/// How long the pod's container waited for its root file system: its disk's attachment on the host, and its
+/// mounts in the guest.
+fn attach_and_mount(node: &Node, pod: &Pod<'_>) -> Option<f64> {
+    let inspect = node.joey(&["inspect", "--json", &pod.id]).ok()?;
+    let inspect: serde_json::Value = serde_json::from_str(&inspect).ok()?;
+    let steps = inspect["timeline"]["steps"].as_array()?;
+    let counted = ["disk", "container-disks", "container-layer"];
+    let took = steps.iter().filter(|step| counted.iter().any(|name| step["name"] == *name));
+    Some(took.filter_map(|step| step["took_ms"].as_f64()).sum())
+}
+
+/// Where a snapshotter has its files.
+pub(super) fn store(node: &Node, snapshotter: &str) -> PathBuf {
+    match snapshotter {
+        "joey" => node.store(),
+        _ => node.dir().join("root/io.containerd.snapshotter.v1.overlayfs"),
+    }
+}
+
+/// What is below a folder, hard links counted once, in bytes.
+struct Used {
+    /// On disk.
+    blocks: u64,
+    /// In regular files.
+    content: u64,
+}
+
+fn used(folder: &Path) -> Result<Used> {
     let mut seen = std::collections::HashSet::new();
-    let (mut bytes, mut left) = (0, vec![folder.to_owned()]);
+    let mut used = Used { blocks: 0, content: 0 };
+    let mut left = vec![folder.to_owned()];
     while let Some(path) = left.pop() {
         // Something may go while it is counted.
         let Ok(meta) = path.symlink_metadata() else { continue };
         if seen.insert(meta.ino()) {
-            bytes += meta.blocks() * 512;
+            used.blocks += meta.blocks() * 512;
+            used.content += if meta.is_file() { meta.len() } else { 0 };
         }
         if meta.is_dir() {
             for entry in fs::read_dir(&path)? {
@@ -112,5 +175,14 @@ fn disk_used(folder: &Path) -> Result<u64> {
             }
         }
     }
-    Ok(bytes)
+    Ok(used)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_uppermost_snapshot_is_the_one_with_the_most_below() {
+        let table = "KEY PARENT KIND\nb a Committed\na  Committed\nother a Active\nc b Committed\n";
+        assert_eq!(super::top(table).unwrap(), "c");
+    }
 }

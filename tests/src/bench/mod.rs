@@ -55,7 +55,7 @@ pub fn start(
         progress(&format!("{TOGETHER} pods at once with {handler}"));
         together(node, handler, &mut samples)?;
     }
-    Ok(samples.report("start", &machine(), handlers[0], handlers[handlers.len() - 1]))
+    Ok(samples.report("start", &machine(), &[(handlers[0], handlers[handlers.len() - 1])]))
 }
 
 fn milliseconds(time: Duration) -> f64 {

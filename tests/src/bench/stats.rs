@@ -5,7 +5,7 @@ use serde::Serialize;
 /// One metric of one subject.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Row {
-    /// `joey` or `runc`.
+    /// `joey` or `runc`, and with `+` what sets it apart: `joey+50_layers`.
     pub subject: String,
     /// What was measured.
     pub metric: String,
@@ -62,8 +62,8 @@ impl Samples {
         }
     }
 
-    /// The report with ratios of `of` over `to` for every metric both have.
-    pub fn report(self, name: &str, machine: &str, of: &str, to: &str) -> Report {
+    /// The report with ratios of the first over the second of each pair, for every metric both have.
+    pub fn report(self, name: &str, machine: &str, pairs: &[(&str, &str)]) -> Report {
         let rows: Vec<Row> = self
             .0
             .into_iter()
@@ -77,17 +77,24 @@ impl Samples {
         let find = |subject: &str, metric: &str| {
             rows.iter().find(|row| row.subject == subject && row.metric == metric)
         };
-        let ratio = |row: &Row| {
+        let ratio = |row: &Row, to: &str| {
             let base = find(to, &row.metric).filter(|base| base.p50 > 0.0 && base.p99 > 0.0)?;
             Some(Ratio {
                 metric: row.metric.clone(),
-                of: of.into(),
+                of: row.subject.clone(),
                 to: to.into(),
                 p50: round(row.p50 / base.p50),
                 p99: round(row.p99 / base.p99),
             })
         };
-        let ratios = rows.iter().filter(|row| row.subject == of).filter_map(ratio).collect();
+        let of_row = |row: &Row| -> Vec<Ratio> {
+            pairs
+                .iter()
+                .filter(|(of, _)| row.subject == *of)
+                .filter_map(|(_, to)| ratio(row, to))
+                .collect()
+        };
+        let ratios = rows.iter().flat_map(of_row).collect();
         Report { name: name.into(), machine: machine.into(), rows, ratios }
     }
 }
@@ -106,7 +113,7 @@ impl Report {
     /// For people: every metric with both subjects side by side and bars.
     pub fn table(&self) -> String {
         let mut text = format!("{} on {}\n\n", self.name, self.machine);
-        text += "metric                 subject     n      p50      p90      p99 unit\n";
+        text += "metric                 subject             n      p50      p90      p99 unit\n";
         let mut metrics: Vec<&str> = Vec::new();
         for row in &self.rows {
             if !metrics.contains(&row.metric.as_str()) {
@@ -119,7 +126,7 @@ impl Report {
             for row in rows {
                 let filled = if most > 0.0 { (row.p50 / most * 24.0).round() as usize } else { 0 };
                 text += &format!(
-                    "{:<22} {:<8} {:>4} {:>8.1} {:>8.1} {:>8.1} {:<4} {}\n",
+                    "{:<22} {:<16} {:>4} {:>8.1} {:>8.1} {:>8.1} {:<4} {}\n",
                     row.metric,
                     row.subject,
                     row.n,
@@ -130,8 +137,9 @@ impl Report {
                     "█".repeat(filled.max(1))
                 );
             }
-            if let Some(ratio) = self.ratios.iter().find(|ratio| ratio.metric == metric) {
-                text += &format!("{:<22} ratio {:>15.2} {:>17.2}\n", "", ratio.p50, ratio.p99);
+            for ratio in self.ratios.iter().filter(|ratio| ratio.metric == metric) {
+                let pair = format!("{} : {}", ratio.of, ratio.to);
+                text += &format!("{:<22} {pair:<24} {:>5.2} {:>17.2}\n", "", ratio.p50, ratio.p99);
             }
         }
         text
@@ -157,7 +165,7 @@ mod tests {
         samples.add("joey", "run", "ms", 30.0);
         samples.add("runc", "run", "ms", 20.0);
         samples.add("joey", "only", "MiB", 1.0);
-        let report = samples.report("start", "here", "joey", "runc");
+        let report = samples.report("start", "here", &[("joey", "runc")]);
         assert_eq!(report.ratios.len(), 1);
         assert_eq!(report.ratios[0].p50, 1.5);
         assert!(report.table().contains("run"));
