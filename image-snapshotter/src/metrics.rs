@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::layer;
 use crate::store::Store;
+use joey_image::layer;
 
 /// Longest request.
 const MAX_REQUEST: usize = 8 << 10;

@@ -3,8 +3,8 @@
 //! | path | what | made |
 //! | --- | --- | --- |
 //! | `snapshots.redb` | every snapshot, its parent and its layer | a transaction a change |
-//! | `layers/HEX/` | a layer ([`crate::layer`]) | beside, in `new/`, and by rename |
-//! | `disks/HEX/` | an image's disk ([`crate::disk`]) | the same |
+//! | `layers/HEX/` | a layer ([`joey_image::layer`]) | beside, in `new/`, and by rename |
+//! | `disks/HEX/` | an image's disk ([`joey_image::disk`]) | the same |
 //! | `new/` | what is being made | emptied when the daemon starts |
 //!
 //! Invariants: a folder in `layers` or `disks` is whole; a snapshot names only layers that are there;
@@ -29,10 +29,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 pub use self::blobs::New;
-use crate::disk;
-use crate::layer::{self, LayerError};
 use crate::memory::Memory;
 use crate::metrics::Metrics;
+use joey_image::disk;
+use joey_image::layer::{self, LayerError};
 
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 /// Memory that the database may use for itself.

@@ -12,9 +12,11 @@ use std::process::Command;
 
 use tar::{Builder, EntryType, Header};
 
-use crate::disk::{self, Disk};
-use crate::layer::{self, BLOCK, LayerError};
-use crate::tree::{Body, Limits, Tree};
+use joey_image::directory::Directory;
+use joey_image::disk::{self, Disk};
+use joey_image::layer::{self, BLOCK, LayerError, Source};
+use joey_image::tar::Archive;
+use joey_image::tree::{Body, Limits, Tree};
 
 const MUCH: u64 = 1 << 30;
 
@@ -74,7 +76,7 @@ impl Stream {
 
 fn write(folder: &Path, stream: &[u8]) -> Result<(), LayerError> {
     fs::create_dir_all(folder).unwrap();
-    layer::write(folder, stream, MUCH).map(drop)
+    layer::write(folder, Archive::new(stream), MUCH).map(drop)
 }
 
 /// Layers in a folder, and the disk made of them.
@@ -85,11 +87,16 @@ struct Image {
 
 impl Image {
     fn of(streams: &[Vec<u8>]) -> Result<Self, LayerError> {
+        Self::of_sources(streams.iter().map(|stream| Archive::new(stream.as_slice())))
+    }
+
+    fn of_sources(sources: impl Iterator<Item = impl Source>) -> Result<Self, LayerError> {
         let dir = tempfile::tempdir().unwrap();
         let mut layers = Vec::new();
-        for (number, stream) in streams.iter().enumerate() {
+        for (number, source) in sources.enumerate() {
             let name = format!("layer{number}");
-            write(&dir.path().join(&name), stream)?;
+            fs::create_dir_all(dir.path().join(&name)).unwrap();
+            layer::write(&dir.path().join(&name), source, MUCH)?;
             let folder = dir.path().join(&name);
             let relative = Path::new("..").join(&name);
             layers.push(disk::Layer { digest: name, folder, relative });
@@ -344,6 +351,26 @@ fn long_links_with_attributes_can_be_read() {
     assert!(inline >= 10, "{inline} inline links were found");
 }
 
+/// A file with holes as a layer has it. Not by fsck.erofs, of which 1.5 reads holes wrongly; the kernel does it in
+/// the node's tests.
+fn with_holes(folder: &Path, path: &[u8]) -> Vec<u8> {
+    let mut tree = Tree::of_layers([folder], limits()).unwrap();
+    let Body::Regular(content) = &tree.find(path).unwrap().body else { panic!() };
+    let data = fs::read(folder.join("data")).unwrap();
+    let mut seen = Vec::new();
+    for chunk in &content.chunks {
+        match *chunk {
+            layer::HOLE => seen.resize(seen.len() + layer::CHUNK * BLOCK, 0),
+            first => {
+                let begin = first as usize * BLOCK;
+                seen.extend_from_slice(&data[begin..begin + layer::CHUNK * BLOCK]);
+            }
+        }
+    }
+    seen.truncate(content.size as usize);
+    seen
+}
+
 #[test]
 fn sparse_files_keep_their_holes() {
     let dir = tempfile::tempdir().unwrap();
@@ -362,24 +389,81 @@ fn sparse_files_keep_their_holes() {
         assert!(tar.stdout.len() < 1 << 20);
         let image = Image::of(&[tar.stdout]).unwrap();
         assert!(image.disk.data_blocks < 1024, "{format}: {} blocks", image.disk.data_blocks);
-        // Not by fsck.erofs, of which 1.5 reads holes wrongly; the kernel does it in the node's tests.
-        let layer = image.dir.path().join("layer0");
-        let mut tree = Tree::of_layers([layer.as_path()], limits()).unwrap();
-        let Body::Regular(content) = &tree.find(b"sparse").unwrap().body else { panic!() };
-        let data = fs::read(layer.join("data")).unwrap();
-        let mut seen = Vec::new();
-        for chunk in &content.chunks {
-            match *chunk {
-                layer::HOLE => seen.resize(seen.len() + layer::CHUNK * BLOCK, 0),
-                first => {
-                    let begin = first as usize * BLOCK;
-                    seen.extend_from_slice(&data[begin..begin + layer::CHUNK * BLOCK]);
-                }
-            }
-        }
-        seen.truncate(content.size as usize);
+        let seen = with_holes(&image.dir.path().join("layer0"), b"sparse");
         assert!(seen == fs::read(&path).unwrap(), "{format}");
     }
+}
+
+/// What overlayfs has of two layers, in folders.
+fn overlay_layers(dir: &Path) -> [PathBuf; 2] {
+    let [lower, upper] = ["lower", "upper"].map(|name| dir.join(name));
+    for folder in ["etc", "hidden", "becomes-file", "usr/lib"] {
+        fs::create_dir_all(lower.join(folder)).unwrap();
+    }
+    for file in ["etc/kept", "etc/gone", "etc/other", "hidden/below", "becomes-file/inside"] {
+        fs::write(lower.join(file), file).unwrap();
+    }
+    fs::hard_link(lower.join("etc/kept"), lower.join("usr/linked")).unwrap();
+    std::os::unix::fs::symlink("usr/lib", lower.join("lib")).unwrap();
+    std::os::unix::fs::chown(lower.join("etc/kept"), Some(1000), Some(70_000)).unwrap();
+    fs::set_permissions(lower.join("etc/kept"), fs::Permissions::from_mode(0o4711)).unwrap();
+    let sparse = fs::File::create(lower.join("sparse")).unwrap();
+    sparse.set_len(50 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&sparse, &noise(100_000), 20 << 20).unwrap();
+    for folder in ["etc", "hidden", "lib"] {
+        fs::create_dir_all(upper.join(folder)).unwrap();
+    }
+    for file in ["etc/other", "hidden/above", "becomes-file", "lib/own"] {
+        fs::write(upper.join(file), "new").unwrap();
+    }
+    let whiteout = nix::sys::stat::SFlag::S_IFCHR;
+    let none = nix::sys::stat::Mode::empty();
+    nix::sys::stat::mknod(&upper.join("etc/gone"), whiteout, none, 0).unwrap();
+    xattr::set(upper.join("hidden"), "trusted.overlay.opaque", b"y").unwrap();
+    xattr::set(upper.join("etc/other"), "user.note", b"of the user").unwrap();
+    [lower, upper]
+}
+
+#[test]
+fn directories_of_overlayfs_are_layers() {
+    let dir = tempfile::tempdir().unwrap();
+    let layers = overlay_layers(dir.path());
+    let sources = layers.iter().map(|layer| Directory::open(layer).unwrap());
+    let image = Image::of_sources(sources).unwrap();
+    let out = image.extract();
+    let read = |path: &str| fs::read_to_string(out.join(path)).unwrap();
+    assert_eq!(read("etc/kept"), "etc/kept");
+    assert_eq!(read("usr/linked"), "etc/kept");
+    for path in ["etc/other", "hidden/above", "becomes-file", "lib/own"] {
+        assert_eq!(read(path), "new", "{path}");
+    }
+    for path in ["etc/gone", "hidden/below", "usr/lib/own"] {
+        assert!(!out.join(path).exists(), "{path}");
+    }
+    let sparse = with_holes(&image.dir.path().join("layer0"), b"sparse");
+    assert!(sparse == fs::read(layers[0].join("sparse")).unwrap());
+    assert!(image.disk.data_blocks < 1024, "{} blocks", image.disk.data_blocks);
+    let folders = ["layer0", "layer1"].map(|name| image.dir.path().join(name));
+    let mut tree = Tree::of_layers(folders.iter().map(PathBuf::as_path), limits()).unwrap();
+    let xattrs = |tree: &mut Tree, path: &[u8]| tree.find(path).unwrap().meta.xattrs.clone();
+    assert_eq!(xattrs(&mut tree, b"hidden"), []);
+    let kept = &tree.find(b"etc/kept").unwrap().meta;
+    assert_eq!((kept.uid, kept.gid, kept.mode), (1000, 70_000, 0o4711));
+    let changed = fs::metadata(layers[0].join("etc/kept")).unwrap().mtime();
+    assert_eq!(kept.mtime.0, changed);
+    let note = (b"user.note".to_vec(), b"of the user".to_vec());
+    assert_eq!(xattrs(&mut tree, b"etc/other"), [note]);
+}
+
+#[test]
+fn what_overlayfs_keeps_elsewhere_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    xattr::set(dir.path().join("file"), "trusted.overlay.metacopy", b"").unwrap();
+    let refused = Image::of_sources([Directory::open(dir.path()).unwrap()].into_iter());
+    let error = refused.err().unwrap().to_string();
+    assert!(error.contains("\"file\"") && error.contains("metacopy"), "{error}");
+    assert!(Directory::open(&dir.path().join("file")).is_err());
 }
 
 #[test]

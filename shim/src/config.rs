@@ -82,8 +82,6 @@ pub struct Config {
     pub bpf_dir: PathBuf,
     /// The operator's tool; `None`: beside the running program, see [`Config::joey`].
     pub joey: Option<PathBuf>,
-    /// `mkfs.erofs`; `None`: searched for in `PATH`.
-    pub mkfs_erofs: Option<PathBuf>,
     /// First uid and gid of the VMMs' jails.
     pub jail_first_id: u32,
     /// How many uids there are.
@@ -122,7 +120,6 @@ impl Default for Config {
             qemu: None,
             bpf_dir: "/sys/fs/bpf/joey".into(),
             joey: None,
-            mkfs_erofs: None,
             jail_first_id: 1_900_000_000,
             jail_ids: 65_536,
             image_cache_mib: 20 * 1024,
@@ -228,7 +225,6 @@ impl Config {
             ("guest_dir", self.guest_dir.as_ref()),
             ("qemu", self.qemu.as_ref()),
             ("joey", self.joey.as_ref()),
-            ("mkfs_erofs", self.mkfs_erofs.as_ref()),
         ];
         for (key, path) in paths {
             if let Some(path) = path.filter(|path| !path.is_absolute()) {

@@ -19,6 +19,7 @@ mod kills;
 mod lifecycle;
 mod limits;
 mod network;
+mod power;
 mod registry;
 mod restart;
 mod security;
@@ -89,6 +90,7 @@ fn tests() -> Vec<Test> {
     [
         lifecycle::TESTS,
         storage::TESTS,
+        power::TESTS,
         registry::TESTS,
         disk::TESTS,
         block::TESTS,

@@ -14,3 +14,5 @@ pub mod pod;
 pub mod process;
 pub mod stream;
 mod sys;
+
+pub use sys::lose_power;

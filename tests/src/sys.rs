@@ -1,11 +1,24 @@
-//! All unsafe code of the harness: entering namespaces on the way to exec.
+//! All unsafe code of the harness: entering namespaces on the way to exec, and a file system without power.
 #![allow(unsafe_code)]
 
 use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::sched::{CloneFlags, setns};
+
+// linux/fs/ext4/ext4.h.
+nix::ioctl_read!(ext4_shutdown, b'X', 125, u32);
+/// What is in memory only is lost, the log included.
+const EXT4_GOING_FLAGS_NOLOGFLUSH: u32 = 2;
+
+/// Stops the ext4 file system that `folder` is on as a loss of power would: nothing is written to its disk any more.
+pub fn lose_power(folder: &File) -> nix::Result<()> {
+    let mut how = EXT4_GOING_FLAGS_NOLOGFLUSH;
+    // SAFETY: the kernel reads one u32, which outlives the call.
+    unsafe { ext4_shutdown(folder.as_raw_fd(), &mut how) }.map(drop)
+}
 
 /// Makes `command`'s process join the given namespaces, in order, before it executes.
 pub fn join_before_exec(command: &mut Command, namespaces: Vec<(File, CloneFlags)>) {

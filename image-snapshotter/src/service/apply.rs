@@ -21,9 +21,10 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::api::services::content::v1::ReadContentRequest;
 use super::api::services::content::v1::content_client::ContentClient;
-use crate::layer;
 use crate::memory::{self, Share, Shares};
 use crate::store::{Store, StoreError};
+use joey_image::layer;
+use joey_image::tar::Archive;
 
 /// Bytes that go from thread to thread at once.
 const PIECE: usize = 256 << 10;
@@ -340,7 +341,7 @@ pub(crate) fn write(
         let passed = scope.spawn(move || decompress(input, &sender, most, window));
         let stream = Decompressed { pieces, current: Vec::new(), position: 0, ended: false };
         let mut stream = io::BufReader::with_capacity(PIECE, stream);
-        let written = layer::write(&new.path, &mut stream, most).and_then(|_| {
+        let written = layer::write(&new.path, Archive::new(&mut stream), most).and_then(|_| {
             // The digest is of the whole stream, what comes after tar's end mark included.
             io::copy(&mut stream, &mut io::sink())
                 .map_err(layer::io_error("read what comes after the entries of", &new.path))

@@ -8,10 +8,10 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::{HashSet, Kind, Store, StoreError, chain, disk_name, hex, io_error, precondition};
-use crate::disk::{self, Layer};
-use crate::layer::{self, BLOCK, LayerError};
 use crate::memory::{self, LARGE, SMALL};
-use crate::tree::{Limits, is_memory};
+use joey_image::disk::{self, Layer};
+use joey_image::layer::{self, BLOCK, LayerError};
+use joey_image::tree::{Limits, is_memory};
 
 /// A folder that is being filled; removed unless published.
 #[derive(Debug)]

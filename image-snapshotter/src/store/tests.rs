@@ -5,13 +5,15 @@
 use std::fs;
 use std::path::Path;
 
+use joey_image::tar::Archive;
+
 use super::*;
 
 fn add(store: &Store, name: &str, parent: &str, digest: &str, content: &[u8]) {
     let key = format!("extract-{name}");
     store.prepare(&key, parent, Kind::Active, BTreeMap::new()).unwrap();
     let new = store.begin().unwrap();
-    layer::write(&new.path, content, 1 << 20).unwrap();
+    layer::write(&new.path, Archive::new(content), 1 << 20).unwrap();
     store.apply(&key, digest, &new).unwrap();
     store.commit(&key, name, BTreeMap::new()).unwrap();
 }
@@ -124,7 +126,7 @@ fn a_refused_layer_is_not_kept() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let new = store.begin().unwrap();
-    layer::write(&new.path, &[][..], 1).unwrap();
+    layer::write(&new.path, Archive::new(&[][..]), 1).unwrap();
     assert!(store.apply("nobody", "sha256:1", &new).is_err());
     assert_eq!(folders(dir.path(), "layers"), 0);
 }
@@ -194,7 +196,7 @@ fn an_images_index_is_counted_before_it_is_there() {
         store.prepare(&key, parent, Kind::Active, BTreeMap::new()).unwrap();
         let new = store.begin().unwrap();
         let content = if parent.is_empty() { &stream[..] } else { &[] };
-        layer::write(&new.path, content, 1 << 30).unwrap();
+        layer::write(&new.path, Archive::new(content), 1 << 30).unwrap();
         store.apply(&key, digest, &new).unwrap();
         store.commit(&key, name, BTreeMap::new()).unwrap();
     }

@@ -11,10 +11,10 @@ use std::process::Command;
 use tar::Header;
 
 use super::*;
-use crate::layer::HOLE;
 use crate::memory::{APPLIES, LARGE, SMALL};
 use crate::service::apply::{self, Window};
 use crate::store::{Kind, Store};
+use joey_image::layer::HOLE;
 
 /// What the daemon promises to stay below.
 const PROMISE: u64 = 256 << 20;
@@ -115,7 +115,7 @@ fn commit(store: &Store, name: &str, parent: &str, stream: impl Read) {
     let key = format!("extract-{name}");
     store.prepare(&key, parent, Kind::Active, BTreeMap::new()).unwrap();
     let new = store.begin().unwrap();
-    layer::write(&new.path, stream, 64 << 30).unwrap();
+    layer::write(&new.path, Archive::new(stream), 64 << 30).unwrap();
     store.apply(&key, &format!("sha256:{name}"), &new).unwrap();
     store.commit(&key, name, BTreeMap::new()).unwrap();
 }

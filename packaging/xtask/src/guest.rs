@@ -36,6 +36,7 @@ const MODULES: &[&str] = &[
     "dm_crypt",
     "xts",
     "aesni_intel",
+    "sha256_ssse3",
     "quota_v2",
 ];
 /// Layout of the image; raised when the agent expects another one.

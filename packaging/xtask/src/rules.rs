@@ -9,8 +9,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("joey-protocol", &[]),
     ("joey-ebpf", &[]),
     ("joey-agent", &["joey-protocol", "joey-ebpf"]),
-    ("joey-shim", &["joey-protocol", "joey-ebpf"]),
-    ("joey-snapshotter", &[]),
+    ("joey-image", &[]),
+    ("joey-shim", &["joey-protocol", "joey-ebpf", "joey-image"]),
+    ("joey-snapshotter", &["joey-image"]),
     ("joey-xtask", &[]),
     ("joey-probe", &[]),
 ];

@@ -1,4 +1,11 @@
 //! The folder of cached images: what is there, and what goes when it is full.
+//!
+//! | name | |
+//! | --- | --- |
+//! | `KEY.disk/` | an image; its `disk.json` is locked by whoever uses it, its time is that of the last use |
+//! | `KEY.lock` | held by who makes it |
+//! | `KEY.new/` | being made, or left by a converter that was killed |
+//! | `KEY.gone/` | being removed, or left in the same way |
 
 use std::fs::File;
 use std::io;
@@ -45,15 +52,30 @@ pub fn all(config: &Config) -> Result<Vec<Cached>, RootfsError> {
     for entry in entries.flatten() {
         let path = entry.path();
         let key = path.file_stem().and_then(|stem| stem.to_str()).map(ToOwned::to_owned);
-        let is_image = path.extension().is_some_and(|extension| extension == "erofs");
+        let is_image = path.extension().is_some_and(|extension| extension == "disk");
         // What vanishes meanwhile was evicted by somebody else.
-        if let (Some(key), Ok(meta), true) = (key, entry.metadata(), is_image) {
+        if let (Some(key), Ok(meta), true) = (key, description(&path).metadata(), is_image) {
             let used = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-            found.push(Cached { key, bytes: meta.blocks() * 512, used, path });
+            found.push(Cached { key, bytes: bytes(&path), used, path });
         }
     }
     found.sort_by_key(|cached| cached.used);
     Ok(found)
+}
+
+/// What says what the image in this folder consists of.
+pub(super) fn description(image: &Path) -> PathBuf {
+    image.join("disk.json")
+}
+
+/// Bytes on disk of everything in a folder.
+fn bytes(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let size = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => bytes(&entry.path()),
+        meta => meta.map_or(0, |meta| meta.blocks() * 512),
+    };
+    entries.map(size).sum()
 }
 
 /// Holds the lock at `path`, a file that whoever is done with it removes: what was waited for may be the lock
@@ -70,16 +92,18 @@ pub(super) fn lock(path: &Path, how: FlockArg) -> io::Result<Flock<File>> {
     }
 }
 
-/// Removes what converters left that were killed.
+/// Removes what converters and evictors left that were killed.
 fn sweep(folder: &Path) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
-        let unfinished =
-            path.extension().is_some_and(|kind| ["new", "mnt"].iter().any(|other| kind == *other));
+        let is = |kind| path.extension().is_some_and(|extension| extension == kind);
         let lock_path = path.with_extension("lock");
-        if unfinished && let Ok(_held) = lock(&lock_path, FlockArg::LockExclusiveNonblock) {
-            let _ = std::fs::remove_file(&path);
-            let _ = std::fs::remove_dir(&path);
+        if is("gone") {
+            let _ = std::fs::remove_dir_all(&path);
+        } else if is("new")
+            && let Ok(_held) = lock(&lock_path, FlockArg::LockExclusiveNonblock)
+        {
+            let _ = std::fs::remove_dir_all(&path);
             let _ = std::fs::remove_file(lock_path);
         }
     }
@@ -109,10 +133,13 @@ pub fn shrink(config: &Config, bound: u64) -> Result<Vec<String>, RootfsError> {
 
 /// Removes one image unless somebody uses it.
 fn evict(path: &Path) -> bool {
-    let Ok(file) = File::open(path) else { return false };
+    let Ok(file) = File::open(description(path)) else { return false };
     let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return false };
-    let removed = std::fs::remove_file(path).is_ok();
-    let _ = std::fs::remove_file(path.with_extension("lock"));
+    let gone = path.with_extension("gone");
+    let _ = std::fs::remove_dir_all(&gone);
+    // At once: it may be made again while this one is being removed.
+    let removed = std::fs::rename(path, &gone).is_ok();
+    let _ = std::fs::remove_dir_all(&gone);
     removed
 }
 
@@ -145,12 +172,13 @@ mod tests {
         let config = Config { state_dir: dir.path().to_owned(), ..Config::default() };
         std::fs::create_dir(folder(&config)).unwrap();
         for (age, key) in [(30, "a"), (20, "b"), (10, "c")] {
-            let path = folder(&config).join(format!("{key}.erofs"));
-            std::fs::write(&path, vec![1; 8192]).unwrap();
+            let path = folder(&config).join(format!("{key}.disk"));
+            std::fs::create_dir(&path).unwrap();
+            std::fs::write(description(&path), vec![1; 8192]).unwrap();
             let used = SystemTime::now() - std::time::Duration::from_secs(age);
-            File::open(&path).unwrap().set_modified(used).unwrap();
+            File::open(description(&path)).unwrap().set_modified(used).unwrap();
         }
-        let in_use = File::open(folder(&config).join("a.erofs")).unwrap();
+        let in_use = File::open(description(&folder(&config).join("a.disk"))).unwrap();
         let _in_use = Flock::lock(in_use, FlockArg::LockShared).unwrap();
         assert_eq!(shrink(&config, 16384).unwrap(), ["b"]);
         assert_eq!(shrink(&config, 16384).unwrap(), [""; 0]);
@@ -165,9 +193,10 @@ mod tests {
         let config = Config { state_dir: dir.path().to_owned(), ..Config::default() };
         let folder = folder(&config);
         std::fs::create_dir(&folder).unwrap();
-        std::fs::write(folder.join("dead.new"), "half").unwrap();
-        std::fs::create_dir(folder.join("dead.mnt")).unwrap();
-        std::fs::write(folder.join("busy.new"), "half").unwrap();
+        for half in ["dead.new", "dead.gone", "busy.new"] {
+            std::fs::create_dir(folder.join(half)).unwrap();
+            std::fs::write(folder.join(half).join("index"), "half").unwrap();
+        }
         let held = lock(&folder.join("busy.lock"), FlockArg::LockExclusive).unwrap();
         shrink(&config, u64::MAX).unwrap();
         let mut left: Vec<_> =

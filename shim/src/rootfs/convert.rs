@@ -1,27 +1,25 @@
-//! `joey image convert`: directories of a snapshot to one EROFS image, in a process of its own.
+//! `joey image convert`: directories of a snapshot to a disk, in a process of its own.
 //!
-//! One converter per image, by a lock; the others wait and find it made. The merged view of several
-//! layers is an overlay in a mount namespace that nobody else sees. An image is written beside,
-//! synced, and appears by rename.
+//! One converter per disk, by a lock; the others wait and find it made. Each directory becomes a layer, as a tar
+//! stream does in joey-snapshotter, and the disk is made of them in the same way. It is written beside, synced,
+//! and appears by rename.
 
-use std::fs::{self, File};
-use std::io;
-use std::path::{Component, Path, PathBuf};
-use std::process::Command;
+use std::fs;
+use std::path::{Path, PathBuf};
 
+use joey_image::directory::Directory;
+use joey_image::disk::{self, Layer};
+use joey_image::layer::{self, LayerError};
+use joey_image::tree::Limits;
 use nix::fcntl::FlockArg;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 
 use super::{RootfsError, cache, io_error};
 use crate::config::Config;
 
-/// The same image for the same content.
-const UUID: &str = "00000000-0000-0000-0000-000000000000";
-/// Lines of mkfs.erofs's output that an error shows.
-const SHOWN: usize = 4;
+/// Memory for what is known of an image's files besides their content: some million files.
+const MEMORY: usize = 512 << 20;
 
-/// Makes `output` of `lowers` (the top one first), unless it is there; then keeps the cache within
+/// Makes the disk `output` of `lowers` (the top one first), unless it is there; then keeps the cache within
 /// `bound_mib` MiB and a fifth of its file system.
 ///
 /// # Errors
@@ -37,7 +35,7 @@ pub fn run(
     let lock = output.with_extension("lock");
     let held = cache::lock(&lock, FlockArg::LockExclusive).map_err(io_error("lock", &lock))?;
     if !output.exists() {
-        make(config, output, lowers)?;
+        publish(output, lowers)?;
     }
     let _ = fs::remove_file(lock);
     drop(held);
@@ -47,91 +45,39 @@ pub fn run(
     Ok(())
 }
 
-fn make(config: &Config, output: &Path, lowers: &[PathBuf]) -> Result<(), RootfsError> {
+fn publish(output: &Path, lowers: &[PathBuf]) -> Result<(), RootfsError> {
     let beside = output.with_extension("new");
-    let merged = output.with_extension("mnt");
     // Left by a converter that was killed.
-    let _ = fs::remove_file(&beside);
-    let made = match lowers {
-        [only] => mkfs(config, &beside, only),
-        several => with_overlay(&merged, several, || mkfs(config, &beside, &merged)),
-    };
-    let made = made.and_then(|()| {
-        let file = File::open(&beside).map_err(io_error("open", &beside))?;
-        file.sync_all().map_err(io_error("sync", &beside))?;
-        fs::rename(&beside, output).map_err(io_error("publish", output))
-    });
+    let _ = fs::remove_dir_all(&beside);
+    let made = make(&beside, lowers)
+        .map_err(|error| RootfsError::Convert { layers: lowers.len(), reason: error.to_string() })
+        .and_then(|()| fs::rename(&beside, output).map_err(io_error("publish", output)));
     if made.is_err() {
-        let _ = fs::remove_file(&beside);
+        let _ = fs::remove_dir_all(&beside);
     }
     made
 }
 
-/// Runs `act` while `lowers` are mounted as one at `merged`, seen by this process only.
-fn with_overlay(
-    merged: &Path,
-    lowers: &[PathBuf],
-    act: impl FnOnce() -> Result<(), RootfsError>,
-) -> Result<(), RootfsError> {
-    let fail = |what| move |errno: nix::Error| io_error(what, merged)(io::Error::from(errno));
-    unshare(CloneFlags::CLONE_NEWNS).map_err(fail("own mount namespace for"))?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-        .map_err(fail("own mount namespace for"))?;
-    fs::create_dir_all(merged).map_err(io_error("make folder", merged))?;
-    // mount(2) takes one page of options, so many layers need short names: relative ones.
-    let parent = common_parent(lowers);
-    std::env::set_current_dir(&parent).map_err(io_error("enter", &parent))?;
-    let names: Vec<String> = lowers
-        .iter()
-        .map(|lower| lower.strip_prefix(&parent).unwrap_or(lower))
-        .map(|lower| lower.to_string_lossy().replace('\\', "\\\\").replace(':', "\\:"))
-        .collect();
-    let options = format!("lowerdir={}", names.join(":"));
-    let mounted = mount(
-        Some("overlay"),
-        merged,
-        Some("overlay"),
-        MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
-        Some(options.as_str()),
-    );
-    let done = mounted.map_err(fail("mount the layers at")).and_then(|()| act());
-    let _ = umount2(merged, MntFlags::MNT_DETACH);
-    let _ = fs::remove_dir(merged);
-    done
-}
-
-fn common_parent(paths: &[PathBuf]) -> PathBuf {
-    let Some((first, rest)) = paths.split_first() else { return PathBuf::from("/") };
-    let mut common: Vec<Component<'_>> = first.parent().unwrap_or(first).components().collect();
-    for path in rest {
-        let same = common.iter().zip(path.components()).take_while(|(a, b)| **a == *b).count();
-        common.truncate(same);
-    }
-    common.iter().collect()
-}
-
-fn mkfs(config: &Config, output: &Path, source: &Path) -> Result<(), RootfsError> {
-    let failed = |reason: String| RootfsError::Convert { layers: 1, reason };
-    let program = config.mkfs_erofs.clone().unwrap_or_else(|| PathBuf::from("mkfs.erofs"));
-    let run = Command::new(&program)
-        .args(["--quiet", "-T0", "-U", UUID])
-        .arg(output)
-        .arg(source)
-        .output()
-        .map_err(|error| {
-            failed(format!("{}: {error}; install the package erofs-utils", program.display()))
+fn make(folder: &Path, lowers: &[PathBuf]) -> Result<(), LayerError> {
+    let create = |path: &Path| fs::create_dir(path).map_err(layer::io_error("make folder", path));
+    create(folder)?;
+    let mut layers = Vec::with_capacity(lowers.len());
+    for (number, lower) in lowers.iter().rev().enumerate() {
+        let relative = PathBuf::from(number.to_string());
+        let made = folder.join(&relative);
+        create(&made)?;
+        let digest = lower.display().to_string();
+        layer::write(&made, Directory::open(lower)?, u64::MAX).map_err(|source| {
+            LayerError::Layer { layer: digest.clone(), source: Box::new(source) }
         })?;
-    if run.status.success() {
-        return Ok(());
+        layers.push(Layer { digest, folder: made, relative });
     }
-    let text = [run.stdout, run.stderr].concat();
-    let text = String::from_utf8_lossy(&text).into_owned();
-    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    let last = lines.get(lines.len().saturating_sub(SHOWN)..).unwrap_or_default().join("; ");
-    let free = output.parent().and_then(|parent| nix::sys::statvfs::statvfs(parent).ok());
-    let full = free.is_some_and(|stat| stat.blocks_available() < 256);
-    let advice = if full { " (the file system is full: free some space)" } else { "" };
-    Err(failed(format!("{} {}: {last}{advice}", program.display(), run.status)))
+    disk::make(folder, &layers, Limits::of(MEMORY))?;
+    // What a disk needs of them is in its index.
+    for path in layers.iter().flat_map(|layer| ["table", "hashes"].map(|n| layer.folder.join(n))) {
+        fs::remove_file(&path).map_err(layer::io_error("remove", &path))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -139,29 +85,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn layers_are_named_from_what_they_share() {
-        let paths = ["/s/snapshots/3/fs", "/s/snapshots/20/fs"].map(PathBuf::from);
-        assert_eq!(common_parent(&paths), Path::new("/s/snapshots"));
-        assert_eq!(common_parent(&[PathBuf::from("/a/fs"), PathBuf::from("/b")]), Path::new("/"));
-    }
-
-    #[test]
-    fn a_missing_mkfs_names_its_package_and_leaves_nothing() {
+    fn a_directory_becomes_a_disk_and_what_cannot_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let config = Config {
-            state_dir: dir.path().to_owned(),
-            mkfs_erofs: Some("/nowhere/mkfs.erofs".into()),
-            ..Config::default()
-        };
-        let output = cache::folder(&config).join("k.erofs");
-        let error = run(&config, &output, 1, &[dir.path().to_owned()]).unwrap_err().to_string();
-        assert!(error.contains("erofs-utils"), "{error}");
-        let left: Vec<_> = fs::read_dir(cache::folder(&config))
-            .unwrap()
-            .flatten()
-            .map(|entry| entry.file_name())
-            .filter(|name| name != "k.lock")
-            .collect();
-        assert!(left.is_empty(), "{left:?}");
+        let config = Config { state_dir: dir.path().to_owned(), ..Config::default() };
+        let lower = dir.path().join("lower");
+        fs::create_dir_all(lower.join("etc")).unwrap();
+        fs::write(lower.join("etc/name"), "x".repeat(5000)).unwrap();
+        let (made, failed) =
+            ["k.disk", "l.disk"].map(|name| cache::folder(&config).join(name)).into();
+        run(&config, &made, 1, std::slice::from_ref(&lower)).unwrap();
+        let image = crate::rootfs::described::open(&made.join("disk.json")).unwrap();
+        assert!(image.verity.is_some());
+        let _socket = std::os::unix::net::UnixListener::bind(lower.join("etc/socket")).unwrap();
+        let error = run(&config, &failed, 1, &[lower]).unwrap_err().to_string();
+        assert!(error.contains("etc/socket") && error.contains("lower"), "{error}");
+        let names = fs::read_dir(cache::folder(&config)).unwrap().flatten();
+        let mut left: Vec<_> = names.map(|entry| entry.file_name()).collect();
+        left.retain(|name| name != "l.lock");
+        assert_eq!(left, ["k.disk"]);
     }
 }

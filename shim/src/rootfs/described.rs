@@ -8,36 +8,14 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use containerd_shim::protos::api::Mount;
-use serde::Deserialize;
+use joey_image::disk::{self, VERSION};
+use joey_image::layer::{BLOCK, HASH};
 
 use super::{FileSystem, Image, RootfsError, Verity, io_error};
 use crate::host::mounts;
 use crate::vmm::{Disk, Extent};
 
 const OPTION: &str = "joey.disk=";
-const BLOCK: u64 = 4096;
-/// Bytes of a SHA-256 digest.
-const HASH: usize = 32;
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Description {
-    version: u32,
-    data_blocks: u64,
-    root_hash: String,
-    extents: Vec<Part>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Part {
-    file: PathBuf,
-    first: u64,
-    blocks: u64,
-    /// For people.
-    #[serde(default)]
-    layer: Option<String>,
-}
 
 /// Where a block of a disk lies on the host.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -52,7 +30,7 @@ pub(crate) struct Place {
 
 /// Finds a block of the described disk.
 pub(crate) fn find(path: &Path, block: u64) -> Option<Place> {
-    let described: Description = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    let described: disk::Disk = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
     let mut left = block;
     for part in described.extents {
         if left < part.blocks {
@@ -85,12 +63,12 @@ pub(crate) fn of_mount(place: &Path) -> Option<PathBuf> {
 pub fn open(path: &Path) -> Result<Image, RootfsError> {
     let wrong = |reason: String| RootfsError::Description { path: path.to_owned(), reason };
     let text = std::fs::read(path).map_err(io_error("read", path))?;
-    let described: Description =
+    let described: disk::Disk =
         serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
-    if described.version != 1 {
+    if described.version != VERSION {
         let version = described.version;
         return Err(wrong(format!(
-            "version {version}, but this shim knows version 1: update Joey and joey-snapshotter together"
+            "version {version}, but this shim knows version {VERSION}: update Joey and joey-snapshotter together"
         )));
     }
     let root_hash = hash(&described.root_hash)
@@ -114,7 +92,7 @@ pub fn open(path: &Path) -> Result<Image, RootfsError> {
             }
         };
         let bytes = |blocks: u64, what: &str| {
-            blocks.checked_mul(BLOCK).ok_or_else(|| wrong(format!("{what} {blocks}")))
+            blocks.checked_mul(BLOCK as u64).ok_or_else(|| wrong(format!("{what} {blocks}")))
         };
         let (offset, length) = (bytes(part.first, "first")?, bytes(part.blocks, "blocks")?);
         disk.extents.push(Extent { file, offset, length });

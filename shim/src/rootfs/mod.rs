@@ -4,9 +4,9 @@
 //! | --- | --- |
 //! | `erofs`, `ext4` | the file or device itself |
 //! | `bind` with the option `joey.disk=` | the disk that joey-snapshotter has made ([`described`]) |
-//! | `overlay`, other `bind` directory | an EROFS image of the merged layers, made once per chain and cached |
+//! | `overlay`, other `bind` directory | a disk of the same kind, made once per chain and cached |
 //!
-//! Making one is another process's work ([`convert`]): the shim only opens what is there. An image is
+//! Making one is another process's work ([`convert`]): the shim only opens what is there. A cached image is
 //! in use for as long as somebody holds its shared lock, and is then never evicted.
 
 pub mod cache;
@@ -29,7 +29,7 @@ use crate::config::Config;
 use crate::vmm::Disk;
 
 /// Raised when images are made differently: old ones are then made anew.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// A file system in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +86,7 @@ pub struct Image {
     pub writable: bool,
     /// The same for the same content.
     pub key: String,
-    /// Where it says what the disk consists of, if joey-snapshotter has made it.
+    /// Where it says what the disk consists of, if Joey has made it.
     pub description: Option<PathBuf>,
     /// Keeps a cached image from being evicted.
     #[allow(dead_code, reason = "its drop is what counts")]
@@ -258,31 +258,21 @@ async fn from_directories(chain: &Chain, config: &Config) -> Result<Image, Rootf
     let key = chain.key()?;
     let folder = cache::folder(config);
     let name = if chain.private {
-        format!("private-{key}-{}.erofs", std::process::id())
+        format!("private-{key}-{}.disk", std::process::id())
     } else {
-        format!("{key}.erofs")
+        format!("{key}.disk")
     };
     let path = folder.join(name);
     // An evictor may be faster than the lock: made once more, it is found.
     for _ in 0..3 {
-        if let Some((file, lock)) = open_cached(&path)? {
+        if let Some(lock) = lock_cached(&path)? {
+            let mut image = described::open(&cache::description(&path))?;
+            image.lock = Some(lock);
             if chain.private {
                 // Nobody else's: it lives as long as it is open.
-                std::fs::remove_file(&path).map_err(io_error("remove", &path))?;
+                std::fs::remove_dir_all(&path).map_err(io_error("remove", &path))?;
             }
-            let file_system = FileSystem::Erofs;
-            let disk = Disk::from(file);
-            let lock = Some(lock);
-            let (verity, description) = (None, None);
-            return Ok(Image {
-                disk,
-                verity,
-                file_system,
-                writable: false,
-                key,
-                description,
-                lock,
-            });
+            return Ok(image);
         }
         convert_beside(&path, chain, config).await?;
     }
@@ -290,21 +280,22 @@ async fn from_directories(chain: &Chain, config: &Config) -> Result<Image, Rootf
     Err(RootfsError::Convert { layers: chain.layers.len(), reason })
 }
 
-/// Opens a cached image and marks it used; `None` if it is not there or being evicted.
-fn open_cached(path: &Path) -> Result<Option<(OwnedFd, Flock<File>)>, RootfsError> {
-    let file = match File::open(path) {
+/// Locks a cached image and marks it used; `None` if it is not there or being evicted.
+fn lock_cached(path: &Path) -> Result<Option<Flock<File>>, RootfsError> {
+    let description = cache::description(path);
+    let file = match File::open(&description) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(io_error("open image", path))?,
     };
     let Ok(locked) = Flock::lock(file, FlockArg::LockSharedNonblock) else { return Ok(None) };
-    let evicted = locked.metadata().map_err(io_error("look at image", path))?.nlink() == 0;
-    if evicted {
+    // It may have been moved away, and another one be in its place by now.
+    let inode = |meta: io::Result<Metadata>| meta.map(|meta| meta.ino()).ok();
+    if inode(locked.metadata()) != inode(description.metadata()) {
         return Ok(None);
     }
     // Only the order of eviction depends on it.
     let _ = locked.set_modified(std::time::SystemTime::now());
-    let file = locked.try_clone().map_err(io_error("duplicate", path))?;
-    Ok(Some((file.into(), locked)))
+    Ok(Some(locked))
 }
 
 /// Has another process make the image: the shim stays small and answers meanwhile.

@@ -16,7 +16,7 @@ use crate::node::{Node, cgroups};
 use crate::pod::{self, Pod};
 
 /// Layers of the images whose start is measured.
-const LAYERS: [usize; 4] = [1, 10, 50, 100];
+const LAYERS: [usize; 4] = [2, 10, 50, 100];
 
 /// Measures and returns the report; `progress` is told what happens.
 pub fn image(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<Report> {
@@ -56,9 +56,9 @@ pub fn image(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Result
     let pairs = [
         ("joey", "overlayfs"),
         ("joey", "content"),
-        ("joey+50_layers", "joey+1_layers"),
+        ("joey+50_layers", "joey+2_layers"),
         ("joey+50_layers", "runc+50_layers"),
-        ("joey+1_layers", "runc+1_layers"),
+        ("joey+2_layers", "runc+2_layers"),
     ];
     Ok(samples.report("image", &machine(), &pairs))
 }

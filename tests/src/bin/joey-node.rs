@@ -74,7 +74,7 @@ enum Bench {
         #[arg(long)]
         standby: Option<u32>,
     },
-    /// joey-snapshotter beside overlayfs: a real image unpacked, and images of 1 to 100 layers started
+    /// joey-snapshotter beside overlayfs: a real image unpacked, and images of 2 to 100 layers started
     Image {
         #[command(flatten)]
         measure: Measure,

@@ -86,7 +86,6 @@ fn findings(config: &Config) -> Result<Vec<Finding>> {
         ),
     });
     all.push(ebpf(config));
-    all.push(mkfs(config));
     all.push(cgroups());
     all.push(match TemplateStore::new(&vmm).map(|store| store.list().len()) {
         Ok(0) => finding(
@@ -108,17 +107,6 @@ fn ebpf(config: &Config) -> Finding {
         Err(error) => {
             finding("eBPF wire", Level::Missing, error, "mount -t bpf bpf /sys/fs/bpf, as root")
         }
-    }
-}
-
-fn mkfs(config: &Config) -> Finding {
-    let name = config.mkfs_erofs.clone().unwrap_or_else(|| "mkfs.erofs".into());
-    match std::process::Command::new(&name).arg("-V").output() {
-        Ok(output) => {
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            finding("mkfs.erofs", Level::Ok, text.lines().next().unwrap_or_default(), "")
-        }
-        Err(error) => finding("mkfs.erofs", Level::Missing, error, "install erofs-utils"),
     }
 }
 

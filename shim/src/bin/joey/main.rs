@@ -75,9 +75,9 @@ enum Ebpf {
 
 #[derive(Subcommand)]
 enum Image {
-    /// Make an EROFS image of directories, unless it is there (run by the shim)
+    /// Make a disk of directories, unless it is there (run by the shim)
     Convert {
-        /// Where the image goes
+        /// Where the disk goes
         #[arg(long)]
         output: PathBuf,
         /// Most bytes that cached images may have together

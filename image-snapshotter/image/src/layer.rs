@@ -1,4 +1,4 @@
-//! One layer of an image as the store keeps it: made from its tar stream in one pass.
+//! One layer of an image as it is kept: made in one pass, from a tar stream or a directory.
 //!
 //! | file | content |
 //! | --- | --- |
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::tar::{Archive, Kind, TarError, shown};
+use crate::tar::{TarError, shown};
 use crate::verity::FANOUT;
 
 /// Bytes of a block: of a file's data, of dm-verity and of EROFS.
@@ -157,7 +157,7 @@ pub fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> La
     move |source| LayerError::Io { what, path, source }
 }
 
-fn entry_error(path: &[u8], problem: impl Into<String>) -> LayerError {
+pub(crate) fn entry_error(path: &[u8], problem: impl Into<String>) -> LayerError {
     LayerError::Entry { entry: shown(path), problem: problem.into() }
 }
 
@@ -202,64 +202,46 @@ pub struct Totals {
     pub blocks: u32,
 }
 
-/// Makes a layer's three files in `folder`, which must be new, from an uncompressed tar stream.
+/// Where a layer's entries come from. [`Read`] gives the content of the last one.
+pub trait Source: Read {
+    /// The next entry; of a file's content only the size is known.
+    ///
+    /// # Errors
+    /// [`LayerError`] names the entry.
+    fn next_entry(&mut self) -> Result<Option<Entry>, LayerError>;
+
+    /// Passes the next `length` bytes of content if they are known to be a hole.
+    fn skip_hole(&mut self, length: u64) -> bool;
+}
+
+/// Makes a layer's three files in `folder`, which must be new.
 ///
 /// `max_bytes` bounds what the files have together, holes included.
 ///
 /// # Errors
 /// [`LayerError`] names the entry. The folder's content is then of no use.
-pub fn write(folder: &Path, stream: impl Read, max_bytes: u64) -> Result<Totals, LayerError> {
+pub fn write(folder: &Path, mut source: impl Source, max_bytes: u64) -> Result<Totals, LayerError> {
     let mut writer = Writer::new(folder, max_bytes)?;
-    let mut archive = Archive::new(stream);
-    while let Some(header) = archive.next_entry()? {
-        let path = clean(&header.path).map_err(|problem| entry_error(&header.path, problem))?;
-        let (parent, name) = split(&path);
-        let meta = Meta {
-            mode: header.mode,
-            uid: header.uid,
-            gid: header.gid,
-            mtime: header.mtime,
-            xattrs: header.xattrs,
-        };
-        let bytes: usize = meta.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+    while let Some(mut entry) = source.next_entry()? {
+        let xattrs = entry.meta.xattrs.iter();
+        let bytes: usize = xattrs.map(|(name, value)| name.len() + value.len()).sum();
         if bytes > MAX_XATTRS {
             let problem = format!("extended attributes of {bytes} bytes, more than {MAX_XATTRS}");
-            return Err(entry_error(&path, problem));
+            return Err(entry_error(&entry.path, problem));
         }
-        let below = |name: &[u8]| match parent {
-            b"" => name.to_vec(),
-            parent => [parent, b"/", name].concat(),
-        };
-        let (path, node) = match name.strip_prefix(b".wh.") {
-            Some(b".wh..opq") => (parent.to_vec(), Node::Opaque),
-            // Other names of aufs's own, of no meaning (OCI image specification, layer.md).
-            Some(rest) if rest.starts_with(b".wh.") => continue,
-            Some(b"" | b"." | b"..") => return Err(entry_error(&path, "a whiteout of no file")),
-            Some(removed) => (below(removed), Node::Whiteout),
-            None => match header.kind {
-                Kind::Directory => (path, Node::Directory),
-                _ if path.is_empty() => return Err(entry_error(b"/", "it is not a directory")),
-                Kind::Regular => {
-                    let content = writer.content(&path, header.size, &mut archive)?;
-                    (path, Node::Regular(content))
-                }
-                Kind::HardLink(target) => {
-                    let target = clean(&target).map_err(|problem| entry_error(&path, problem))?;
-                    (path, Node::HardLink(target))
-                }
-                Kind::Symlink(target) if target.is_empty() => {
-                    return Err(entry_error(&path, "a symbolic link to nothing"));
-                }
-                Kind::Symlink(target) if target.len() >= BLOCK => {
-                    return Err(entry_error(&path, "a symbolic link of more than 4095 bytes"));
-                }
-                Kind::Symlink(target) => (path, Node::Symlink(target)),
-                Kind::Char(major, minor) => (path, Node::Char(major, minor)),
-                Kind::Block(major, minor) => (path, Node::Block(major, minor)),
-                Kind::Fifo => (path, Node::Fifo),
-            },
-        };
-        writer.entry(&Entry { path, meta, node })?;
+        match &mut entry.node {
+            Node::Regular(content) => {
+                *content = writer.content(&entry.path, content.size, &mut source)?;
+            }
+            Node::Symlink(target) if target.is_empty() => {
+                return Err(entry_error(&entry.path, "a symbolic link to nothing"));
+            }
+            Node::Symlink(target) if target.len() >= BLOCK => {
+                return Err(entry_error(&entry.path, "a symbolic link of more than 4095 bytes"));
+            }
+            _ => {}
+        }
+        writer.entry(&entry)?;
     }
     writer.finish()
 }
@@ -275,6 +257,13 @@ struct Writer {
     /// What the table may still grow by.
     table_left: u64,
     chunk: Vec<u8>,
+}
+
+impl Content {
+    /// Of so many bytes, not stored yet.
+    pub fn sized(size: u64) -> Self {
+        Self { size, start: 0, chunks: Vec::new(), tail: Vec::new() }
+    }
 }
 
 impl Writer {
@@ -319,7 +308,7 @@ impl Writer {
         &mut self,
         path: &[u8],
         size: u64,
-        input: &mut Archive<impl Read>,
+        input: &mut impl Source,
     ) -> Result<Content, LayerError> {
         self.bytes = self.bytes.saturating_add(size);
         if self.bytes > self.max_bytes {
@@ -327,8 +316,7 @@ impl Writer {
                 format!("the layer has more than {} bytes (max_layer_bytes)", self.max_bytes);
             return Err(entry_error(path, problem));
         }
-        let start = self.totals.blocks;
-        let mut content = Content { size, start, chunks: Vec::new(), tail: Vec::new() };
+        let mut content = Content { start: self.totals.blocks, ..Content::sized(size) };
         let mut left = size;
         let mut chunk = std::mem::take(&mut self.chunk);
         while left > 0 {

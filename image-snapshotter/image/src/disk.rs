@@ -26,7 +26,7 @@ use crate::tree::{Body, Data, Inode, Limits, Tree};
 use crate::verity::{self, Builder, FANOUT};
 
 /// Version of `disk.json`.
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 /// Most bytes of a passwd or group file that are shown to containerd.
 const MAX_USERS: u64 = 1 << 20;
 /// Most layers of an image; containerd and others that make images stop at 127.

@@ -4,6 +4,7 @@
 //! The stream is an attacker's: every length is checked before anything is made of it, and errors
 //! name the entry. Content is handed out as a reader, never held.
 
+mod entries;
 mod header;
 
 use std::io::{self, Read};
@@ -158,7 +159,7 @@ impl<R: Read> Archive<R> {
     ///
     /// # Errors
     /// The stream ends amidst an entry, or a header contradicts itself.
-    pub fn next_entry(&mut self) -> Result<Option<Header>, TarError> {
+    fn next_header(&mut self) -> Result<Option<Header>, TarError> {
         self.skip()?;
         let mut extended = Extended::default();
         loop {
@@ -378,7 +379,7 @@ impl<R: Read> Archive<R> {
 
     /// Skips the next bytes of the content if all of them are in a hole: nothing need be read to know
     /// that they are zeros.
-    pub fn skip_hole(&mut self, bytes: u64) -> bool {
+    fn pass_hole(&mut self, bytes: u64) -> bool {
         let Some(sparse) = &mut self.sparse else { return false };
         sparse.pass();
         let until = sparse.segments.front().map_or(sparse.size, |(start, _)| *start);
