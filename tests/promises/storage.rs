@@ -134,7 +134,7 @@ fn files_of_every_kind(ctx: &Context<'_>) -> Result<()> {
         .file("k/noise", 0o4755, &noise)?
         .file("k/hollow", 0o600, &hollow)?
         .file("k/empty", 0o644, b"")?
-        .hard_link("k/again", "k/noise")?
+        .hard_link("k/again", "k/noise", 0o4755)?
         .link("k/link", "noise")?;
     for number in 0..500 {
         layer = layer.file(&format!("k/many-{number}"), 0o644, format!("{number}\n").as_bytes())?;

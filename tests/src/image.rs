@@ -65,9 +65,9 @@ impl Layer {
         Ok(self)
     }
 
-    /// Another name of a file.
-    pub fn hard_link(mut self, path: &str, target: &str) -> Result<Self> {
-        self.0.append_link(&mut header(tar::EntryType::Link, 0o644), path, target)?;
+    /// Another name of a file, whose mode it repeats: containerd gives the file this one.
+    pub fn hard_link(mut self, path: &str, target: &str, mode: u32) -> Result<Self> {
+        self.0.append_link(&mut header(tar::EntryType::Link, mode), path, target)?;
         Ok(self)
     }
 

@@ -104,7 +104,10 @@ fn is_cached(name: &str) -> bool {
             // A lock is a file that stays; which builder holds it is another matter.
             is_key(first.strip_suffix(".lock").filter(|_| rest.is_empty()).unwrap_or(first))
         }
-        Some(("images", name)) => name.strip_suffix(".erofs").is_some_and(is_key),
+        Some(("images", name)) => {
+            let (first, _) = name.split_once('/').unwrap_or((name, ""));
+            first.strip_suffix(".disk").is_some_and(is_key)
+        }
         Some(_) => false,
     }
 }
@@ -233,11 +236,13 @@ mod tests {
         for name in ["", ".lock", "/memory"].map(|end| format!("templates/{key}{end}")) {
             assert!(is_cached(&name), "{name}");
         }
-        assert!(is_cached(&format!("images/{key}.erofs")));
+        for name in ["", "/disk.json", "/0/data"].map(|end| format!("images/{key}.disk{end}")) {
+            assert!(is_cached(&name), "{name}");
+        }
         for end in [".1234.new", ".1234.new/memory", ".1234.old"] {
             assert!(!is_cached(&format!("templates/{key}{end}")), "{end}");
         }
-        for name in [".new", ".lock", ".mnt"].map(|end| format!("images/{key}{end}")) {
+        for name in [".new", ".lock", ".gone/index"].map(|end| format!("images/{key}{end}")) {
             assert!(!is_cached(&name), "{name}");
         }
         assert!(!is_of_the_node("standby/0123/17"));
