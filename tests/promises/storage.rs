@@ -306,6 +306,11 @@ fn flipped_bit_is_an_error(ctx: &Context<'_>) -> Result<()> {
         log.lines().rfind(|line| line.contains("an image is damaged")).context("not told")?;
     holds("the image", told, "localhost/flipped:1")?;
     holds("the layer's file", told, &layer.display().to_string())?;
+    holds(
+        "joey inspect",
+        &ctx.node.joey(&["inspect", &pod.id])?,
+        "damaged    image localhost/flipped:1",
+    )?;
     pod.remove()
 }
 

@@ -45,6 +45,19 @@ impl ProcessId {
     }
 }
 
+/// A block of an image that is not what it was when the image was unpacked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Damage {
+    /// Names of the image, as its containers give them.
+    pub image: String,
+    /// The layer; empty: what joins the layers.
+    pub layer: String,
+    /// The file of the host.
+    pub file: PathBuf,
+    /// The block in it, of 4096 bytes.
+    pub block: u64,
+}
+
 /// The record.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -76,6 +89,9 @@ pub struct Record {
     /// The guest's boot id.
     #[serde(default)]
     pub boot_id: String,
+    /// What of its images its guest has found damaged, the first few.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damaged: Vec<Damage>,
     /// Seconds after the epoch when the shim started.
     pub started_at: u64,
 }

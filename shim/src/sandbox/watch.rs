@@ -4,22 +4,25 @@
 //! keeps it open), so that nothing a process printed is lost to a quick Delete. When the channel or
 //! the VM is lost, every process that was left has been killed.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use joey_protocol::api;
 use tokio::time::{Instant, timeout};
 
 use super::plan::WriteBack;
+use super::record::Damage;
 use super::state::Exit;
 use super::{Guest, Handle, KILLED, LAST_WORDS, Progress, SandboxEvent, clock};
 use crate::guest::{self, Event, Events, Lost};
-use crate::rootfs::described;
+use crate::rootfs::described::{self, Place};
 use crate::stdio::DRAIN;
 
 /// A container's memory kills that follow one within this time are not told: one is enough for its
 /// status, and more of them would only load containerd.
 const OOM_PAUSE: Duration = Duration::from_secs(10);
+/// Most damaged blocks that a sandbox tells of: its guest might invent more.
+const MAX_DAMAGED: usize = 8;
 
 impl Handle {
     /// Starts the tasks that listen to the guest.
@@ -117,12 +120,23 @@ impl Handle {
             let users = table.containers.values().filter(|it| it.acquired.slots.contains(&slot));
             users.filter_map(|container| container.image.clone()).collect()
         };
-        let place = described::find(&description, block).unwrap_or_default();
+        let Place { file, block, layer } = described::find(&description, block).unwrap_or_default();
+        let damage = Damage { image: images.join(", "), layer, file, block };
+        let known = {
+            let record = self.0.record.lock().unwrap_or_else(PoisonError::into_inner);
+            record.damaged.contains(&damage) || record.damaged.len() >= MAX_DAMAGED
+        };
+        if known {
+            return;
+        }
         tracing::error!(
-            sandbox = %self.0.boot.id, image = images.join(", "), layer = place.layer,
-            file = %place.file.display(), block = place.block,
+            sandbox = %self.0.boot.id, image = damage.image, layer = damage.layer,
+            file = %damage.file.display(), block = damage.block,
             "an image is damaged on this node: remove it and pull it again"
         );
+        if let Err(error) = self.record(|record| record.damaged.push(damage)) {
+            tracing::warn!(%error, "the damage is not in the sandbox's record");
+        }
     }
 
     /// Notes an end, unless the process has been deleted meanwhile.

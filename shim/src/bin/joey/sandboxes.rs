@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 use joey_shim::config::Config;
 use joey_shim::sandbox::orphans;
-use joey_shim::sandbox::record::{ProcessId, Record, directory};
+use joey_shim::sandbox::record::{Damage, ProcessId, Record, directory};
 use joey_shim::sandbox::timeline::{FirstAnswer, Steps};
 use joey_shim::standby;
 use serde_json::json;
@@ -133,6 +133,12 @@ pub(crate) fn inspect(config: &Config, id: &str, json: bool) -> Result<()> {
     println!("machine    {machine}");
     if let Some(netns) = &record.netns {
         println!("network    {}", netns.display());
+    }
+    for Damage { image, layer, file, block } in &record.damaged {
+        println!(
+            "damaged    image {image}, layer {layer}, {} block {block}: remove it and pull it again",
+            file.display()
+        );
     }
     if let Some(FirstAnswer { took_ms, vmm_cpu_ms }) = steps.first_answer {
         println!(
