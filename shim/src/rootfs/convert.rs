@@ -110,9 +110,31 @@ fn common_parent(paths: &[PathBuf]) -> PathBuf {
     common.iter().collect()
 }
 
+/// Has mkfs.erofs make an image of nothing, as it makes those of pods: older ones do not know all that they are
+/// asked for. Its version.
+///
+/// # Errors
+/// [`RootfsError`] with its own words.
+pub fn trial(config: &Config) -> Result<String, RootfsError> {
+    let folder = config.run_dir.join(format!("mkfs-{}", std::process::id()));
+    let source = folder.join("source");
+    fs::create_dir_all(&source).map_err(io_error("make folder", &source))?;
+    let made = mkfs(config, &folder.join("image"), &source);
+    let _ = fs::remove_dir_all(&folder);
+    made?;
+    // Its first line is its version even where it does not know the option.
+    let told = Command::new(program(config)).arg("-V").output();
+    let told = told.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    Ok(told.unwrap_or_default().lines().next().unwrap_or_default().to_owned())
+}
+
+fn program(config: &Config) -> PathBuf {
+    config.mkfs_erofs.clone().unwrap_or_else(|| PathBuf::from("mkfs.erofs"))
+}
+
 fn mkfs(config: &Config, output: &Path, source: &Path) -> Result<(), RootfsError> {
     let failed = |reason: String| RootfsError::Convert { layers: 1, reason };
-    let program = config.mkfs_erofs.clone().unwrap_or_else(|| PathBuf::from("mkfs.erofs"));
+    let program = program(config);
     let run = Command::new(&program)
         .args(["--quiet", "-T0", "-U", UUID])
         .arg(output)

@@ -1,9 +1,12 @@
 //! `joey check`: what this node has, what is missing, and what to do about it.
 
+use std::fs::OpenOptions;
 use std::path::Path;
 
 use anyhow::Result;
 use joey_shim::config::Config;
+use joey_shim::rootfs::convert;
+use joey_shim::sandbox::pod_disk;
 use joey_shim::vmm::template::TemplateStore;
 use joey_shim::vmm::{accel, qemu};
 use serde::Serialize;
@@ -86,6 +89,7 @@ fn findings(config: &Config) -> Result<Vec<Finding>> {
         ),
     });
     all.push(ebpf(config));
+    all.push(taps(Path::new("/dev/net/tun")));
     all.push(mkfs(config));
     all.push(cgroups());
     all.push(match TemplateStore::new(&vmm).map(|store| store.list().len()) {
@@ -98,7 +102,9 @@ fn findings(config: &Config) -> Result<Vec<Finding>> {
         Ok(count) => finding("templates", Level::Ok, format!("{count} on this node"), ""),
         Err(error) => finding("templates", Level::Missing, error, ""),
     });
-    all.push(space(&config.state_dir));
+    // A template and a few images.
+    all.push(space("disk space", &config.state_dir, 2 << 30, "free some, or move state_dir"));
+    all.push(disks(config));
     Ok(all)
 }
 
@@ -111,14 +117,26 @@ fn ebpf(config: &Config) -> Finding {
     }
 }
 
-fn mkfs(config: &Config) -> Finding {
-    let name = config.mkfs_erofs.clone().unwrap_or_else(|| "mkfs.erofs".into());
-    match std::process::Command::new(&name).arg("-V").output() {
-        Ok(output) => {
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            finding("mkfs.erofs", Level::Ok, text.lines().next().unwrap_or_default(), "")
+/// Does with it what a pod's start does.
+fn taps(tun: &Path) -> Finding {
+    match OpenOptions::new().read(true).write(true).open(tun) {
+        Ok(_) => finding("taps", Level::Ok, tun.display(), ""),
+        Err(error) => {
+            let found = format!("open {}: {error}", tun.display());
+            finding("taps", Level::Missing, found, "as root: modprobe tun")
         }
-        Err(error) => finding("mkfs.erofs", Level::Missing, error, "install erofs-utils"),
+    }
+}
+
+fn mkfs(config: &Config) -> Finding {
+    match convert::trial(config) {
+        Ok(version) => finding("mkfs.erofs", Level::Ok, version, ""),
+        Err(error) => finding(
+            "mkfs.erofs",
+            Level::Missing,
+            error,
+            "install erofs-utils, or set mkfs_erofs; only images by joey-snapshotter need none",
+        ),
     }
 }
 
@@ -130,20 +148,119 @@ fn cgroups() -> Finding {
     }
 }
 
-fn space(state_dir: &Path) -> Finding {
-    /// A template and a few images.
-    const NEEDED: u64 = 2 << 30;
-    let existing = state_dir.ancestors().find(|path| path.exists()).unwrap_or(state_dir);
+/// Makes a file as every pod's start does.
+fn disks(config: &Config) -> Finding {
+    let (folder, bytes) = (config.disk_dir(), config.default_disk_mib << 20);
+    match pod_disk::nameless(&folder, bytes) {
+        Ok(_) => {
+            let advice =
+                "less than one pod may write (default_disk_mib): free some, or move disk_dir";
+            space("pods' disks", &folder, bytes, advice)
+        }
+        Err(error) => finding(
+            "pods' disks",
+            Level::Missing,
+            format!("make a file in {}: {error}", folder.display()),
+            "set disk_dir to a folder that is writable, on ext4, XFS, btrfs or tmpfs",
+        ),
+    }
+}
+
+fn space(what: &'static str, folder: &Path, needed: u64, advice: &str) -> Finding {
+    let existing = folder.ancestors().find(|path| path.exists()).unwrap_or(folder);
     match nix::sys::statvfs::statvfs(existing) {
         Ok(stat) => {
             let free = stat.blocks_available() * stat.fragment_size();
-            let text = format!("{} MiB free at {}", free >> 20, state_dir.display());
-            if free < NEEDED {
-                finding("disk space", Level::Warning, text, "free some, or move state_dir")
+            let text = format!("{} MiB free at {}", free >> 20, folder.display());
+            if free < needed {
+                finding(what, Level::Warning, text, advice)
             } else {
-                finding("disk space", Level::Ok, text, "")
+                finding(what, Level::Ok, text, "")
             }
         }
-        Err(error) => finding("disk space", Level::Missing, error, "make state_dir"),
+        Err(error) => {
+            let found = format!("look at {}: {error}", existing.display());
+            finding(what, Level::Missing, found, "make the folder")
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    /// A configuration below a folder, with a program for mkfs.erofs.
+    fn config(root: &Path, mkfs: &str) -> Config {
+        let program = root.join("mkfs");
+        std::fs::write(&program, format!("#!/bin/sh\n{mkfs}\n")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Config {
+            state_dir: root.join("state"),
+            run_dir: root.join("run"),
+            mkfs_erofs: Some(program),
+            ..Config::default()
+        }
+    }
+
+    fn missing(finding: &Finding, words: &[&str]) {
+        assert_eq!(finding.level, Level::Missing, "{finding:?}");
+        for word in words {
+            assert!(finding.found.contains(word), "{finding:?}");
+        }
+        assert!(!finding.advice.is_empty(), "{finding:?}");
+    }
+
+    #[test]
+    fn the_folder_of_disks_is_made_and_room_in_it_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let mut config = Config { default_disk_mib: 0, ..config(root.path(), "") };
+        let found = disks(&config);
+        assert_eq!((found.level, config.disk_dir().is_dir()), (Level::Ok, true), "{found:?}");
+        assert!(found.found.contains("MiB free at"), "{found:?}");
+        config.disk_dir = Some(root.path().join("mkfs/disks"));
+        missing(&disks(&config), &["mkfs/disks", "Not a directory"]);
+        config.disk_dir = Some("/proc/disks".into());
+        missing(&disks(&config), &["/proc/disks"]);
+    }
+
+    #[test]
+    fn room_for_less_than_is_needed_is_a_warning() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("not/there/yet");
+        let enough = space("room", &folder, 1, "move it");
+        assert_eq!((enough.level, enough.advice.as_str()), (Level::Ok, ""));
+        let little = space("room", &folder, u64::MAX, "move it");
+        assert_eq!((little.level, little.advice.as_str()), (Level::Warning, "move it"));
+    }
+
+    #[test]
+    fn mkfs_is_tried_and_its_words_are_told() {
+        let root = tempfile::tempdir().unwrap();
+        let good = config(root.path(), "[ \"$1\" = -V ] && echo mkfs.erofs 1.9; exit 0");
+        let found = mkfs(&good);
+        assert_eq!((found.level, found.found.as_str()), (Level::Ok, "mkfs.erofs 1.9"));
+        let old = config(root.path(), "echo unrecognized option >&2; exit 1");
+        missing(&mkfs(&old), &["unrecognized option", "mkfs"]);
+        assert_eq!(std::fs::read_dir(&old.run_dir).unwrap().count(), 0);
+        missing(&mkfs(&Config { mkfs_erofs: Some("/no/mkfs".into()), ..old }), &["/no/mkfs"]);
+    }
+
+    #[test]
+    fn a_kernel_without_taps_is_told() {
+        assert_eq!(taps(Path::new("/dev/null")).level, Level::Ok);
+        let root = tempfile::tempdir().unwrap();
+        missing(&taps(&root.path().join("tun")), &["tun", "No such file"]);
+    }
+
+    #[test]
+    fn json_has_levels_as_words() {
+        let json = serde_json::json!(finding("taps", Level::Missing, "none", "modprobe"));
+        let expected = serde_json::json!({
+            "what": "taps", "level": "missing", "found": "none", "advice": "modprobe"
+        });
+        assert_eq!(json, expected);
     }
 }
