@@ -15,7 +15,7 @@ use serde_json::from_slice;
 
 use crate::apart::apart;
 use crate::boot::CGROUP_ROOT;
-use crate::container::{Container, CreateRequest, Error as EngineError, Kind};
+use crate::container::{Container, CreateRequest, Error as EngineError, Kind, usage};
 use crate::containers::{ContainerEntry, Process};
 use crate::phases::Phases;
 use crate::sandbox::{Sandbox, SandboxError};
@@ -240,11 +240,14 @@ impl Sandbox {
         container.engine.freeze(frozen).await.map_err(engine)
     }
 
-    /// What a container uses.
+    /// What a container uses, or all of them together.
     pub(crate) async fn stats(
         &self,
         request: &api::ContainerRequest,
     ) -> Result<api::StatsResponse, SandboxError> {
+        if request.container_id.is_empty() {
+            return usage(Path::new(CGROUP_ROOT)).map_err(engine);
+        }
         let container = self.containers.get(&request.container_id)?;
         container.engine.stats().map_err(engine)
     }

@@ -174,6 +174,11 @@ impl Config {
         self.guest_dir.clone().unwrap_or_else(|| self.state_dir.join("guest"))
     }
 
+    /// Where the templates are.
+    pub fn templates_dir(&self) -> PathBuf {
+        self.state_dir.join("templates")
+    }
+
     /// Where the files behind writable disks are made.
     pub fn disk_dir(&self) -> PathBuf {
         self.disk_dir.clone().unwrap_or_else(|| self.state_dir.join("disks"))
@@ -196,7 +201,7 @@ impl Config {
         Ok(crate::vmm::VmmConfig {
             qemu: self.qemu(),
             guest_dir: self.guest_dir(),
-            templates_dir: self.state_dir.join("templates"),
+            templates_dir: self.templates_dir(),
             run_dir: self.run_dir.clone(),
             use_templates: true,
             ids: crate::host::jail::IdRange { first: self.jail_first_id, count: self.jail_ids },

@@ -21,6 +21,7 @@ use crate::host::cgroup;
 use crate::sandbox::record::{Record, directory};
 use crate::sandbox::{Boot, Handle, orphans, teardown};
 use crate::standby::Standby;
+use crate::vmm::template;
 use crate::{log, sys};
 
 /// How long the last events may take on their way to containerd once the sandbox is gone.
@@ -92,9 +93,9 @@ async fn until_shutdown(config: Config, start: Start) -> Result<()> {
         since: nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
             .map_or(Duration::ZERO, |now| Duration::from(now).saturating_sub(since_boot)),
     };
-    let (run_dir, bundle) = (config.run_dir.clone(), boot.bundle.clone());
+    let house = (config.run_dir.clone(), config.templates_dir(), boot.bundle.clone());
     let (handle, outgoing) = Handle::new(Arc::new(config), boot, standby);
-    tokio::spawn(keep_house(handle.clone(), run_dir, bundle));
+    tokio::spawn(keep_house(handle.clone(), house));
     let (close, closed) = oneshot::channel();
     let forwarding = tokio::spawn(events::forward(outgoing, publisher, closed));
     listener.set_nonblocking(true).context("socket")?;
@@ -114,19 +115,24 @@ async fn until_shutdown(config: Config, start: Start) -> Result<()> {
     Ok(())
 }
 
-/// Removes what the shims of other sandboxes have left, now and then, and ends this one if containerd has
-/// forgotten it: it removes a bundle last, and only when the sandbox is gone for it.
-async fn keep_house(handle: Handle, run_dir: PathBuf, bundle: PathBuf) {
+/// Removes what the shims of other sandboxes and the builders of templates have left, now and then, and ends this
+/// one if containerd has forgotten it: it removes a bundle last, and only when the sandbox is gone for it.
+async fn keep_house(handle: Handle, (run_dir, templates, bundle): (PathBuf, PathBuf, PathBuf)) {
     loop {
+        // Not in the way of the sandbox's start.
         tokio::time::sleep(HOUSEKEEPING).await;
         if !bundle.exists() {
             tracing::warn!(sandbox = handle.id(), bundle = %bundle.display(), "forgotten; it ends");
             let _ = handle.shutdown(true).await;
             return;
         }
-        let run_dir = run_dir.clone();
-        // Orphans are logged there; a panic in there must not end this sandbox.
-        let _ = tokio::task::spawn_blocking(move || orphans::collect_in_turn(&run_dir)).await;
+        let (run_dir, templates) = (run_dir.clone(), templates.clone());
+        // What is removed is logged there; a panic in there must not end this sandbox.
+        let tidy = move || {
+            orphans::collect_in_turn(&run_dir);
+            template::sweep(&templates);
+        };
+        let _ = tokio::task::spawn_blocking(tidy).await;
     }
 }
 

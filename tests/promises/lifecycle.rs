@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use joey_tests::controller;
 use joey_tests::pod::{self, Pod, SOON};
 use k8s_cri::v1::{ContainerState, NamespaceMode};
 
-use crate::context::{Context, Test, holds, same};
+use crate::context::{Context, Test, holds, refused, same, skip};
 
 pub const TESTS: &[Test] = &[
     Test { name: "lifecycle::exit_code_and_output", run: exit_code_and_output },
@@ -24,6 +25,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "lifecycle::shared_processes", run: shared_processes },
     Test { name: "lifecycle::layers_and_own_copy", run: layers },
     Test { name: "lifecycle::small_host_files", run: small_host_files },
+    Test { name: "lifecycle::metrics_of_the_sandbox", run: metrics_of_the_sandbox },
     Test { name: "lifecycle::many_at_once", run: many_at_once },
 ];
 
@@ -261,4 +263,27 @@ fn many_at_once(ctx: &Context<'_>) -> Result<()> {
     times.sort();
     println!("        {PODS} pods in {:.1?}, slowest {:.1?}", start.elapsed(), times[PODS - 1]);
     Ok(())
+}
+
+/// Of all containers, those that are gone too.
+fn metrics_of_the_sandbox(ctx: &Context<'_>) -> Result<()> {
+    if ctx.handler != "joey-sandboxed" {
+        return skip("containerd asks the shim only where the shim keeps the sandbox");
+    }
+    let pod = ctx.pod("metrics")?;
+    let metrics = || controller::metrics(&ctx.node.dir().join("c.sock"), &pod.id);
+    let before = metrics()?;
+    let busy = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done";
+    same("exit code", pod.script(busy)?.code, 0)?;
+    let of_the_first = metrics()?;
+    let cpu = of_the_first.cpu_usec.saturating_sub(before.cpu_usec);
+    ensure!(cpu > 20_000, "{cpu} µs for what has ended; {before:?}, {of_the_first:?}");
+    let script = "dd if=/dev/zero of=/dev/shm/full bs=1M count=8 2>/dev/null; echo up; sleep 1000";
+    let container = pod.start(&pod::script("second", script))?;
+    container.wait_output("up", SOON)?;
+    let memory = metrics()?.memory;
+    ensure!((8 << 20..512 << 20).contains(&memory), "memory {memory} bytes");
+    ctx.node.cri.stop_pod(&pod.id)?;
+    refused("metrics of a pod that is stopped", metrics(), &pod.id)?;
+    pod.remove()
 }

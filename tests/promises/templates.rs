@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "templates::builders_take_turns", run: builders_take_turns },
     Test { name: "templates::full_disk_is_told", run: full_disk_is_told },
     Test { name: "templates::unusable_vmm_is_told", run: unusable_vmm_is_told },
+    Test { name: "templates::check_says_what_is_missing", run: check_says_what_is_missing },
 ];
 
 /// By then a pod's shim has the next machine prepared.
@@ -24,7 +25,7 @@ const PREPARED: Duration = Duration::from_secs(5);
 
 /// The node's template of the usual size as `joey template ls` shows it: other tests may have some of other
 /// sizes built beside.
-fn list(ctx: &Context<'_>) -> Result<Vec<String>> {
+pub fn list(ctx: &Context<'_>) -> Result<Vec<String>> {
     let text = ctx.node.joey(&["--json", "template", "ls"])?;
     let all: Vec<serde_json::Value> = serde_json::from_str(&text)?;
     let usual = all.iter().filter(|one| one["vcpus"] == 1 && one["memory_mib"] == 256);
@@ -32,7 +33,7 @@ fn list(ctx: &Context<'_>) -> Result<Vec<String>> {
 }
 
 /// Runs a pod that no waiting machine serves; whether it was cloned.
-fn cloned(ctx: &Context<'_>) -> Result<bool> {
+pub fn cloned(ctx: &Context<'_>) -> Result<bool> {
     ctx.node.joey(&["standby", "rm"])?;
     let pod = ctx.pod("template")?;
     let seen = ctx.node.joey(&["--json", "inspect", &pod.id])?;
@@ -42,7 +43,8 @@ fn cloned(ctx: &Context<'_>) -> Result<bool> {
     seen["record"]["cloned"].as_bool().context("the record does not say whether it was cloned")
 }
 
-fn folder(ctx: &Context<'_>) -> PathBuf {
+/// Where the node's templates are.
+pub fn folder(ctx: &Context<'_>) -> PathBuf {
     ctx.node.dir().join("joey/templates")
 }
 
@@ -188,4 +190,32 @@ fn unusable_vmm_is_told(ctx: &Context<'_>) -> Result<()> {
     fs::write(&path, normal)?;
     fs::remove_file(&old)?;
     outcome
+}
+
+fn check_says_what_is_missing(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let normal = fs::read_to_string(ctx.node.dir().join("joey.toml"))?;
+    for (line, told) in [
+        ("", None),
+        ("disk_dir = \"/proc/disks\"", Some(("pods' disks", "/proc/disks"))),
+        ("mkfs_erofs = \"/no/mkfs.erofs\"", Some(("mkfs.erofs", "/no/mkfs.erofs"))),
+    ] {
+        let arguments = ["--json", "check"];
+        let (able, text) = joey_with(ctx, &format!("{line}\n{normal}"), &arguments)?;
+        same("able", able, told.is_none()).with_context(|| text.clone())?;
+        let seen: serde_json::Value = serde_json::from_str(&text)?;
+        same("able, as told", seen["able"].as_bool(), Some(able))?;
+        let all = seen["findings"].as_array().context("no findings")?;
+        let missing: Vec<_> = all.iter().filter(|one| one["level"] == "missing").collect();
+        let told: Vec<_> = told.into_iter().collect();
+        same("missing", missing.len(), told.len()).with_context(|| text.clone())?;
+        for (one, (what, word)) in missing.into_iter().zip(told) {
+            same("what is missing", one["what"].as_str(), Some(what))?;
+            holds("what was found", &one["found"].to_string(), word)?;
+        }
+        for what in ["taps", "mkfs.erofs", "pods' disks"] {
+            ensure!(all.iter().any(|one| one["what"] == what), "nothing is told of {what}: {text}");
+        }
+    }
+    Ok(())
 }

@@ -57,7 +57,10 @@ pub fn executor() -> Result<&'static Runtime> {
     EXECUTOR.get_or_init(build).as_ref().map_err(|error| anyhow!("start tokio: {error}"))
 }
 
-fn wait<T>(what: &str, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T> {
+pub(crate) fn wait<T>(
+    what: &str,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T> {
     let bounded = async { tokio::time::timeout(DEADLINE, call).await };
     match executor()?.block_on(bounded) {
         Ok(Ok(response)) => Ok(response.into_inner()),

@@ -5,6 +5,7 @@
 //! through the public interfaces only, the way a kubelet and an operator use Joey.
 
 pub mod bench;
+pub mod controller;
 pub mod cri;
 pub mod image;
 pub mod loop_device;

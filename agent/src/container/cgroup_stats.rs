@@ -1,21 +1,22 @@
-//! What a container's cgroup says about its use of the guest.
+//! What a cgroup says about the use of the guest: a container's, or the one that all are in.
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::path::Path;
 
 use joey_protocol::api::{IoStat, StatsResponse};
 
 use super::Error;
-use super::cgroup::{Cgroup, lookup};
+use super::cgroup::lookup;
 
 /// Reads a file of the cgroup; empty when the controller is not there.
-fn text(cgroup: &Cgroup, file: &str) -> Result<String, Error> {
-    match fs::read_to_string(cgroup.path().join(file)) {
+fn text(cgroup: &Path, file: &str) -> Result<String, Error> {
+    match fs::read_to_string(cgroup.join(file)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-        result => result.map_err(|error| {
-            Error::failed(format!("reading {file} of {:?}: {error}", cgroup.path()))
-        }),
+        result => {
+            result.map_err(|error| Error::failed(format!("reading {file} of {cgroup:?}: {error}")))
+        }
     }
 }
 
@@ -49,8 +50,13 @@ fn io_stat(line: &str) -> Option<IoStat> {
     Some(stat)
 }
 
+/// What the containers below this cgroup use and used.
+pub(crate) fn usage(cgroup: &Path) -> Result<StatsResponse, Error> {
+    read(cgroup, None)
+}
+
 /// Reads everything; the writable layer's use is that of the first process's root.
-pub(crate) fn read(cgroup: &Cgroup, pid: i32) -> Result<StatsResponse, Error> {
+pub(crate) fn read(cgroup: &Path, pid: Option<i32>) -> Result<StatsResponse, Error> {
     let mut stats = StatsResponse::new();
     let cpu = text(cgroup, "cpu.stat")?;
     let of_cpu = |key: &str| lookup(&cpu, key).map_or(0, number);
@@ -71,7 +77,9 @@ pub(crate) fn read(cgroup: &Cgroup, pid: i32) -> Result<StatsResponse, Error> {
     stats.pids_max = number(&text(cgroup, "pids.max")?);
     stats.io = text(cgroup, "io.stat")?.lines().filter_map(io_stat).collect();
     // A container whose first process has ended has no root to measure.
-    if let Ok(root) = nix::sys::statvfs::statvfs(format!("/proc/{pid}/root").as_str()) {
+    if let Some(pid) = pid
+        && let Ok(root) = nix::sys::statvfs::statvfs(format!("/proc/{pid}/root").as_str())
+    {
         let used = root.blocks().saturating_sub(root.blocks_free());
         stats.fs_used_bytes = used * root.fragment_size();
         stats.fs_used_inodes = root.files().saturating_sub(root.files_free());
@@ -80,7 +88,7 @@ pub(crate) fn read(cgroup: &Cgroup, pid: i32) -> Result<StatsResponse, Error> {
 }
 
 /// `oom_kill` of memory.events; 0 when it cannot be read.
-pub(crate) fn oom_kills(cgroup: &Cgroup) -> u64 {
+pub(crate) fn oom_kills(cgroup: &Path) -> u64 {
     let events = text(cgroup, "memory.events").unwrap_or_default();
     lookup(&events, "oom_kill").map_or(0, number)
 }

@@ -53,6 +53,7 @@ use nix::sys::signal::Signal;
 use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process, Spec};
 
 pub(crate) use cgroup::Cgroup;
+pub(crate) use cgroup_stats::usage;
 pub(crate) use device_policy::prepare as prepare_device_policy;
 pub(crate) use link::{Kind, Link};
 pub(crate) use spare::{Sources, Spares};
@@ -167,7 +168,7 @@ impl Container {
 
     /// What the container uses.
     pub(crate) fn stats(&self) -> Result<StatsResponse, Error> {
-        cgroup_stats::read(&self.cgroup, self.pid)
+        cgroup_stats::read(self.cgroup.path(), Some(self.pid))
     }
 
     /// All of its processes, as the agent sees them.
@@ -177,7 +178,7 @@ impl Container {
 
     /// How many of its processes the kernel has killed for lack of memory.
     pub(crate) fn oom_kills(&self) -> u64 {
-        cgroup_stats::oom_kills(&self.cgroup)
+        cgroup_stats::oom_kills(self.cgroup.path())
     }
 
     /// The cgroup's directory.

@@ -12,11 +12,11 @@ use joey_protocol::api::StatsResponse;
 /// Name that containerd's type registry knows the message by.
 const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// Packs the statistics of one container.
+/// Packs the statistics of one container, or of a sandbox's.
 ///
 /// # Errors
 /// The message cannot be encoded (it always can).
-pub fn pack(stats: &StatsResponse) -> Result<Any, protobuf::Error> {
+pub fn pack(stats: &StatsResponse) -> ttrpc::Result<Any> {
     let mut metrics = Metrics::new();
     metrics.cpu = Some(CPUStat {
         usage_usec: stats.cpu_usage_usec,
@@ -46,11 +46,10 @@ pub fn pack(stats: &StatsResponse) -> Result<Any, protobuf::Error> {
     metrics.io =
         Some(IOStat { usage: stats.io.iter().map(io_entry).collect(), ..Default::default() })
             .into();
-    Ok(Any {
-        type_url: TYPE_URL.to_owned(),
-        value: metrics.write_to_bytes()?,
-        ..Default::default()
-    })
+    let value = metrics
+        .write_to_bytes()
+        .map_err(|error| ttrpc::Error::Others(format!("encode statistics: {error}")))?;
+    Ok(Any { type_url: TYPE_URL.to_owned(), value, ..Default::default() })
 }
 
 fn io_entry(io: &joey_protocol::api::IoStat) -> IOEntry {

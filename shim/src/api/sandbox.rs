@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use containerd_shim::protos::protobuf::MessageField;
@@ -20,8 +21,8 @@ use ttrpc::Result as TtrpcResult;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use super::convert::timestamp;
-use super::errors::{invalid, to_rpc, unimplemented};
-use super::pod_config;
+use super::errors::{invalid, to_rpc};
+use super::{metrics, pod_config};
 use crate::sandbox::Handle;
 
 /// The Sandbox service of one sandbox.
@@ -160,8 +161,12 @@ impl Sandbox for SandboxService {
         request: SandboxMetricsRequest,
     ) -> TtrpcResult<SandboxMetricsResponse> {
         self.check(&request.sandbox_id)?;
-        Err(unimplemented(
-            "sandbox metrics: read the pod's cgroup on the host, which holds the VMM and the shim",
-        ))
+        let stats = self.0.sandbox_stats().await.map_err(to_rpc)?;
+        let mut response = SandboxMetricsResponse::new();
+        let metric = response.metrics.mut_or_insert_default();
+        metric.id = request.sandbox_id;
+        metric.timestamp = timestamp(SystemTime::now());
+        metric.data = MessageField::some(metrics::pack(&stats)?);
+        Ok(response)
     }
 }

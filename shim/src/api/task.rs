@@ -17,8 +17,8 @@ use containerd_shim::protos::api::{
 use containerd_shim::protos::protobuf::MessageField;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::shim_async::{Task, create_task};
+use containerd_shim::protos::ttrpc::Result as TtrpcResult;
 use containerd_shim::protos::ttrpc::r#async::{Service, TtrpcContext};
-use containerd_shim::protos::ttrpc::{self, Result as TtrpcResult};
 
 use super::convert::{status, timestamp};
 use super::errors::{invalid, to_rpc, unimplemented};
@@ -222,9 +222,8 @@ impl Task for TaskService {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> TtrpcResult<StatsResponse> {
         let stats = self.sandbox.stats(&request.id).await.map_err(to_rpc)?;
-        let packed = metrics::pack(&stats)
-            .map_err(|error| ttrpc::Error::Others(format!("encode statistics: {error}")))?;
-        Ok(StatsResponse { stats: MessageField::some(packed), ..Default::default() })
+        let packed = MessageField::some(metrics::pack(&stats)?);
+        Ok(StatsResponse { stats: packed, ..Default::default() })
     }
 
     async fn connect(

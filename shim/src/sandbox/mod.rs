@@ -21,7 +21,7 @@ mod kubelet;
 pub mod lifecycle;
 pub mod orphans;
 pub mod plan;
-mod pod_disk;
+pub mod pod_disk;
 mod processes;
 pub mod record;
 pub mod state;

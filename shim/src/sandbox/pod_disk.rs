@@ -122,7 +122,11 @@ impl Opening {
     }
 }
 
-fn nameless(directory: &Path, bytes: u64) -> io::Result<OwnedFd> {
+/// Makes the file behind a disk, and the directory if it is not there.
+///
+/// # Errors
+/// It cannot be made there.
+pub fn nameless(directory: &Path, bytes: u64) -> io::Result<OwnedFd> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     let file = OpenOptions::new()
         .read(true)

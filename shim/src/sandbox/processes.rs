@@ -487,6 +487,16 @@ impl Handle {
         guest.client.stats(&request).await.map_err(Self::guest_error(id, None))
     }
 
+    /// Counters of all that the sandbox's containers use and used.
+    ///
+    /// # Errors
+    /// The sandbox is not up, or the guest does not tell.
+    pub async fn sandbox_stats(&self) -> Result<api::StatsResponse, SandboxError> {
+        let guest = self.guest().await?;
+        let all = api::ContainerRequest::new();
+        guest.client.stats(&all).await.map_err(Self::guest_error(self.id(), None))
+    }
+
     /// Number of a container's first process.
     ///
     /// # Errors

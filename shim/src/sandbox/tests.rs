@@ -51,6 +51,15 @@ impl api::Agent for FakeAgent {
         Ok(api::HelloResponse::new())
     }
 
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::StatsResponse> {
+        let memory_current = if request.container_id.is_empty() { 3 } else { 1 };
+        Ok(api::StatsResponse { memory_current, ..Default::default() })
+    }
+
     async fn pause(&self, _: &TtrpcContext, _: api::ContainerRequest) -> ttrpc::Result<api::Empty> {
         std::future::pending().await
     }
@@ -199,6 +208,16 @@ async fn what_cannot_be_executed_has_ended_with_127_and_was_never_announced() {
     assert_eq!(fake.handle.wait("c", None).await.unwrap().status, 127);
     assert_eq!(fake.handle.delete("c", None).await.unwrap().status, 127);
     assert_eq!(fake.told(), ["delete c 127"]);
+}
+
+#[tokio::test]
+async fn a_sandbox_uses_what_its_containers_use_together_while_it_is_up() {
+    let fake = sandbox(Some(ttrpc::Code::OK)).await;
+    assert_eq!(fake.handle.stats("c").await.unwrap().memory_current, 1);
+    assert_eq!(fake.handle.sandbox_stats().await.unwrap().memory_current, 3);
+    fake.handle.0.progress.send_replace(Progress::Ended("enough".into()));
+    let error = fake.handle.sandbox_stats().await.unwrap_err().to_string();
+    assert_eq!(error, "sandbox pod has ended: enough");
 }
 
 #[tokio::test]

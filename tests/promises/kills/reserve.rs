@@ -1,5 +1,6 @@
 //! What is there for the pods to come: machines in reserve and the builders of templates.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,7 +13,7 @@ use super::pods::Answer::{Done, Error};
 use super::pods::Step;
 use super::{failed, interrupt, kill_at, pods, settled, standby};
 use crate::context::{Context, skip};
-use crate::standby as machines;
+use crate::{standby as machines, templates};
 
 /// A machine that is killed before it waits is missed by nobody.
 pub(super) fn machine_in_preparation(ctx: &Context<'_>) -> Result<()> {
@@ -114,6 +115,14 @@ impl Build<'_> {
         let told = kill_at(self.0, point, victim, || self.run())?;
         failed(told, &[words]).with_context(|| format!("{point}, {victim:?} killed"))?;
         ensure!(self.keys()?.is_empty(), "{point}, {victim:?} killed: a template was published");
+        // Not only the next build removes what is left: the look above did, too.
+        for entry in fs::read_dir(templates::folder(self.0))? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            let builder =
+                name.strip_suffix(".new").and_then(|name| name.rsplit('.').next()?.parse().ok());
+            let left = builder.is_some_and(|pid| self.0.node.outside(pid).is_none());
+            ensure!(!left, "{point}, {victim:?} killed: {name} is left");
+        }
         Ok(())
     }
 }

@@ -1,9 +1,11 @@
 //! `joey check`: what this node has, what is missing, and what to do about it.
 
+use std::fs::OpenOptions;
 use std::path::Path;
 
 use anyhow::Result;
 use joey_shim::config::Config;
+use joey_shim::sandbox::pod_disk;
 use joey_shim::vmm::template::TemplateStore;
 use joey_shim::vmm::{accel, qemu};
 use serde::Serialize;
@@ -86,6 +88,7 @@ fn findings(config: &Config) -> Result<Vec<Finding>> {
         ),
     });
     all.push(ebpf(config));
+    all.push(taps(Path::new("/dev/net/tun")));
     all.push(cgroups());
     all.push(match TemplateStore::new(&vmm).map(|store| store.list().len()) {
         Ok(0) => finding(
@@ -97,7 +100,9 @@ fn findings(config: &Config) -> Result<Vec<Finding>> {
         Ok(count) => finding("templates", Level::Ok, format!("{count} on this node"), ""),
         Err(error) => finding("templates", Level::Missing, error, ""),
     });
-    all.push(space(&config.state_dir));
+    // A template and a few images.
+    all.push(space("disk space", &config.state_dir, 2 << 30, "free some, or move state_dir"));
+    all.push(disks(config));
     Ok(all)
 }
 
@@ -110,6 +115,17 @@ fn ebpf(config: &Config) -> Finding {
     }
 }
 
+/// Does with it what a pod's start does.
+fn taps(tun: &Path) -> Finding {
+    match OpenOptions::new().read(true).write(true).open(tun) {
+        Ok(_) => finding("taps", Level::Ok, tun.display(), ""),
+        Err(error) => {
+            let found = format!("open {}: {error}", tun.display());
+            finding("taps", Level::Missing, found, "as root: modprobe tun")
+        }
+    }
+}
+
 fn cgroups() -> Finding {
     if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
         finding("cgroups", Level::Ok, "version 2", "")
@@ -118,20 +134,94 @@ fn cgroups() -> Finding {
     }
 }
 
-fn space(state_dir: &Path) -> Finding {
-    /// A template and a few images.
-    const NEEDED: u64 = 2 << 30;
-    let existing = state_dir.ancestors().find(|path| path.exists()).unwrap_or(state_dir);
+/// Makes a file as every pod's start does.
+fn disks(config: &Config) -> Finding {
+    let (folder, bytes) = (config.disk_dir(), config.default_disk_mib << 20);
+    match pod_disk::nameless(&folder, bytes) {
+        Ok(_) => {
+            let advice =
+                "less than one pod may write (default_disk_mib): free some, or move disk_dir";
+            space("pods' disks", &folder, bytes, advice)
+        }
+        Err(error) => finding(
+            "pods' disks",
+            Level::Missing,
+            format!("make a file in {}: {error}", folder.display()),
+            "set disk_dir to a folder that is writable, on ext4, XFS, btrfs or tmpfs",
+        ),
+    }
+}
+
+fn space(what: &'static str, folder: &Path, needed: u64, advice: &str) -> Finding {
+    let existing = folder.ancestors().find(|path| path.exists()).unwrap_or(folder);
     match nix::sys::statvfs::statvfs(existing) {
         Ok(stat) => {
             let free = stat.blocks_available() * stat.fragment_size();
-            let text = format!("{} MiB free at {}", free >> 20, state_dir.display());
-            if free < NEEDED {
-                finding("disk space", Level::Warning, text, "free some, or move state_dir")
+            let text = format!("{} MiB free at {}", free >> 20, folder.display());
+            if free < needed {
+                finding(what, Level::Warning, text, advice)
             } else {
-                finding("disk space", Level::Ok, text, "")
+                finding(what, Level::Ok, text, "")
             }
         }
-        Err(error) => finding("disk space", Level::Missing, error, "make state_dir"),
+        Err(error) => {
+            let found = format!("look at {}: {error}", existing.display());
+            finding(what, Level::Missing, found, "make the folder")
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn missing(finding: &Finding, words: &[&str]) {
+        assert_eq!(finding.level, Level::Missing, "{finding:?}");
+        for word in words {
+            assert!(finding.found.contains(word), "{finding:?}");
+        }
+        assert!(!finding.advice.is_empty(), "{finding:?}");
+    }
+
+    #[test]
+    fn the_folder_of_disks_is_made_and_room_in_it_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let state_dir = root.path().join("state");
+        let mut config = Config { state_dir, default_disk_mib: 0, ..Config::default() };
+        std::fs::write(root.path().join("file"), "").unwrap();
+        let found = disks(&config);
+        assert_eq!((found.level, config.disk_dir().is_dir()), (Level::Ok, true), "{found:?}");
+        assert!(found.found.contains("MiB free at"), "{found:?}");
+        config.disk_dir = Some(root.path().join("file/disks"));
+        missing(&disks(&config), &["file/disks", "Not a directory"]);
+        config.disk_dir = Some("/proc/disks".into());
+        missing(&disks(&config), &["/proc/disks"]);
+    }
+
+    #[test]
+    fn room_for_less_than_is_needed_is_a_warning() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("not/there/yet");
+        let enough = space("room", &folder, 1, "move it");
+        assert_eq!((enough.level, enough.advice.as_str()), (Level::Ok, ""));
+        let little = space("room", &folder, u64::MAX, "move it");
+        assert_eq!((little.level, little.advice.as_str()), (Level::Warning, "move it"));
+    }
+
+    #[test]
+    fn a_kernel_without_taps_is_told() {
+        assert_eq!(taps(Path::new("/dev/null")).level, Level::Ok);
+        let root = tempfile::tempdir().unwrap();
+        missing(&taps(&root.path().join("tun")), &["tun", "No such file"]);
+    }
+
+    #[test]
+    fn json_has_levels_as_words() {
+        let json = serde_json::json!(finding("taps", Level::Missing, "none", "modprobe"));
+        let expected = serde_json::json!({
+            "what": "taps", "level": "missing", "found": "none", "advice": "modprobe"
+        });
+        assert_eq!(json, expected);
     }
 }

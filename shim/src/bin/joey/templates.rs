@@ -1,6 +1,6 @@
 //! `joey template`: list, build, remove.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap::Subcommand;
@@ -8,7 +8,7 @@ use futures::future::BoxFuture;
 use joey_shim::config::Config;
 use joey_shim::host::cgroup;
 use joey_shim::standby;
-use joey_shim::vmm::template::{Manifest, TemplateStore};
+use joey_shim::vmm::template::{self, Manifest, TemplateStore};
 
 #[derive(Subcommand)]
 pub(crate) enum Task {
@@ -40,7 +40,10 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
     let vmm = config.vmm()?;
     let store = TemplateStore::new(&vmm)?;
     match task {
-        Task::Ls => list(&store, json),
+        Task::Ls => {
+            template::sweep(&vmm.templates_dir);
+            list(&store, json)
+        }
         Task::Build { vcpus, memory, cgroup } => {
             cgroup::join(cgroup)?;
             let default = joey_shim::sizing::size(config, &std::collections::HashMap::new())?;
@@ -61,7 +64,7 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
             }
             Ok(())
         }
-        Task::Rm { key, stale } => remove(&store, key.as_deref(), *stale, json),
+        Task::Rm { key, stale } => remove(&store, &vmm.templates_dir, key.as_deref(), *stale, json),
     }
 }
 
@@ -112,8 +115,14 @@ fn described((word, reason): &State, manifest: &Manifest) -> serde_json::Value {
     all
 }
 
-fn remove(store: &TemplateStore<'_>, key: Option<&str>, stale: bool, json: bool) -> Result<()> {
-    let mut removed = if stale { store.collect_stale()? } else { Vec::new() };
+fn remove(
+    store: &TemplateStore<'_>,
+    templates: &Path,
+    key: Option<&str>,
+    stale: bool,
+    json: bool,
+) -> Result<()> {
+    let mut removed = if stale { store.collect_stale()? } else { template::sweep(templates) };
     if let Some(prefix) = key {
         let matching: Vec<String> = store
             .list()

@@ -20,6 +20,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -281,7 +282,11 @@ impl<'a> TemplateStore<'a> {
         let gone = self.config.templates_dir.join(format!("{key}.{}.old", std::process::id()));
         let file = |path: &Path| file_error(key, path);
         match fs::rename(&directory, &gone) {
-            Ok(()) => fs::remove_dir_all(&gone).map_err(file(&gone)),
+            // Swept meanwhile, it is gone as well.
+            Ok(()) => match fs::remove_dir_all(&gone) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file(&gone)(error)),
+                _ => Ok(()),
+            },
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(file(&directory)(error)),
         }
@@ -305,23 +310,38 @@ impl<'a> TemplateStore<'a> {
                 removed.push(manifest.key);
             }
         }
-        let Ok(entries) = fs::read_dir(&self.config.templates_dir) else {
-            return Ok(removed);
-        };
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let mut parts = name.rsplit('.');
-            let (kind, pid) = (parts.next(), parts.next());
-            let dead = pid
-                .and_then(|pid| pid.parse::<u32>().ok())
-                .is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
-            if matches!(kind, Some("new" | "old")) && dead {
-                let _ = fs::remove_dir_all(entry.path());
-                removed.push(name);
-            }
-        }
+        removed.extend(sweep(&self.config.templates_dir));
         Ok(removed)
     }
+}
+
+/// Removes what killed builders and removers have left in the folder of the templates; gives its names. What is
+/// being built stays: its builder holds the lock.
+pub fn sweep(templates: &Path) -> Vec<String> {
+    let mut removed = Vec::new();
+    for entry in fs::read_dir(templates).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some((key, kind)) = name.split_once('.') else { continue };
+        let _nobody_builds = if kind.ends_with(".new") {
+            let Ok(file) = File::create(templates.join(format!("{key}.lock"))) else { continue };
+            let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { continue };
+            Some(lock)
+        } else if kind.ends_with(".old") {
+            None
+        } else {
+            continue;
+        };
+        match fs::remove_dir_all(entry.path()) {
+            Ok(()) => {
+                tracing::info!("removed {name}, which was never finished");
+                removed.push(name);
+            }
+            // Published or removed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!("removing {}: {error}", entry.path().display()),
+        }
+    }
+    removed
 }
 
 impl Template {

@@ -95,19 +95,23 @@ fn what_other_images_and_dead_builders_left_is_collected() {
     let old = TemplateStore { guest: "1".repeat(64), ..store(&config) };
     let (stale, store) = (publish(&old), store(&config));
     let good = publish(&store);
-    // No process has the number 0.
-    let half = format!("{good}.0.new");
-    let ours = format!("{good}.{}.new", std::process::id());
-    for name in [&half, &ours] {
+    let [half, gone] = ["7.new", "7.old"].map(|kind| format!("{good}.{kind}"));
+    let ours = format!("{}.7.new", "a".repeat(24));
+    for name in [&half, &gone, &ours] {
         fs::create_dir(config.templates_dir.join(name)).unwrap();
     }
+    let lock =
+        File::create(config.templates_dir.join(&ours).with_extension("").with_extension("lock"));
+    let building = Flock::lock(lock.unwrap(), FlockArg::LockExclusive).unwrap();
     let mut removed = store.collect_stale().unwrap();
     removed.sort();
-    let mut expected = [stale, half];
+    let mut expected = [stale, half, gone];
     expected.sort();
     assert_eq!(removed, expected);
     store.open(&good).unwrap();
-    assert!(config.templates_dir.join(ours).exists());
+    assert!(config.templates_dir.join(&ours).exists());
+    drop(building);
+    assert_eq!(sweep(&config.templates_dir), [ours]);
 }
 
 #[test]
