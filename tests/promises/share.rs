@@ -187,7 +187,7 @@ fn later_mounts(ctx: &Context<'_>) -> Result<()> {
 }
 
 /// The processes that serve a directory of the host.
-fn servers(path: &str) -> Vec<u32> {
+pub fn servers(path: &str) -> Vec<u32> {
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let serves = |pid: &u32| {

@@ -7,13 +7,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Result, ensure};
 use joey_tests::image::BUSYBOX;
 use joey_tests::pod::SOON;
+use joey_tests::process;
 
 use crate::context::{Context, Test, refused, same, skip};
+use crate::share;
 
 pub const TESTS: &[Test] = &[
     Test { name: "tasks::output_to_a_file", run: output_to_a_file },
     Test { name: "tasks::output_to_a_program", run: output_to_a_program },
     Test { name: "tasks::paused_and_resumed", run: paused_and_resumed },
+    Test { name: "tasks::pause_that_fails_is_taken_back", run: pause_that_fails_is_taken_back },
     Test { name: "tasks::clock_follows_the_host", run: clock_follows_the_host },
     Test { name: "tasks::kill_all", run: kill_all },
     Test { name: "tasks::processes", run: processes },
@@ -148,6 +151,46 @@ fn paused_and_resumed(ctx: &Context<'_>) -> Result<()> {
     same("ticks after", grows(SOON), true)?;
     task.remove()?;
     Ok(fs::remove_file(path)?)
+}
+
+/// A process that waits for a file of the host, whose server hangs, cannot be frozen.
+fn pause_that_fails_is_taken_back(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    only_a_runtime(ctx)?;
+    let (path, folder) = (output(ctx, "ticks"), output(ctx, "hangs"));
+    fs::create_dir_all(&folder)?;
+    let uri = format!("file://{}", path.display());
+    let share = format!("type=bind,src={},dst=/host,options=rbind:rw", folder.display());
+    // A name that was not asked for before is asked of the server.
+    let script = "(i=0; while usleep 20000; do i=$((i+1)); [ -e /host/$i ]; done) & \
+                  while usleep 20000; do echo tick; done";
+    let task = Task::run_with(ctx, "hangs", &["--log-uri", &uri, "--mount", &share], script)?;
+    let grows = |within: Duration| {
+        let (before, end) = (read(&path).len(), Instant::now() + within);
+        while read(&path).len() == before && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        read(&path).len() > before
+    };
+    same("ticks", grows(SOON), true)?;
+    let found = share::servers(&folder.display().to_string());
+    let [server] = found[..] else { anyhow::bail!("servers of {}: {found:?}", folder.display()) };
+    process::stop(server)?;
+    // Until it waits for an answer.
+    std::thread::sleep(Duration::from_millis(500));
+    let begun = Instant::now();
+    let paused = refused("pause", task.tell("pause"), "within 15s: it goes on");
+    let (took, goes_on) = (begun.elapsed(), grows(SOON));
+    process::go_on(server)?;
+    paused?;
+    ensure!(took > Duration::from_secs(14), "given up after {took:.1?}");
+    same("ticks afterwards", goes_on, true)?;
+    task.tell("pause")?;
+    task.tell("resume")?;
+    same("ticks after a pause", grows(SOON), true)?;
+    task.remove()?;
+    fs::remove_file(path)?;
+    Ok(fs::remove_dir(folder)?)
 }
 
 /// What the guest loses or gains it has back when its container goes on, or else within a minute.

@@ -18,6 +18,11 @@ pub fn stop(pid: u32) -> Result<()> {
     signal(pid, Signal::SIGSTOP)
 }
 
+/// Sends SIGCONT to what was stopped.
+pub fn go_on(pid: u32) -> Result<()> {
+    signal(pid, Signal::SIGCONT)
+}
+
 /// SIGTERM, then SIGKILL after `grace`; returns when the process is gone or a zombie.
 pub fn terminate(pid: u32, grace: Duration) -> Result<()> {
     let start = Instant::now();

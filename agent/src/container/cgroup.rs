@@ -365,6 +365,23 @@ fn cpu_max(quota: Option<i64>, period: Option<u64>) -> Option<String> {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn what_does_not_freeze_in_time_is_thawed() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup::create(root.path(), "c").unwrap();
+        // A file of the kernel that can be waited for, and never says frozen.
+        let events = cgroup.path.join("cgroup.events");
+        std::os::unix::fs::symlink("/proc/self/mountinfo", events).unwrap();
+        let state = || fs::read_to_string(cgroup.path.join("cgroup.freeze")).unwrap();
+        let patience = Duration::from_millis(300);
+        let (error, ()) = tokio::join!(cgroup.freeze(true, patience), async {
+            tokio::time::sleep(patience / 3).await;
+            assert_eq!(state(), "1");
+        });
+        assert!(error.unwrap_err().to_string().contains("within 300ms: it goes on"));
+        assert_eq!(state(), "0");
+    }
+
     #[test]
     fn limits_are_converted() {
         assert_eq!((cpu_weight(2), cpu_weight(1024), cpu_weight(262_144)), (1, 39, 10_000));
