@@ -93,7 +93,7 @@ pub(super) fn lock(path: &Path, how: FlockArg) -> io::Result<Flock<File>> {
 }
 
 /// Removes what converters and evictors left that were killed.
-fn sweep(folder: &Path) {
+pub(super) fn sweep(folder: &Path) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
         let is = |kind| path.extension().is_some_and(|extension| extension == kind);

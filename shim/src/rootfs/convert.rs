@@ -15,6 +15,7 @@ use nix::fcntl::FlockArg;
 
 use super::{RootfsError, cache, io_error};
 use crate::config::Config;
+use crate::failpoint;
 
 /// Memory for what is known of an image's files besides their content: some million files.
 const MEMORY: usize = 512 << 20;
@@ -35,7 +36,7 @@ pub fn run(
     let lock = output.with_extension("lock");
     let held = cache::lock(&lock, FlockArg::LockExclusive).map_err(io_error("lock", &lock))?;
     if !output.exists() {
-        publish(output, lowers)?;
+        publish(config, output, lowers)?;
     }
     let _ = fs::remove_file(lock);
     drop(held);
@@ -45,12 +46,13 @@ pub fn run(
     Ok(())
 }
 
-fn publish(output: &Path, lowers: &[PathBuf]) -> Result<(), RootfsError> {
+fn publish(config: &Config, output: &Path, lowers: &[PathBuf]) -> Result<(), RootfsError> {
     let beside = output.with_extension("new");
     // Left by a converter that was killed.
     let _ = fs::remove_dir_all(&beside);
     let made = make(&beside, lowers)
         .map_err(|error| RootfsError::Convert { layers: lowers.len(), reason: error.to_string() })
+        .inspect(|()| failpoint::hold(&config.run_dir, "image.made"))
         .and_then(|()| fs::rename(&beside, output).map_err(io_error("publish", output)));
     if made.is_err() {
         let _ = fs::remove_dir_all(&beside);

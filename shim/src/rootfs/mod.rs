@@ -298,7 +298,8 @@ fn lock_cached(path: &Path) -> Result<Option<Flock<File>>, RootfsError> {
     Ok(Some(locked))
 }
 
-/// Has another process make the image: the shim stays small and answers meanwhile.
+/// Has another process make the image: the shim stays small and answers meanwhile. If the shim ends first, the
+/// image is made all the same, for whoever comes next.
 async fn convert_beside(path: &Path, chain: &Chain, config: &Config) -> Result<(), RootfsError> {
     let joey = config.joey().map_err(io_error("find", Path::new("joey")))?;
     let output = tokio::process::Command::new(&joey)
@@ -306,15 +307,20 @@ async fn convert_beside(path: &Path, chain: &Chain, config: &Config) -> Result<(
         .arg(path)
         .args(&chain.layers)
         .stdin(std::process::Stdio::null())
-        .kill_on_drop(true)
         .output()
         .await
         .map_err(io_error("run", &joey))?;
     if output.status.success() {
         return Ok(());
     }
+    // It may have been killed, and is nobody's child but ours.
+    cache::sweep(&cache::folder(config));
     let text = String::from_utf8_lossy(&output.stderr);
-    Err(RootfsError::Convert { layers: chain.layers.len(), reason: text.trim().to_owned() })
+    let reason = match text.trim() {
+        "" => format!("{}: {}", joey.display(), output.status),
+        text => text.to_owned(),
+    };
+    Err(RootfsError::Convert { layers: chain.layers.len(), reason })
 }
 
 #[cfg(test)]

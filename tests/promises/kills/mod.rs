@@ -4,6 +4,7 @@
 //! goes on, if it can.
 
 mod guest;
+mod images;
 mod pods;
 mod reserve;
 
@@ -26,6 +27,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "kills::container_end", run: pods::container_end },
     Test { name: "kills::stop", run: pods::stop },
     Test { name: "kills::process_in_the_guest", run: guest::process_in_the_guest },
+    Test { name: "kills::image_conversion", run: images::image_conversion },
     Test { name: "kills::machine_in_preparation", run: reserve::machine_in_preparation },
     Test { name: "kills::machine_being_claimed", run: reserve::machine_being_claimed },
     Test { name: "kills::template_build", run: reserve::template_build },

@@ -40,7 +40,7 @@ pub(super) enum Answer {
 use Answer::{Any, Done, Error, LivesOn};
 
 /// One pod on which it is done.
-struct Scene<'a> {
+pub(super) struct Scene<'a> {
     ctx: &'a Context<'a>,
     config: PodSandboxConfig,
     pod: Option<Pod<'a>>,
@@ -49,7 +49,7 @@ struct Scene<'a> {
 
 impl<'a> Scene<'a> {
     /// A pod and a container as far as they have come before `step`.
-    fn before(ctx: &'a Context<'a>, step: Step) -> Result<Self> {
+    pub(super) fn before(ctx: &'a Context<'a>, step: Step) -> Result<Self> {
         let config = pod::config(ctx.node, "kills");
         let mut scene = Self { ctx, config, pod: None, container: None };
         if step != Step::Run {
@@ -61,7 +61,7 @@ impl<'a> Scene<'a> {
         Ok(scene)
     }
 
-    fn act(&mut self, step: Step) -> Result<()> {
+    pub(super) fn act(&mut self, step: Step) -> Result<()> {
         let (ctx, cri) = (self.ctx, &self.ctx.node.cri);
         if step == Step::Run {
             self.pod = Some(Pod::run_with(ctx.node, ctx.handler, self.config.clone())?);
@@ -90,7 +90,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Removes the pod and sees all of it go.
-    fn clear(self, before: &traces::Traces) -> Result<()> {
+    pub(super) fn clear(self, before: &traces::Traces) -> Result<()> {
         faults::nothing_is_left(self.ctx)?;
         drop(self.pod);
         cgroups::remove(&self.config.linux.unwrap_or_default().cgroup_parent);
