@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use futures::future::BoxFuture;
 use joey_protocol::mux::Mux;
 use joey_protocol::{api, limits};
@@ -130,17 +131,23 @@ impl TemplateStore<'_> {
         let launch = prepare(self.config, self, Mode::Build, spec, &paths, None)?;
         let vm = QemuVm::start(launch, &mut Phases::new()).await?;
         let saved = self.boot_and_save(&vm, key, &console, target.into()).await;
-        if let Err(error @ VmmError::Qmp(_)) = saved {
-            // That QEMU has ended is the reason, not that it does not answer.
-            let ended = timeout(LAST_WORDS, vm.exited()).await;
-            return Err(ended.map_or(error, |how| {
-                let what = format!("the VMM ended: {how}");
-                TemplateError::Agent { key: key.to_owned(), what, console }.into()
-            }));
-        }
-        saved?;
+        // That QEMU has ended is the reason, not that it does not answer.
+        let ended = match saved {
+            Err(VmmError::Qmp(_)) => timeout(LAST_WORDS, vm.exited()).await.ok(),
+            _ => None,
+        };
         vm.kill();
         vm.exited().await;
+        saved.map_err(|error| match (error, ended) {
+            (VmmError::Qmp(_), Some(how)) => {
+                let what = format!("the VMM ended: {how}");
+                TemplateError::Agent { key: key.to_owned(), what, console }.into()
+            }
+            (error @ VmmError::Qmp(_), None) => {
+                file_error(key, work)(io::Error::other(error)).into()
+            }
+            (error, _) => error,
+        })?;
         make_sparse(&memory).map_err(error(&memory))?;
         self.relocate_vmm(&work.join(VMM)).map_err(error(&work.join(VMM)))?;
         let machine = || self.nobodys(key, vcpus, memory_mib);
@@ -220,7 +227,8 @@ impl TemplateStore<'_> {
         let _connected = channel.as_fd().try_clone_to_owned()?;
         rehearse(vm.clone(), channel).await?;
         let path = work.join(PROCESS);
-        vm.checkpoint(vcpus, &File::create(&path)?).await?;
+        let taken = vm.checkpoint(vcpus, &File::create(&path)?).await;
+        taken.with_context(|| path.display().to_string())?;
         vm.kill();
         vm.exited().await;
         fs::set_permissions(&path, fs::Permissions::from_mode(PROGRAM))?;
