@@ -24,6 +24,8 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Condvar, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use joey_image::disk;
+use joey_image::layer::{self, LayerError};
 use redb::{Database, ReadableDatabase as _, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -31,8 +33,6 @@ use sha2::{Digest as _, Sha256};
 pub use self::blobs::New;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
-use joey_image::disk;
-use joey_image::layer::{self, LayerError};
 
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 /// Memory that the database may use for itself.

@@ -369,7 +369,9 @@ fn exec_joins_freeze_stops_destroy_kills() {
         let bundle = bundle();
         let container = create(root, &bundle, spec("sleep 1000"), NOTHING).await.unwrap();
         let mut process = parse(spec("x")).process().clone().unwrap();
-        let script = "cat /proc/1/comm /proc/self/cgroup; ls /; mkdir /from-exec; exit 3";
+        // Its name is the last thing that a process gets of its program.
+        let script = "until grep -x sleep /proc/1/comm; do :; done; cat /proc/self/cgroup; ls /; \
+                      mkdir /from-exec; exit 3";
         process.set_args(Some(vec!["sh".into(), "-c".into(), script.into()]));
         assert_eq!(container.exec(&process, NOTHING).await.unwrap_err().kind, Kind::NotRunning);
         container.start().await.unwrap();

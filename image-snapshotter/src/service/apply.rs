@@ -13,6 +13,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
 use bytes::Bytes;
+use joey_image::layer;
+use joey_image::tar::Archive;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -23,8 +25,6 @@ use super::api::services::content::v1::ReadContentRequest;
 use super::api::services::content::v1::content_client::ContentClient;
 use crate::memory::{self, Share, Shares};
 use crate::store::{Store, StoreError};
-use joey_image::layer;
-use joey_image::tar::Archive;
 
 /// Bytes that go from thread to thread at once.
 const PIECE: usize = 256 << 10;

@@ -7,11 +7,12 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use super::{HashSet, Kind, Store, StoreError, chain, disk_name, hex, io_error, precondition};
-use crate::memory::{self, LARGE, SMALL};
 use joey_image::disk::{self, Layer};
 use joey_image::layer::{self, BLOCK, LayerError};
 use joey_image::tree::{Limits, is_memory};
+
+use super::{HashSet, Kind, Store, StoreError, chain, disk_name, hex, io_error, precondition};
+use crate::memory::{self, LARGE, SMALL};
 
 /// A folder that is being filled; removed unless published.
 #[derive(Debug)]

@@ -8,13 +8,13 @@ use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::process::Command;
 
+use joey_image::layer::HOLE;
 use tar::Header;
 
 use super::*;
 use crate::memory::{APPLIES, LARGE, SMALL};
 use crate::service::apply::{self, Window};
 use crate::store::{Kind, Store};
-use joey_image::layer::HOLE;
 
 /// What the daemon promises to stay below.
 const PROMISE: u64 = 256 << 20;
