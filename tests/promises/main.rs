@@ -131,8 +131,9 @@ fn run_version(
     let mut result = run_all(&node, handler, &chosen, tally);
     // containerd 2.x can also do without a pause container: the essentials once more that way.
     if version == Version::V2_1 && handler == "joey" && result.is_ok() {
-        let again: Vec<Test> =
-            chosen.iter().copied().filter(|test| test.name.starts_with("lifecycle::")).collect();
+        let essential =
+            |name: &str| ["lifecycle::", "restart::"].iter().any(|of| name.starts_with(of));
+        let again: Vec<Test> = chosen.iter().copied().filter(|test| essential(test.name)).collect();
         result = run_all(&node, "joey-sandboxed", &again, tally);
     }
     let left = node.down().context("end the node")?;
