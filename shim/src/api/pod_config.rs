@@ -30,6 +30,7 @@ pub struct PodConfig {
     cpu_shares: u64,
     memory: u64,
     network_mode: u64,
+    pid_mode: u64,
     ipc_mode: u64,
 }
 
@@ -129,6 +130,7 @@ impl PodConfig {
             fields(&options, |number, input| {
                 match number {
                     1 => self.network_mode = input.read_uint64()?,
+                    2 => self.pid_mode = input.read_uint64()?,
                     3 => self.ipc_mode = input.read_uint64()?,
                     _ => return Ok(false),
                 }
@@ -171,6 +173,7 @@ impl PodConfig {
             netns: None,
             host_network: self.network_mode == NODE,
             host_ipc: self.ipc_mode == NODE,
+            host_pid: self.pid_mode == NODE,
             hostname: self.hostname,
             cgroup_parent: self.cgroup_parent,
             sysctls: self.sysctls.into_iter().collect(),
@@ -217,10 +220,11 @@ mod tests {
 
     #[test]
     fn the_hosts_namespaces_are_noticed() {
-        for (number, found) in [(1, (true, false)), (2, (false, false)), (3, (false, true))] {
+        for (number, host) in [(1, "network"), (2, "pid"), (3, "ipc"), (4, "")] {
             let pod = field(8, &field(2, &field(1, &[number << 3, 2])));
             let request = decode(&pod).unwrap().into_request();
-            assert_eq!((request.host_network, request.host_ipc), found);
+            let found = (request.host_network, request.host_pid, request.host_ipc);
+            assert_eq!(found, (host == "network", host == "pid", host == "ipc"));
         }
     }
 

@@ -41,6 +41,8 @@ pub(crate) struct Wanted {
     pub(super) host_network: bool,
     /// Whether the pod asks for the host's IPC: there is no IPC namespace for it either.
     pub(super) host_ipc: bool,
+    /// The same of processes. Containers do not show it: CRI has them join the sandbox's.
+    pub(super) host_pid: bool,
     /// Host name.
     pub(super) hostname: String,
     /// OCI's `cgroupsPath`.
@@ -65,6 +67,7 @@ impl Wanted {
             netns,
             host_network: !isolated(LinuxNamespaceType::Network),
             host_ipc: !isolated(LinuxNamespaceType::Ipc),
+            host_pid: !isolated(LinuxNamespaceType::Pid),
             hostname: spec.hostname().clone().unwrap_or_default(),
             cgroups_path: linux
                 .and_then(|linux| linux.cgroups_path().as_ref())
@@ -223,6 +226,11 @@ impl Handle {
             return Err(refuse(
                 &"host IPC (hostIPC: true) is not supported: the pod's shared memory, semaphores \
                 and message queues are its virtual machine's own",
+            ));
+        }
+        if wanted.host_pid {
+            return Err(refuse(
+                &"host PID (hostPID: true) is not supported: a VM pod cannot see the host's processes",
             ));
         }
         let path = wanted.cgroups_path.clone().unwrap_or_else(|| format!("/joey/{id}"));
