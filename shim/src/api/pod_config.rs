@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use protobuf::{CodedInputStream, Error};
 
+use crate::host;
 use crate::sandbox::lifecycle::SandboxRequest;
 
 /// CRI's NamespaceMode: the node's own.
@@ -155,7 +156,8 @@ impl PodConfig {
 
     /// What the sandbox is to be; the network namespace is told beside it. What it cannot have is refused when it
     /// is started.
-    pub fn into_request(self) -> SandboxRequest {
+    pub fn into_request(mut self) -> SandboxRequest {
+        self.hostname = host::pod_name(Some(self.hostname));
         let files = self.files();
         let mut annotations = self.annotations;
         let resources = [
@@ -250,6 +252,13 @@ mod tests {
         assert_eq!(request.annotations["io.kubernetes.cri.sandbox-memory"], "1024");
         let resolv = String::from_utf8(request.files["/etc/resolv.conf"].clone()).unwrap();
         assert_eq!(resolv, "search svc.local\nnameserver 10.0.0.10\n");
+    }
+
+    #[test]
+    fn a_pod_without_a_host_name_has_the_nodes() {
+        let request = decode(&[]).unwrap().into_request();
+        assert!(!request.hostname.is_empty());
+        assert_eq!(request.files["/etc/hostname"], format!("{}\n", request.hostname).as_bytes());
     }
 
     #[test]

@@ -26,8 +26,8 @@ use super::{
 };
 use crate::failpoint;
 use crate::guest::{GuestChannel, GuestError};
-use crate::host::cgroup;
 use crate::host::net::{self, Wire};
+use crate::host::{self, cgroup};
 use crate::sizing::{self, Sizing};
 use crate::standby::{self, Standby};
 use crate::vmm::{self, Vm, VmSpec};
@@ -68,7 +68,7 @@ impl Wanted {
             host_network: !isolated(LinuxNamespaceType::Network),
             host_ipc: !isolated(LinuxNamespaceType::Ipc),
             host_pid: !isolated(LinuxNamespaceType::Pid),
-            hostname: spec.hostname().clone().unwrap_or_default(),
+            hostname: host::pod_name(spec.hostname().clone()),
             cgroups_path: linux
                 .and_then(|linux| linux.cgroups_path().as_ref())
                 .map(|path| path.to_string_lossy().into_owned()),
