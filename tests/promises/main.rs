@@ -118,7 +118,7 @@ fn tests() -> Vec<Test> {
 const SANDBOXED: &str = "joey-sandboxed";
 /// Other ways to the same, and what is tried once more that way.
 const OTHERS: [(&str, &[&str]); 2] = [
-    (SANDBOXED, &["lifecycle::"]),
+    (SANDBOXED, &["lifecycle::", "restart::"]),
     ("joey-overlayfs", &["lifecycle::exit_code_and_output", "storage::files_of_every_kind"]),
 ];
 

@@ -19,6 +19,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "network::port_forward", run: port_forward },
     Test { name: "network::host_network_is_refused", run: host_network },
     Test { name: "network::host_ipc_is_refused", run: host_ipc },
+    Test { name: "network::host_pid_is_refused", run: host_pid },
 ];
 
 /// Asks for `/` until a server answers.
@@ -207,6 +208,10 @@ fn host_network(ctx: &Context<'_>) -> Result<()> {
 
 fn host_ipc(ctx: &Context<'_>) -> Result<()> {
     on_node(ctx, "host IPC", |namespaces| namespaces.ipc = NamespaceMode::Node.into())
+}
+
+fn host_pid(ctx: &Context<'_>) -> Result<()> {
+    on_node(ctx, "host PID", |namespaces| namespaces.pid = NamespaceMode::Node.into())
 }
 
 /// A pod that asks for a namespace of the node is refused.

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use protobuf::{CodedInputStream, Error};
 
+use crate::host;
 use crate::sandbox::lifecycle::SandboxRequest;
 
 /// CRI's NamespaceMode: the node's own.
@@ -30,6 +31,7 @@ pub struct PodConfig {
     cpu_shares: u64,
     memory: u64,
     network_mode: u64,
+    pid_mode: u64,
     ipc_mode: u64,
 }
 
@@ -129,6 +131,7 @@ impl PodConfig {
             fields(&options, |number, input| {
                 match number {
                     1 => self.network_mode = input.read_uint64()?,
+                    2 => self.pid_mode = input.read_uint64()?,
                     3 => self.ipc_mode = input.read_uint64()?,
                     _ => return Ok(false),
                 }
@@ -153,7 +156,8 @@ impl PodConfig {
 
     /// What the sandbox is to be; the network namespace is told beside it. What it cannot have is refused when it
     /// is started.
-    pub fn into_request(self) -> SandboxRequest {
+    pub fn into_request(mut self) -> SandboxRequest {
+        self.hostname = host::pod_name(Some(self.hostname));
         let files = self.files();
         let mut annotations = self.annotations;
         let resources = [
@@ -171,6 +175,7 @@ impl PodConfig {
             netns: None,
             host_network: self.network_mode == NODE,
             host_ipc: self.ipc_mode == NODE,
+            host_pid: self.pid_mode == NODE,
             hostname: self.hostname,
             cgroup_parent: self.cgroup_parent,
             sysctls: self.sysctls.into_iter().collect(),
@@ -217,10 +222,11 @@ mod tests {
 
     #[test]
     fn the_hosts_namespaces_are_noticed() {
-        for (number, found) in [(1, (true, false)), (2, (false, false)), (3, (false, true))] {
+        for (number, host) in [(1, "network"), (2, "pid"), (3, "ipc"), (4, "")] {
             let pod = field(8, &field(2, &field(1, &[number << 3, 2])));
             let request = decode(&pod).unwrap().into_request();
-            assert_eq!((request.host_network, request.host_ipc), found);
+            let found = (request.host_network, request.host_pid, request.host_ipc);
+            assert_eq!(found, (host == "network", host == "pid", host == "ipc"));
         }
     }
 
@@ -246,6 +252,13 @@ mod tests {
         assert_eq!(request.annotations["io.kubernetes.cri.sandbox-memory"], "1024");
         let resolv = String::from_utf8(request.files["/etc/resolv.conf"].clone()).unwrap();
         assert_eq!(resolv, "search svc.local\nnameserver 10.0.0.10\n");
+    }
+
+    #[test]
+    fn a_pod_without_a_host_name_has_the_nodes() {
+        let request = decode(&[]).unwrap().into_request();
+        assert!(!request.hostname.is_empty());
+        assert_eq!(request.files["/etc/hostname"], format!("{}\n", request.hostname).as_bytes());
     }
 
     #[test]

@@ -27,8 +27,8 @@ use super::{
 };
 use crate::failpoint;
 use crate::guest::{GuestChannel, GuestError};
-use crate::host::cgroup;
 use crate::host::net::{self, Wire};
+use crate::host::{self, cgroup};
 use crate::sizing::{self, Sizing};
 use crate::standby::{self, Standby};
 use crate::vmm::{self, Vm, VmSpec};
@@ -42,6 +42,8 @@ pub(crate) struct Wanted {
     pub(super) host_network: bool,
     /// Whether the pod asks for the host's IPC: there is no IPC namespace for it either.
     pub(super) host_ipc: bool,
+    /// The same of processes. Containers do not show it: CRI has them join the sandbox's.
+    pub(super) host_pid: bool,
     /// Host name.
     pub(super) hostname: String,
     /// OCI's `cgroupsPath`.
@@ -66,7 +68,8 @@ impl Wanted {
             netns,
             host_network: !isolated(LinuxNamespaceType::Network),
             host_ipc: !isolated(LinuxNamespaceType::Ipc),
-            hostname: spec.hostname().clone().unwrap_or_default(),
+            host_pid: !isolated(LinuxNamespaceType::Pid),
+            hostname: host::pod_name(spec.hostname().clone()),
             cgroups_path: linux
                 .and_then(|linux| linux.cgroups_path().as_ref())
                 .map(|path| path.to_string_lossy().into_owned()),
@@ -224,6 +227,11 @@ impl Handle {
             return Err(refuse(
                 &"host IPC (hostIPC: true) is not supported: the pod's shared memory, semaphores \
                 and message queues are its virtual machine's own",
+            ));
+        }
+        if wanted.host_pid {
+            return Err(refuse(
+                &"host PID (hostPID: true) is not supported: a VM pod cannot see the host's processes",
             ));
         }
         let path = wanted.cgroups_path.clone().unwrap_or_else(|| format!("/joey/{id}"));

@@ -139,7 +139,7 @@ impl Handle {
             .pod_disk
             .wait()
             .await
-            .map_err(|reason| SandboxError::Refused(format!("container {id}: {reason}")))?;
+            .map_err(|reason| SandboxError::host(id, "wait for the disk", reason))?;
         self.rate_vmm(&guest);
         let start = Instant::now();
         // Not before the VM runs: its process is forked off, and there must be no other thread then.

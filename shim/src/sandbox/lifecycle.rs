@@ -24,6 +24,8 @@ pub struct SandboxRequest {
     pub host_network: bool,
     /// Whether it asks for the host's IPC.
     pub host_ipc: bool,
+    /// Whether it asks for the host's processes.
+    pub host_pid: bool,
     /// Host name.
     pub hostname: String,
     /// Directory of the pod in the control groups.
@@ -193,6 +195,7 @@ impl Handle {
             netns: request.netns,
             host_network: request.host_network,
             host_ipc: request.host_ipc,
+            host_pid: request.host_pid,
             hostname: request.hostname,
             cgroups_path,
             sysctls: request.sysctls,

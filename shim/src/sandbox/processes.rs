@@ -497,11 +497,15 @@ impl Handle {
         guest.client.stats(&all).await.map_err(Self::guest_error(self.id(), None))
     }
 
-    /// Number of a container's first process.
+    /// Number of a container's first process; of the VMM for a sandbox without a task of its own (Sandbox
+    /// API): containerd asks for it when it was restarted, and has what is not there deleted.
     ///
     /// # Errors
     /// There is no such container.
     pub async fn connect(&self, id: &str) -> Result<u32, SandboxError> {
-        self.with_process(id, None, |process| Ok(process.pid()))
+        match self.with_process(id, None, |process| Ok(process.pid())) {
+            Err(_) if id == self.0.boot.id => Ok(self.table().vmm_pid),
+            known => known,
+        }
     }
 }
