@@ -13,6 +13,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "io::exec_carries_ten_mib", run: exec_carries_ten_mib },
     Test { name: "io::twenty_mib_through_log", run: twenty_mib_through_log },
     Test { name: "io::exec_carries_hundred_mib", run: exec_carries_hundred_mib },
+    Test { name: "io::exec_leaves_a_writer", run: exec_leaves_a_writer },
     Test { name: "io::exec_with_stdin", run: exec_with_stdin },
     Test { name: "io::exec_with_terminal", run: exec_with_terminal },
     Test { name: "io::attach", run: attach },
@@ -84,6 +85,15 @@ fn exec_carries_hundred_mib(ctx: &Context<'_>) -> Result<()> {
     same("bytes", output.stdout.len(), 100 << 20)?;
     let whole = output.stdout.chunks(1 << 20).all(|piece| hex(piece) == digest);
     same("every MiB as it was", whole, true)?;
+    pod.remove()
+}
+
+/// As with runc: who execs is told of the end when the output has ended, and gets all of it.
+fn exec_leaves_a_writer(ctx: &Context<'_>) -> Result<()> {
+    let pod = ctx.pod("execlate")?;
+    let container = pod.start(&pod::script("c", "sleep 1000"))?;
+    let output = container.sh("(sleep 4; echo late) & echo done")?;
+    same("output", output.text().as_str(), "done\nlate")?;
     pod.remove()
 }
 

@@ -8,7 +8,7 @@ use joey_tests::node::cgroups;
 use joey_tests::pod::{self, Pod, SOON};
 use k8s_cri::v1::{LinuxContainerResources, UpdateContainerResourcesRequest};
 
-use crate::context::{Context, Test, same};
+use crate::context::{Context, Test, refused, same};
 use crate::faults::vmm;
 
 pub const TESTS: &[Test] = &[
@@ -19,6 +19,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "limits::statistics", run: statistics },
     Test { name: "limits::cpu_quota", run: cpu_quota },
     Test { name: "limits::update", run: update },
+    Test { name: "limits::processors_are_the_hosts", run: processors_are_the_hosts },
 ];
 
 /// Fills memory: tail keeps what it read as there is no line end.
@@ -29,6 +30,39 @@ fn limited(name: &str, text: &str, mib: i64) -> k8s_cri::v1::ContainerConfig {
     pod::resources(&mut config).memory_limit_in_bytes = mib << 20;
     pod::resources(&mut config).memory_swap_limit_in_bytes = mib << 20;
     config
+}
+
+/// As the kubelet's static CPU manager sets them. In the guest such numbers would be others'.
+fn processors_are_the_hosts(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let pod = ctx.pod("processors")?;
+    let vmm = vmm(ctx, &pod)?;
+    let bound = || -> Result<String> {
+        let status = fs::read_to_string(format!("/proc/{vmm}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        Ok(line.unwrap_or_default().trim().to_owned())
+    };
+    let all = bound()?;
+    let on = |name: &str, cpus: &str| {
+        let mut config = pod::script(name, "sleep 1000");
+        pod::resources(&mut config).cpuset_cpus = cpus.into();
+        config
+    };
+    let container = pod.start(&on("last", "1"))?;
+    same("bound to", bound()?.as_str(), "1")?;
+    ctx.node.cri.update(UpdateContainerResourcesRequest {
+        container_id: container.id.clone(),
+        linux: Some(LinuxContainerResources { cpuset_cpus: "0".into(), ..Default::default() }),
+        ..Default::default()
+    })?;
+    same("bound anew", bound()?.as_str(), "0")?;
+    let free = pod.start(&pod::script("free", "sleep 1000"))?;
+    same("beside one that is not bound", bound()?, all)?;
+    ctx.node.cri.remove(&free.id)?;
+    same("without it", bound()?.as_str(), "0")?;
+    let wrong = pod.start(&on("wrong", "0,4000"));
+    refused("a processor that is not there", wrong, "cpus \"0,4000\"")?;
+    pod.remove()
 }
 
 fn memory_kill_is_told(ctx: &Context<'_>) -> Result<()> {

@@ -2,6 +2,7 @@
 
 pub(crate) mod block;
 pub mod cgroup;
+pub(crate) mod cpus;
 pub mod jail;
 pub(crate) mod loopback;
 pub(crate) mod mounts;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use joey_protocol::api;
 use joey_protocol::ids::ContainerId;
+use nix::sched::CpuSet;
 use oci_spec::runtime::{Process as OciProcess, Spec};
 
 use super::plan::{self, Plan, Source};
@@ -19,7 +20,7 @@ use super::{
 };
 use crate::failpoint;
 use crate::host::patience::{self, PATIENCE};
-use crate::host::{block, mounts, oom};
+use crate::host::{block, cpus, mounts, oom};
 use crate::rootfs;
 use crate::rootfs::{FileSystem, Image, described};
 use crate::stdio::{Copies, DRAIN, Stdio};
@@ -42,6 +43,8 @@ pub(crate) struct Container {
     pub(super) deleting: bool,
     /// `process.oomScoreAdj` of its specification.
     pub(super) oom_score: Option<i32>,
+    /// The host's processors that it is bound to.
+    pub(super) cpus: Option<CpuSet>,
     /// When containerd was last told of a memory kill in it.
     pub(super) oom_told: Option<tokio::time::Instant>,
 }
@@ -74,12 +77,14 @@ impl Handle {
         ContainerId::new(&task.id)?;
         let text = std::fs::read(task.bundle.join("config.json"))
             .map_err(|error| SandboxError::host(&task.id, "read config.json", error))?;
-        let spec: Spec = serde_json::from_slice(&text).map_err(|error| {
-            SandboxError::Refused(format!("container {}: config.json: {error}", task.id))
-        })?;
+        let refuse = |reason| SandboxError::Refused(format!("container {}: {reason}", task.id));
+        let mut spec: Spec = serde_json::from_slice(&text)
+            .map_err(|error| refuse(format!("config.json: {error}")))?;
         if plan::is_sandbox(&spec) {
             return self.create_pause(task).await;
         }
+        let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
+        let cpus = resources.map_or(Ok(None), cpus::take).map_err(refuse)?;
         {
             let mut table = self.table();
             if table.process(&task.id, None).is_some() {
@@ -95,6 +100,7 @@ impl Handle {
                 acquired: Acquired::default(),
                 deleting: false,
                 oom_score: spec.process().as_ref().and_then(OciProcess::oom_score_adj),
+                cpus,
                 oom_told: None,
             };
             table.containers.insert(task.id.clone(), container);
@@ -114,7 +120,7 @@ impl Handle {
             Err(error) => {
                 self.release(&task.id, acquired).await;
                 self.table().containers.remove(&task.id);
-                self.rate_vmm_again();
+                self.treat_vmm_again();
                 Err(error)
             }
         }
@@ -140,7 +146,7 @@ impl Handle {
             .wait()
             .await
             .map_err(|reason| SandboxError::host(id, "wait for the disk", reason))?;
-        self.rate_vmm(&guest);
+        self.treat_vmm(&guest);
         let start = Instant::now();
         // Not before the VM runs: its process is forked off, and there must be no other thread then.
         let mut plan = self.plan(id, spec).await?;
@@ -227,20 +233,25 @@ impl Handle {
         planned.map_err(|refusal| SandboxError::Refused(format!("container {id}: {refusal}")))
     }
 
-    /// Lets the host's memory killer treat the VMM as it would the pod's containers.
-    pub(super) fn rate_vmm(&self, guest: &Guest) {
+    /// Has the host's kernel treat the VMM as it would the pod's containers: its memory killer, and its scheduler,
+    /// which keeps it to the processors that they are bound to.
+    pub(super) fn treat_vmm(&self, guest: &Guest) {
         let table = self.table();
         let scores = table.containers.values().filter_map(|container| container.oom_score);
         oom::set_of_pod(guest.vm.pid(), scores);
+        let bound = table.containers.values().map(|container| container.cpus);
+        if let Err(error) = cpus::keep(guest.vm.pid(), bound) {
+            tracing::warn!(sandbox = %self.0.boot.id, %error, "the VMM keeps the processors that it had");
+        }
     }
 
-    /// The same, when a container has gone; without a guest there is nothing to rate.
-    fn rate_vmm_again(&self) {
+    /// The same, when a container has gone; without a guest there is nothing to treat.
+    fn treat_vmm_again(&self) {
         let guest = match &*self.0.progress.borrow() {
             Progress::Ready(guest) => guest.clone(),
             _ => return,
         };
-        self.rate_vmm(&guest);
+        self.treat_vmm(&guest);
     }
 
     async fn create_in_guest(
@@ -352,7 +363,7 @@ impl Handle {
         failpoint::reach(&self.0.config.run_dir, "delete.released").await;
         self.end_execs(id).await;
         let container = self.table().containers.remove(id).ok_or_else(not_found)?;
-        self.rate_vmm_again();
+        self.treat_vmm_again();
         Ok(deleted(&container.process))
     }
 

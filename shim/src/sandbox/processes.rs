@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use joey_protocol::api;
 use joey_protocol::ids::ExecId;
+use oci_spec::runtime::LinuxResources;
 
 use super::containers::Exec;
 use super::state::{self, Exit, Operation, Process, Status};
@@ -14,6 +15,7 @@ use super::{
 };
 use crate::failpoint;
 use crate::guest::GuestError;
+use crate::host::cpus;
 use crate::sizing;
 use crate::stdio::{Request, StdinEnd, Stdio};
 
@@ -380,9 +382,20 @@ impl Handle {
         let guest = self.guest().await?;
         self.limit_disks(&guest, annotations).await?;
         let Some(resources) = resources.filter(|_| !self.is_pause(id)) else { return Ok(()) };
+        let refuse = |reason| SandboxError::Refused(format!("container {id}: {reason}"));
+        let mut limits: LinuxResources = serde_json::from_slice(&resources)
+            .map_err(|error| refuse(format!("resources: {error}")))?;
+        let cpus = cpus::take(&mut limits).map_err(refuse)?;
+        let resources =
+            serde_json::to_vec(&limits).map_err(|error| refuse(format!("resources: {error}")))?;
         let update =
             api::UpdateRequest { container_id: id.to_owned(), resources, ..Default::default() };
-        guest.client.update(&update).await.map_err(Self::guest_error(id, None))
+        guest.client.update(&update).await.map_err(Self::guest_error(id, None))?;
+        if let Some(container) = self.table().containers.get_mut(id).filter(|_| cpus.is_some()) {
+            container.cpus = cpus;
+        }
+        self.treat_vmm(&guest);
+        Ok(())
     }
 
     /// Sets the limits of the pod's disks that annotations name.

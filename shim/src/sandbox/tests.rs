@@ -134,6 +134,7 @@ async fn sandbox(starts: Option<ttrpc::Code>) -> Fake {
         acquired: Acquired::default(),
         deleting: false,
         oom_score: None,
+        cpus: None,
         oom_told: None,
     };
     handle.table().containers.insert("c".to_owned(), container);

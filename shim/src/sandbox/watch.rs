@@ -27,7 +27,7 @@ const MAX_DAMAGED: usize = 8;
 impl Handle {
     /// Starts the tasks that listen to the guest.
     pub(super) fn watch(&self, guest: Guest, mut events: Events, mut lost: Lost) {
-        self.rate_vmm(&guest);
+        self.treat_vmm(&guest);
         clock::follow(&guest, lost.clone());
         let handle = self.clone();
         let listening = guest.clone();
@@ -93,7 +93,8 @@ impl Handle {
                 None => container.acquired.write_back.clone(),
                 Some(_) => Vec::new(),
             };
-            copies.inspect(|copies| copies.process_ended());
+            // What an exec leaves running may print on, until containerd, which waits for it, deletes the exec.
+            copies.filter(|_| exec.is_none()).inspect(|copies| copies.process_ended());
             (copies.map(|copies| copies.drained(DRAIN)), write_back)
         };
         let handle = self.clone();

@@ -14,7 +14,7 @@ pub(crate) fn draw(steps: &Steps) -> String {
     if end <= 0.0 {
         return "no timeline yet\n".to_owned();
     }
-    let _ = writeln!(text, "{:<28} {:>9} {:>9}", "STEP (ms)", "FROM", "TOOK");
+    let _ = writeln!(text, "{:<40} {:>9} {:>9}", "STEP (ms)", "FROM", "TOOK");
     for step in &steps.steps {
         let scale = |ms: f64| (ms / end * WIDTH).round().clamp(0.0, WIDTH);
         // Both are between 0 and WIDTH.
@@ -30,7 +30,7 @@ pub(crate) fn draw(steps: &Steps) -> String {
         let name = format!("{indent}{}{of}", step.name);
         let _ = writeln!(
             text,
-            "{name:<28.28} {:>9.1} {:>9.1}  {}{}",
+            "{name:<40.40} {:>9.1} {:>9.1}  {}{}",
             step.start_ms,
             step.took_ms,
             " ".repeat(left),

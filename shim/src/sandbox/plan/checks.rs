@@ -23,6 +23,22 @@ pub(super) fn annotations(spec: &Spec) -> Result<(), Refusal> {
     }
 }
 
+/// Profiles of AppArmor are loaded on the host, and the guest has none. containerd's own, which every container gets
+/// on a node that has AppArmor, keeps a container from its host: here the machine does.
+pub(super) fn profiles(spec: &Spec) -> Result<(), Refusal> {
+    const DEFAULTS: [&str; 3] = ["", "unconfined", "cri-containerd.apparmor.d"];
+    let profile = spec.process().as_ref().and_then(|process| process.apparmor_profile().as_deref());
+    match profile.filter(|profile| !DEFAULTS.contains(profile)) {
+        Some(profile) => Err(refuse(
+            "process.apparmorProfile",
+            profile,
+            "profiles of the host do not reach into a virtual machine; use RuntimeDefault or Unconfined, and \
+             seccomp, which does",
+        )),
+        None => Ok(()),
+    }
+}
+
 /// Hooks would run on the host.
 pub(super) fn hooks(spec: &Spec) -> Result<(), Refusal> {
     let Some(hooks) = spec.hooks() else { return Ok(()) };

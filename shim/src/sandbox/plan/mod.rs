@@ -106,6 +106,7 @@ impl Plan {
         let mut spec = spec.clone();
         checks::hooks(&spec)?;
         checks::annotations(&spec)?;
+        checks::profiles(&spec)?;
         checks::namespaces(&spec, facts)?;
         let devices = devices::of_host(&mut spec)?;
         let mut plan = Self {

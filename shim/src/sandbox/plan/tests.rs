@@ -185,6 +185,21 @@ fn cdi_devices_are_refused_by_name() {
 }
 
 #[test]
+fn profiles_of_the_host_are_refused_but_containerds_own() {
+    let with = |profile: &str| {
+        let mut value = serde_json::to_value(spec(json!([]))).unwrap();
+        value["process"]["apparmorProfile"] = json!(profile);
+        plan(&serde_json::from_value(value).unwrap())
+    };
+    assert!(with("cri-containerd.apparmor.d").is_ok());
+    let refused = with("localhost-profile").unwrap_err().to_string();
+    assert!(
+        refused.contains("apparmorProfile") && refused.contains("localhost-profile"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn an_image_whose_disk_is_not_described_is_refused() {
     let images = "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/s1";
     let of = |name: &str| json!([bind("/i", &format!("{images}/{name}-dir"), &["rbind", "ro"])]);
