@@ -138,10 +138,9 @@ fn with_image(mut config: ContainerConfig) -> ContainerConfig {
 /// Reads the image's files in a new pod, none of whose bytes are in the host's memory at first.
 fn image_read<'n>(node: &'n Node, handler: &str, samples: &mut Samples) -> Result<Pod<'n>> {
     let pod = Pod::run(node, handler, "reads")?;
+    forget(&store(node, if handler == "joey" { "joey" } else { "overlayfs" }))?;
     let container = pod.start(&with_image(pod::container("main", &["sleep", "1000"])))?;
     rest(node);
-    let snapshotter = if handler == "joey" { "joey" } else { "overlayfs" };
-    forget(&store(node, snapshotter))?;
     let before = disk_reads(&pod)?;
     for (metric, how, file) in READS {
         samples.add(handler, metric, "ms", probed(&container, how, file)?);
