@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -56,29 +57,35 @@ fn cut_off(device: &str, folder: &Path, wait: Duration) -> Result<usize> {
     let root = folder.join("store");
     let store = Store::open(&root)?;
     let held = File::open(folder)?;
+    let done = AtomicUsize::new(0);
     let committed = std::thread::scope(|scope| -> Result<usize> {
-        let power = scope.spawn(|| {
+        let power = scope.spawn(|| -> Result<usize> {
             std::thread::sleep(wait);
-            lose_power(&held)
+            // What is told as done while the power fails, nobody would have heard.
+            let committed = done.load(Ordering::SeqCst);
+            lose_power(&held)?;
+            Ok(committed)
         });
-        let committed = (0..).take_while(|number| add(&store, *number).is_ok()).count();
-        power.join().map_err(|_| anyhow!("panicked"))??;
-        Ok(committed)
+        while add(&store, done.load(Ordering::SeqCst)).is_ok() {
+            done.fetch_add(1, Ordering::SeqCst);
+        }
+        power.join().map_err(|_| anyhow!("panicked"))?
     })?;
     drop((store, held));
     umount2(folder, MntFlags::empty()).context("unmount what has no power")?;
     let _again = Mounted::new(device, folder).context("mount again")?;
     let store = Store::open(&root).context("open the store again")?;
-    for number in 0..committed {
-        let snapshot = store.get(&format!("snapshot-{number}"))?;
-        same("kind", snapshot.kind, Kind::Committed)?;
+    let there = (0..).take_while(|number| store.get(&format!("snapshot-{number}")).is_ok()).count();
+    ensure!(there >= committed, "{committed} snapshots were committed, {there} are there");
+    for number in 0..there {
+        same("kind", store.get(&format!("snapshot-{number}"))?.kind, Kind::Committed)?;
         whole(&root.join(format!("layers/{number:064x}")), number)?;
     }
     let names = |folder: &str| -> Result<usize> { Ok(fs::read_dir(root.join(folder))?.count()) };
     let all = store.all()?.into_values().filter(|snapshot| snapshot.layer.is_some()).count();
     same("layers that nothing names", names("layers")?.saturating_sub(all), 0)?;
     same("unfinished", names("new")?, 0)?;
-    if let Some(last) = committed.checked_sub(1) {
+    if let Some(last) = there.checked_sub(1) {
         store.disk(&format!("snapshot-{last}")).context("a disk of all that is left")?;
     }
     Ok(committed)
