@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::stats::{Report, Samples};
-use super::{machine, milliseconds, rest};
+use super::{machine, milliseconds, rest, timeline};
 use crate::image::{self, DEBIAN, Layer};
 use crate::node::config::Version;
 use crate::node::{Node, cgroups};
@@ -134,9 +134,8 @@ fn start(
 /// How long the pod's container waited for its root file system: its disk's attachment on the host, and its
 /// mounts in the guest.
 fn attach_and_mount(node: &Node, pod: &Pod<'_>) -> Option<f64> {
-    let inspect = node.joey(&["inspect", "--json", &pod.id]).ok()?;
-    let inspect: serde_json::Value = serde_json::from_str(&inspect).ok()?;
-    let steps = inspect["timeline"]["steps"].as_array()?;
+    let timeline = timeline(node, pod);
+    let steps = timeline["steps"].as_array()?;
     let counted = ["disk", "container-disks", "container-layer"];
     let took = steps.iter().filter(|step| counted.iter().any(|name| step["name"] == *name));
     Some(took.filter_map(|step| step["took_ms"].as_f64()).sum())

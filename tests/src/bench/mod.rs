@@ -114,12 +114,17 @@ fn one(node: &Node, handler: &str, samples: &mut Samples) -> Result<()> {
     pod.remove()
 }
 
+/// What Joey measured inside of the pod's start; null with another runtime.
+fn timeline(node: &Node, pod: &Pod<'_>) -> serde_json::Value {
+    let inspect = node.joey(&["inspect", "--json", &pod.id]).unwrap_or_default();
+    let mut inspect: serde_json::Value = serde_json::from_str(&inspect).unwrap_or_default();
+    inspect["timeline"].take()
+}
+
 /// What the first answer of a machine that was cloned for this pod cost: nothing where it was in reserve,
 /// and with another runtime.
 fn first_answer(node: &Node, pod: &Pod<'_>) -> Vec<(&'static str, f64)> {
-    let inspect = node.joey(&["inspect", "--json", &pod.id]).unwrap_or_default();
-    let inspect: serde_json::Value = serde_json::from_str(&inspect).unwrap_or_default();
-    let answer = &inspect["timeline"]["first_answer"];
+    let answer = &timeline(node, pod)["first_answer"];
     [("clone_to_answer", "took_ms"), ("clone_to_answer_cpu", "vmm_cpu_ms")]
         .into_iter()
         .filter_map(|(metric, field)| Some((metric, answer[field].as_f64()?)))
