@@ -2,7 +2,7 @@
 //! on a directory of the host.
 
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -196,27 +196,36 @@ fn probed(container: &Container<'_>, how: &str, file: &str) -> Result<f64> {
 fn disk_reads(pod: &Pod<'_>) -> Result<f64> {
     let mut bytes: u64 = 0;
     for pid in cgroups::processes(pod.cgroup()) {
-        let counters = fs::read_to_string(format!("/proc/{pid}/io"))?;
+        let counters = fs::read_to_string(format!("/proc/{pid}/io"))
+            .with_context(|| format!("/proc/{pid}/io"))?;
         let line = counters.lines().find_map(|line| line.strip_prefix("read_bytes: "));
         bytes += line.context("no read_bytes in /proc/PID/io")?.parse::<u64>()?;
     }
     Ok(bytes as f64 / f64::from(1 << 20))
 }
 
-/// Drops the host's cached pages of all files below a folder, or of one file.
+/// Drops the host's cached pages of all files below a folder, or of one file. What goes meanwhile has none.
 fn forget(path: &Path) -> Result<()> {
     let mut left: Vec<PathBuf> = vec![path.to_owned()];
     while let Some(path) = left.pop() {
-        let meta = path.symlink_metadata()?;
-        if meta.is_dir() {
-            for entry in fs::read_dir(&path)? {
-                left.push(entry?.path());
-            }
-        } else if meta.is_file() || meta.file_type().is_block_device() {
-            let file = File::open(&path)?;
-            file.sync_all()?;
-            posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        match forget_one(&path, &mut left) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            forgot => forgot.with_context(|| path.display().to_string())?,
         }
+    }
+    Ok(())
+}
+
+fn forget_one(path: &Path, left: &mut Vec<PathBuf>) -> io::Result<()> {
+    let meta = path.symlink_metadata()?;
+    if meta.is_dir() {
+        for entry in fs::read_dir(path)? {
+            left.push(entry?.path());
+        }
+    } else if meta.is_file() || meta.file_type().is_block_device() {
+        let file = File::open(path)?;
+        file.sync_all()?;
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
     }
     Ok(())
 }
