@@ -222,6 +222,28 @@ fn a_removal_spares_its_own_layer() {
 }
 
 #[test]
+fn a_directory_in_place_of_a_link_hides_nothing_of_its_target() {
+    let lower = Stream::new()
+        .dir("usr")
+        .dir("usr/lib")
+        .file("usr/lib/kept", b"kept")
+        .link("lib", "usr/lib")
+        .link("lib64", "usr/lib");
+    let upper = Stream::new()
+        .dir("lib")
+        .file("lib/.wh..wh..opq", b"")
+        .file("lib/new", b"new")
+        .dir("lib64")
+        .file("lib64/.wh.kept", b"");
+    let image = Image::of(&[lower.bytes(), upper.bytes()]).unwrap();
+    let out = image.extract();
+    let read = |path: &str| fs::read_to_string(out.join(path)).unwrap();
+    assert_eq!((read("usr/lib/kept"), read("lib/new")), ("kept".to_owned(), "new".to_owned()));
+    assert!(!out.join("usr/lib/new").exists() && !out.join("lib/kept").exists());
+    assert_eq!(fs::read_dir(out.join("lib64")).unwrap().count(), 0);
+}
+
+#[test]
 fn names_are_within_the_root_whatever_they_say() {
     let stream = Stream::new()
         .file("/etc/absolute", b"1")
