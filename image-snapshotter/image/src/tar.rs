@@ -246,11 +246,8 @@ impl<R: Read> Archive<R> {
         };
         self.after = shown(&path);
         let content = matches!(kind, Kind::Regular);
-        // pax(1): the size of a link is of no meaning, and nothing follows it.
+        // pax(1): only files have a content; the size of another entry is advice, and nothing follows it.
         (self.left, self.padding) = if content { (stored, padding) } else { (0, 0) };
-        if !content && stored > 0 && raw.kind() != b'1' {
-            (self.left, self.padding) = (stored, padding);
-        }
         let mut visible = if content { stored } else { 0 };
         if raw.kind() == b'S' {
             visible = raw.number(483, 12, "real size")?;
