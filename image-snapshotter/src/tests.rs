@@ -265,6 +265,8 @@ fn hostile_streams_are_refused_by_entry() {
     let cut = |stream: Stream, keep: usize| stream.bytes()[..keep].to_vec();
     let mut checksum = Stream::new().file("sum", b"x").bytes();
     checksum[0] = b'S';
+    let mut lone = Stream::new().file("before", b"x").file("after", b"x").bytes();
+    lone.splice(1024..1024, [0; BLOCK / 8]);
     let mut huge = Stream::new().file("huge", b"x").bytes();
     huge[124..136].copy_from_slice(b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff");
     let sum: u32 = huge[..512].iter().enumerate().fold(0, |sum, (at, byte)| {
@@ -287,6 +289,7 @@ fn hostile_streams_are_refused_by_entry() {
         (cut(Stream::new().file("cut", &noise(9000)), 5000), "cut", "end of file"),
         (cut(Stream::new().file("cut", b"x"), 700), "cut", "end of file"),
         (checksum, "Sum", "checksum"),
+        (lone, "before", "one block of zeros"),
         (huge, "huge", "max_layer_bytes"),
         (
             Stream::new().pax("size", b"18446744073709551615").file("endless", b"x").bytes(),
