@@ -319,6 +319,19 @@ fn only_files_have_a_content() {
 }
 
 #[test]
+fn records_without_value_leave_the_header_as_it_is() {
+    let mut stream = Stream::new();
+    for key in ["path", "linkpath", "size", "uid", "gid", "mtime"] {
+        stream = stream.pax(key, b"");
+    }
+    let image = Image::of(&[stream.file("f", b"content").bytes()]).unwrap();
+    let path = image.extract().join("f");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "content");
+    let meta = fs::metadata(&path).unwrap();
+    assert_eq!((meta.uid(), meta.gid(), meta.mtime()), (1000, 70_000, 1_700_000_000));
+}
+
+#[test]
 fn headers_without_end_are_refused() {
     let mut stream = Stream::new();
     for number in 0..20 {

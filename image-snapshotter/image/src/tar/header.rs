@@ -74,6 +74,13 @@ impl Extended {
     fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
         let id = || u32::try_from(decimal(value)?).ok();
         match key {
+            // Without a value a record takes back what was said: the header's own field holds.
+            b"path" if value.is_empty() => self.path = None,
+            b"linkpath" if value.is_empty() => self.link = None,
+            b"size" if value.is_empty() => self.size = None,
+            b"uid" if value.is_empty() => self.uid = None,
+            b"gid" if value.is_empty() => self.gid = None,
+            b"mtime" if value.is_empty() => self.mtime = None,
             b"path" => self.path = Some(value.to_vec()),
             b"linkpath" => self.link = Some(value.to_vec()),
             b"size" => self.size = Some(decimal(value)?),
