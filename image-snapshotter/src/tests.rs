@@ -319,6 +319,17 @@ fn only_files_have_a_content() {
 }
 
 #[test]
+fn sums_of_signed_bytes_are_taken() {
+    let mut stream = Stream::new().file("name", b"content").bytes();
+    stream[0] = 0xe9;
+    let sum: i64 = stream[..512].iter().enumerate().fold(0, |sum, (at, byte)| {
+        sum + if (148..156).contains(&at) { 32 } else { i64::from(byte.cast_signed()) }
+    });
+    stream[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    assert!(Image::of(&[stream]).is_ok());
+}
+
+#[test]
 fn records_without_value_leave_the_header_as_it_is() {
     let mut stream = Stream::new();
     for key in ["path", "linkpath", "size", "uid", "gid", "mtime"] {

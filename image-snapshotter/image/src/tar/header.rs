@@ -144,11 +144,14 @@ impl Raw<'_> {
 
     pub(super) fn check(&self) -> Result<(), TarError> {
         let stored = self.number(148, 8, "checksum")?;
-        let sum = self.0.iter().enumerate().map(|(at, byte)| match at {
-            148..156 => u64::from(b' '),
-            _ => u64::from(*byte),
+        let bytes = self.0.iter().enumerate().map(|(at, byte)| match at {
+            148..156 => b' ',
+            _ => *byte,
         });
-        match sum.sum::<u64>() == stored {
+        let sum: u64 = bytes.clone().map(u64::from).sum();
+        // Some writers take bytes for signed.
+        let signed: i64 = bytes.map(|byte| i64::from(byte.cast_signed())).sum();
+        match stored == sum || u64::try_from(signed) == Ok(stored) {
             true => Ok(()),
             false => Err(bad(&self.name(), "its header's checksum is wrong")),
         }
