@@ -214,6 +214,18 @@ fn upper_layers_replace_remove_and_hide() {
 }
 
 #[test]
+fn files_with_the_longest_names_can_be_removed() {
+    let name = "n".repeat(255);
+    let named = |name: &str| Stream::new().pax("path", name.as_bytes()).file("f", b"");
+    let image = Image::of(&[named(&name).bytes(), named(&format!(".wh.{name}")).bytes()]);
+    assert_eq!(fs::read_dir(image.unwrap().extract()).unwrap().count(), 0);
+    for name in [format!(".wh.{name}n"), format!(".wh.{name}/f"), format!("n{name}")] {
+        let error = Image::of(&[named(&name).bytes()]).err().unwrap().to_string();
+        assert!(error.contains("Linux takes 255"), "{error}");
+    }
+}
+
+#[test]
 fn a_removal_spares_its_own_layer() {
     let layer = Stream::new().dir("d").file("d/f", b"1").file("d/.wh.f", b"");
     let image = Image::of(&[layer.bytes()]).unwrap();
