@@ -153,7 +153,14 @@ impl Inode {
 impl Tree {
     fn new(limits: Limits) -> Self {
         let root = Inode { names: 1, ..directory(0o755) };
-        Self { inodes: vec![root], free: Vec::new(), replaced: BTreeSet::new(), limits, bytes: 0, steps: 0 }
+        Self {
+            inodes: vec![root],
+            free: Vec::new(),
+            replaced: BTreeSet::new(),
+            limits,
+            bytes: 0,
+            steps: 0,
+        }
     }
 
     /// The layers in these folders, lowest first.
