@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use clap::Parser;
 use joey_snapshotter::config::Config;
-use joey_snapshotter::metrics;
 use joey_snapshotter::service::api::services::diff::v1::diff_server::DiffServer;
 use joey_snapshotter::service::api::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use joey_snapshotter::service::apply::Applier;
 use joey_snapshotter::service::diff::Differ;
 use joey_snapshotter::service::snapshots::Service;
 use joey_snapshotter::store::Store;
+use joey_snapshotter::{memory, metrics};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -39,6 +39,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     use std::io::Write as _;
+    memory::bound();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
     let run = || -> anyhow::Result<()> {
         let arguments = Arguments::parse();

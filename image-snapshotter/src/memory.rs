@@ -70,6 +70,19 @@ impl Default for Memory {
     }
 }
 
+/// Has the C library keep little of what is freed, whoever used it: otherwise each of the many threads
+/// that do the work keeps some, and vectors of megabytes leave holes between what stays.
+#[allow(unsafe_code)]
+pub fn bound() {
+    // SAFETY: they set the allocator's own parameters, and there is but one thread yet.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 4 << 20);
+    }
+}
+
 /// Gives freed memory back to the kernel. The C library keeps it for the thread that used it, and
 /// the next large work is another thread's.
 #[allow(unsafe_code)]

@@ -21,7 +21,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use joey_image::disk;
@@ -104,7 +104,8 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreE
 #[derive(Debug)]
 pub struct Store {
     root: PathBuf,
-    database: Database,
+    /// None after a failure of the disk, which the database takes for its end: it is opened again.
+    database: RwLock<Option<Database>>,
     /// Held while blobs are published or collected, so that none goes while it is being named.
     blobs: Mutex<()>,
     /// Names of the disks that are being made, and the end of one.
@@ -126,6 +127,13 @@ fn now() -> (u64, u32) {
     (since.as_secs(), since.subsec_nanos())
 }
 
+/// Opens the database, and makes one if there is none.
+fn open(root: &Path) -> Result<Database, StoreError> {
+    let path = root.join("snapshots.redb");
+    let opened = Database::builder().set_cache_size(DATABASE_CACHE).create(&path);
+    opened.map_err(|error| StoreError::Database(format!("{}: {error}", path.display())))
+}
+
 impl Store {
     /// Opens the store in `root`, or makes one, and removes what a crash has left. The folder is for
     /// this process's user only: what is in images is nobody else's on the host.
@@ -138,11 +146,7 @@ impl Store {
         fs::set_permissions(root, fs::Permissions::from_mode(0o700))
             .map_err(io_error("set the mode of", root))?;
         // Its lock is the store's: nothing else is done before.
-        let path = root.join("snapshots.redb");
-        let database = Database::builder()
-            .set_cache_size(DATABASE_CACHE)
-            .create(&path)
-            .map_err(|error| StoreError::Database(format!("{}: {error}", path.display())))?;
+        let database = open(root)?;
         let new = root.join("new");
         match fs::remove_dir_all(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -160,7 +164,7 @@ impl Store {
         begin.commit().map_err(self::database)?;
         let store = Self {
             root: root.to_owned(),
-            database,
+            database: RwLock::new(Some(database)),
             blobs: Mutex::default(),
             building: Default::default(),
             counter: AtomicU64::default(),
@@ -176,19 +180,46 @@ impl Store {
         &self.root
     }
 
+    /// Works with the database. After the first failure of a disk, be it only full, it refuses all that
+    /// comes, so it is closed then, and opened again for whoever comes next.
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&Database) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        loop {
+            let guard = self.database.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(database) = &*guard {
+                let worked = work(database);
+                drop(guard);
+                if let Err(StoreError::Database(problem)) = &worked {
+                    tracing::error!(problem, "the database has failed and is closed");
+                    *self.database.write().unwrap_or_else(PoisonError::into_inner) = None;
+                }
+                return worked;
+            }
+            drop(guard);
+            let mut guard = self.database.write().unwrap_or_else(PoisonError::into_inner);
+            if guard.is_none() {
+                *guard = Some(open(&self.root)?);
+            }
+        }
+    }
+
     /// All snapshots by name.
     ///
     /// # Errors
     /// The database fails.
     pub fn all(&self) -> Result<BTreeMap<String, Snapshot>, StoreError> {
-        let read = self.database.begin_read().map_err(database)?;
-        let table = read.open_table(SNAPSHOTS).map_err(database)?;
-        let rows = table.iter().map_err(database)?;
-        rows.map(|row| {
-            let (name, value) = row.map_err(database)?;
-            Ok((name.value().to_owned(), decode(value.value())?))
+        self.with(|opened| {
+            let read = opened.begin_read().map_err(database)?;
+            let table = read.open_table(SNAPSHOTS).map_err(database)?;
+            let rows = table.iter().map_err(database)?;
+            rows.map(|row| {
+                let (name, value) = row.map_err(database)?;
+                Ok((name.value().to_owned(), decode(value.value())?))
+            })
+            .collect()
         })
-        .collect()
     }
 
     /// One snapshot.
@@ -196,16 +227,20 @@ impl Store {
     /// # Errors
     /// There is none of that name.
     pub fn get(&self, name: &str) -> Result<Snapshot, StoreError> {
-        let read = self.database.begin_read().map_err(database)?;
-        let table = read.open_table(SNAPSHOTS).map_err(database)?;
-        row(&table, name)
+        self.with(|opened| {
+            let read = opened.begin_read().map_err(database)?;
+            let table = read.open_table(SNAPSHOTS).map_err(database)?;
+            row(&table, name)
+        })
     }
 
     /// Digests of the layers of a committed snapshot (none for an empty name), the lowest first.
     fn layers(&self, committed: &str) -> Result<Vec<String>, StoreError> {
-        let read = self.database.begin_read().map_err(database)?;
-        let table = read.open_table(SNAPSHOTS).map_err(database)?;
-        chain(committed, |name| row(&table, name))
+        self.with(|opened| {
+            let read = opened.begin_read().map_err(database)?;
+            let table = read.open_table(SNAPSHOTS).map_err(database)?;
+            chain(committed, |name| row(&table, name))
+        })
     }
 
     /// Changes the table within one transaction; nothing is changed if `change` fails.
@@ -213,21 +248,23 @@ impl Store {
         &self,
         change: impl FnOnce(&mut Rows<'_>) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let transaction = self.database.begin_write().map_err(database)?;
-        let changed = {
-            let mut rows = Rows(transaction.open_table(SNAPSHOTS).map_err(database)?);
-            change(&mut rows)
-        };
-        match changed {
-            Ok(value) => {
-                transaction.commit().map_err(database)?;
-                Ok(value)
+        self.with(|opened| {
+            let transaction = opened.begin_write().map_err(database)?;
+            let changed = {
+                let mut rows = Rows(transaction.open_table(SNAPSHOTS).map_err(database)?);
+                change(&mut rows)
+            };
+            match changed {
+                Ok(value) => {
+                    transaction.commit().map_err(database)?;
+                    Ok(value)
+                }
+                Err(error) => {
+                    transaction.abort().map_err(database)?;
+                    Err(error)
+                }
             }
-            Err(error) => {
-                transaction.abort().map_err(database)?;
-                Err(error)
-            }
-        }
+        })
     }
 
     /// Begins a snapshot on a committed one, or on nothing.

@@ -40,6 +40,8 @@ const MAX_TABLE: u64 = 512 << 20;
 /// Deepest path.
 const MAX_DEPTH: usize = 256;
 const MAX_COMPONENT: usize = 255;
+/// Begin of a whiteout's name.
+pub(crate) const WHITEOUT: &[u8] = b".wh.";
 /// Most bytes of the names and values of one file's extended attributes: what fits EROFS's counter
 /// and any Linux file system.
 const MAX_XATTRS: usize = 64 << 10;
@@ -171,10 +173,15 @@ pub fn clean(path: &[u8]) -> Result<Vec<u8>, String> {
         match part {
             b"" | b"." => {}
             b".." => drop(parts.pop().ok_or("its path leaves the image's root")?),
-            part if part.len() > MAX_COMPONENT => {
-                return Err(format!("a name of {} bytes; Linux takes {MAX_COMPONENT}", part.len()));
-            }
             part => parts.push(part),
+        }
+    }
+    let last = parts.len().saturating_sub(1);
+    for (at, part) in parts.iter().enumerate() {
+        // A whiteout is no file: what it removes may have as long a name as any.
+        let name = part.strip_prefix(WHITEOUT).filter(|_| at == last).unwrap_or(part);
+        if name.len() > MAX_COMPONENT {
+            return Err(format!("a name of {} bytes; Linux takes {MAX_COMPONENT}", name.len()));
         }
     }
     match parts.len() {

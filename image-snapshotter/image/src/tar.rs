@@ -165,8 +165,14 @@ impl<R: Read> Archive<R> {
         loop {
             // A missing end mark is common; a stream that ends amidst a block is cut.
             let Some(block) = self.block()? else { return Ok(None) };
-            if block.iter().all(|byte| *byte == 0) {
-                return Ok(None);
+            if is_zero(&block) {
+                // The mark is two such blocks, of which the second may be missing.
+                return match self.block()? {
+                    Some(next) if !is_zero(&next) => {
+                        Err(bad(self.after.as_bytes(), "after it is one block of zeros, and more"))
+                    }
+                    _ => Ok(None),
+                };
             }
             let raw = Raw(&block);
             raw.check()?;
@@ -246,11 +252,8 @@ impl<R: Read> Archive<R> {
         };
         self.after = shown(&path);
         let content = matches!(kind, Kind::Regular);
-        // pax(1): the size of a link is of no meaning, and nothing follows it.
+        // pax(1): only files have a content; the size of another entry is advice, and nothing follows it.
         (self.left, self.padding) = if content { (stored, padding) } else { (0, 0) };
-        if !content && stored > 0 && raw.kind() != b'1' {
-            (self.left, self.padding) = (stored, padding);
-        }
         let mut visible = if content { stored } else { 0 };
         if raw.kind() == b'S' {
             visible = raw.number(483, 12, "real size")?;
@@ -427,6 +430,10 @@ impl<R: Read> Read for Archive<R> {
         }
         Ok(count)
     }
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    block.iter().all(|byte| *byte == 0)
 }
 
 /// Bytes after a content of this size; none if both together are more than can be counted.

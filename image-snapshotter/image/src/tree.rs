@@ -8,7 +8,7 @@
 //! gone are not held, and ends of files stay in the layers' tables. Steps along paths are counted too,
 //! since links make them many.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::layer::{self, Content, Entry, LayerError, Meta, Node, Record, split};
@@ -102,6 +102,9 @@ impl Limits {
 pub struct Tree {
     inodes: Vec<Inode>,
     free: Vec<Id>,
+    /// Links, by directory and name, in whose place the layer whose removals are being done has a
+    /// directory: what it removes below is not what they lead to.
+    replaced: BTreeSet<(Id, Box<[u8]>)>,
     limits: Limits,
     /// Memory in use, as it is counted.
     bytes: usize,
@@ -150,7 +153,14 @@ impl Inode {
 impl Tree {
     fn new(limits: Limits) -> Self {
         let root = Inode { names: 1, ..directory(0o755) };
-        Self { inodes: vec![root], free: Vec::new(), limits, bytes: 0, steps: 0 }
+        Self {
+            inodes: vec![root],
+            free: Vec::new(),
+            replaced: BTreeSet::new(),
+            limits,
+            bytes: 0,
+            steps: 0,
+        }
     }
 
     /// The layers in these folders, lowest first.
@@ -183,6 +193,9 @@ impl Tree {
             for record in layer::entries(folder)? {
                 let entry = record?.entry;
                 self.remove(&entry).map_err(|problem| refused(&entry.path, problem))?;
+            }
+            for (_, name) in std::mem::take(&mut self.replaced) {
+                self.bytes = self.bytes.saturating_sub(NAME_COST + name.len());
             }
         }
         for record in layer::entries(folder)? {
@@ -304,6 +317,9 @@ impl Tree {
                 None => return Ok(None),
             };
             if let Some(Inode { body: Body::Symlink(target), .. }) = self.inode(next) {
+                if !self.replaced.is_empty() && self.replaced.contains(&(at, part.into())) {
+                    return Ok(None);
+                }
                 links += 1;
                 if links > MAX_LINKS {
                     let path = shown(path);
@@ -340,6 +356,16 @@ impl Tree {
                 let (parent, name) = split(&entry.path);
                 if let Some(parent) = self.walk(parent, false)? {
                     self.unlink(parent, name);
+                }
+            }
+            Node::Directory => {
+                let (parent, name) = split(&entry.path);
+                if let Some(parent) = self.walk(parent, false)?
+                    && let Some(below) = self.child(parent, name)
+                    && self.inode(below).is_some_and(|inode| matches!(inode.body, Body::Symlink(_)))
+                    && self.replaced.insert((parent, name.into()))
+                {
+                    self.spend(NAME_COST + name.len())?;
                 }
             }
             Node::Opaque => {

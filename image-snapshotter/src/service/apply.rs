@@ -266,9 +266,6 @@ impl Applier {
         let applied = tokio::task::spawn_blocking(move || {
             let input = Incoming { pieces, current: Bytes::new() };
             let applied = write(&store, input, &key, max, window);
-            if window == Window::Wide {
-                memory::trim();
-            }
             drop(share);
             applied
         });
@@ -349,6 +346,7 @@ pub(crate) fn write(
         drop(stream);
         (written, passed.join())
     });
+    memory::trim();
     match passed {
         Ok(Passed::TooWide) => Ok(None),
         Ok(Passed::Whole(diff, bytes)) => {

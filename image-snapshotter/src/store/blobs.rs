@@ -120,8 +120,10 @@ impl Store {
             snapshot.layer = Some(digest.to_owned());
             rows.put(key, &snapshot)
         });
-        // Published, but the transaction failed: no snapshot has it.
-        if applied.is_err() && fresh && place.exists() {
+        // Published, but not given to the snapshot. If it was the disk that failed, none can tell what has
+        // come to be on it: then the next collection sees.
+        let known = !matches!(applied, Err(StoreError::Database(_)));
+        if applied.is_err() && known && fresh && place.exists() {
             let _ = self.discard(&place);
         }
         applied

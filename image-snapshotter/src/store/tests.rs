@@ -209,3 +209,18 @@ fn an_images_index_is_counted_before_it_is_there() {
     assert_eq!(exact, layers("2") + layer::disk_bytes(&disk));
     assert!(estimated > exact * 3 / 4 && estimated < exact * 3 / 2, "{estimated} for {exact}");
 }
+
+/// The database itself takes a disk that was full for its end.
+#[test]
+fn a_disk_that_failed_may_be_well_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    store.prepare("before", "", Kind::Active, BTreeMap::new()).unwrap();
+    let failed = store.change(|rows| {
+        rows.remove("before")?;
+        Err::<(), _>(StoreError::Database("no space left on device".to_owned()))
+    });
+    assert!(failed.is_err() && store.database.read().unwrap().is_none());
+    store.prepare("after", "", Kind::Active, BTreeMap::new()).unwrap();
+    assert_eq!(store.all().unwrap().into_keys().collect::<Vec<_>>(), ["after", "before"]);
+}

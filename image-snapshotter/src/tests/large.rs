@@ -12,7 +12,7 @@ use joey_image::layer::HOLE;
 use tar::Header;
 
 use super::*;
-use crate::memory::{APPLIES, LARGE, SMALL};
+use crate::memory::{self, APPLIES, LARGE, SMALL};
 use crate::service::apply::{self, Window};
 use crate::store::{Kind, Store};
 
@@ -291,6 +291,40 @@ fn the_largest_image_and_layers_at_once() {
             }
             store.disk("1").unwrap();
         });
+    });
+}
+
+/// What one has used and given back does not add up with what others use, of whom each is a thread.
+#[test]
+fn images_and_files_without_end_in_turn() {
+    measured("images_and_files_without_end_in_turn", Path::new(""), |_| {
+        memory::bound();
+        let (_dir, store) = store();
+        commit(&store, "1", "", Many::new(350_000, |number| file(&format!("d/{number}"), b"")));
+        for round in 2..4 {
+            let name = round.to_string();
+            commit(&store, &name, "1", &*Stream::new().file(&name, b"").bytes());
+            let all = std::sync::Barrier::new(30);
+            std::thread::scope(|scope| {
+                for number in 0..30 {
+                    let (store, all) = (&store, &all);
+                    scope.spawn(move || {
+                        all.wait();
+                        let share = store.memory.applies.take();
+                        let key = format!("key-{round}-{number}");
+                        store.prepare(&key, "", Kind::Active, BTreeMap::new()).unwrap();
+                        let size = ((64_u64 << 30) - round * 100 - number).to_string();
+                        let hole = Stream::new().pax("GNU.sparse.size", size.as_bytes());
+                        let stream = hole.file("hole", b"").bytes();
+                        apply::write(store, &*stream, &key, 64 << 30, Window::Usual).unwrap();
+                        drop(share);
+                        all.wait();
+                    });
+                }
+                store.disk(&name).unwrap();
+            });
+        }
+        assert!(peak() < PROMISE * 3 / 4, "threads keep memory: {} bytes", peak());
     });
 }
 

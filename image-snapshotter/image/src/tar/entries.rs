@@ -4,7 +4,9 @@
 use std::io::Read;
 
 use super::{Archive, Kind};
-use crate::layer::{Content, Entry, LayerError, Meta, Node, Source, clean, entry_error, split};
+use crate::layer::{
+    Content, Entry, LayerError, Meta, Node, Source, WHITEOUT, clean, entry_error, split,
+};
 
 impl<R: Read> Source for Archive<R> {
     fn next_entry(&mut self) -> Result<Option<Entry>, LayerError> {
@@ -15,10 +17,10 @@ impl<R: Read> Source for Archive<R> {
                 b"" => name.to_vec(),
                 parent => [parent, b"/", name].concat(),
             };
-            let (path, node) = match name.strip_prefix(b".wh.") {
+            let (path, node) = match name.strip_prefix(WHITEOUT) {
                 Some(b".wh..opq") => (parent.to_vec(), Node::Opaque),
                 // Other names of aufs's own, of no meaning.
-                Some(rest) if rest.starts_with(b".wh.") => continue,
+                Some(rest) if rest.starts_with(WHITEOUT) => continue,
                 Some(b"" | b"." | b"..") => {
                     return Err(entry_error(&path, "a whiteout of no file"));
                 }

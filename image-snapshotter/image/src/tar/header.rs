@@ -74,6 +74,13 @@ impl Extended {
     fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
         let id = || u32::try_from(decimal(value)?).ok();
         match key {
+            // Without a value a record takes back what was said: the header's own field holds.
+            b"path" if value.is_empty() => self.path = None,
+            b"linkpath" if value.is_empty() => self.link = None,
+            b"size" if value.is_empty() => self.size = None,
+            b"uid" if value.is_empty() => self.uid = None,
+            b"gid" if value.is_empty() => self.gid = None,
+            b"mtime" if value.is_empty() => self.mtime = None,
             b"path" => self.path = Some(value.to_vec()),
             b"linkpath" => self.link = Some(value.to_vec()),
             b"size" => self.size = Some(decimal(value)?),
@@ -137,11 +144,14 @@ impl Raw<'_> {
 
     pub(super) fn check(&self) -> Result<(), TarError> {
         let stored = self.number(148, 8, "checksum")?;
-        let sum = self.0.iter().enumerate().map(|(at, byte)| match at {
-            148..156 => u64::from(b' '),
-            _ => u64::from(*byte),
+        let bytes = self.0.iter().enumerate().map(|(at, byte)| match at {
+            148..156 => b' ',
+            _ => *byte,
         });
-        match sum.sum::<u64>() == stored {
+        let sum: u64 = bytes.clone().map(u64::from).sum();
+        // Some writers take bytes for signed.
+        let signed: i64 = bytes.map(|byte| i64::from(byte.cast_signed())).sum();
+        match stored == sum || u64::try_from(signed) == Ok(stored) {
             true => Ok(()),
             false => Err(bad(&self.name(), "its header's checksum is wrong")),
         }
