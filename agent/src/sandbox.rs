@@ -376,7 +376,7 @@ impl Sandbox {
     pub(crate) fn share_files(&self, request: &api::ShareFilesRequest) -> Result<(), SandboxError> {
         self.require_started()?;
         let id = VolumeId::new(&request.volume_id)?;
-        Ok(share::mount_share(&self.mux, &id, request.stream)?)
+        Ok(share::mount_share(&self.mux, &self.reaper, &id, request.stream)?)
     }
 
     /// Connects to a port of the pod.

@@ -8,14 +8,17 @@ use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 
-use joey_protocol::ids::VolumeId;
+use joey_protocol::ids::{FORGET, VolumeId};
 use joey_protocol::limits::STREAM_FIRST_STDIO;
 use joey_protocol::mux::{Mux, MuxStream, OpenError};
 use nix::mount::{MsFlags, mount};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::Notify;
 
+use crate::apart::apart;
 use crate::fd_io::FdIo;
 use crate::log::warning;
+use crate::reap::Reaper;
 
 /// Where shares are mounted.
 pub(crate) const SHARES: &str = "/run/joey/shares";
@@ -39,7 +42,12 @@ pub(crate) enum ShareError {
 }
 
 /// Mounts what is asked for on this stream.
-pub(crate) fn mount_share(mux: &Mux, volume: &VolumeId, stream: u32) -> Result<(), ShareError> {
+pub(crate) fn mount_share(
+    mux: &Mux,
+    reaper: &Reaper,
+    volume: &VolumeId,
+    stream: u32,
+) -> Result<(), ShareError> {
     let volume = volume.clone();
     if stream < STREAM_FIRST_STDIO {
         return Err(ShareError::Reserved { volume, stream });
@@ -50,8 +58,9 @@ pub(crate) fn mount_share(mux: &Mux, volume: &VolumeId, stream: u32) -> Result<(
     };
     match mount_fuse(&volume) {
         Ok(device) => {
+            let reaper = reaper.clone();
             tokio::spawn(async move {
-                if let Err(error) = carry(stream, device).await {
+                if let Err(error) = carry(stream, device, &reaper).await {
                     warning!("share {volume}: {error}");
                 }
             });
@@ -76,7 +85,8 @@ fn mount_fuse(volume: &VolumeId) -> io::Result<FdIo> {
 }
 
 /// Carries messages until the host's end closes: from then on the mount answers `ENOTCONN`.
-async fn carry(stream: MuxStream, device: FdIo) -> io::Result<()> {
+async fn carry(stream: MuxStream, device: FdIo, reaper: &Reaper) -> io::Result<()> {
+    let crowded = Notify::new();
     let (mut from_host, mut to_host) = tokio::io::split(stream);
     let (mut questions, mut answers) = tokio::io::split(device);
     let asking = async {
@@ -104,6 +114,10 @@ async fn carry(stream: MuxStream, device: FdIo) -> io::Result<()> {
             message.extend_from_slice(&length.to_le_bytes());
             message.resize(size, 0);
             from_host.read_exact(message.get_mut(size_of::<u32>()..).unwrap_or_default()).await?;
+            if message == FORGET {
+                crowded.notify_one();
+                continue;
+            }
             match answers.write(&message).await {
                 // Nobody waits for it any more.
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
@@ -115,5 +129,21 @@ async fn carry(stream: MuxStream, device: FdIo) -> io::Result<()> {
     tokio::select! {
         ended = asking => ended,
         ended = answering => ended,
+        ended = forget(&crowded, reaper) => ended,
+    }
+}
+
+/// Makes the kernel forget files that nobody has open, whenever the host has too many open for it.
+async fn forget(crowded: &Notify, reaper: &Reaper) -> io::Result<()> {
+    /// With what is known of names goes what is known of a share's files: FUSE keeps those no longer.
+    const NAMES: &[u8] = b"2";
+    loop {
+        crowded.notified().await;
+        let forgotten = apart(reaper, || {
+            fs::write("/proc/sys/vm/drop_caches", NAMES).map_err(|error| error.to_string())
+        });
+        if let Ok(Err(error)) | Err(error) = forgotten.await.map_err(|error| error.to_string()) {
+            warning!("files of shares are not forgotten: {error}");
+        }
     }
 }

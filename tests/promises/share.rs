@@ -20,6 +20,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "share::owners_and_groups", run: owners_and_groups },
     Test { name: "share::read_only_is_the_hosts_word", run: read_only_is_the_hosts_word },
     Test { name: "share::large_and_many", run: large_and_many },
+    Test { name: "share::more_files_than_can_be_open", run: more_files_than_can_be_open },
     Test { name: "share::one_file", run: one_file },
     Test { name: "share::later_mounts", run: later_mounts },
     Test { name: "share::server_is_confined_and_may_die", run: server_is_confined_and_may_die },
@@ -137,6 +138,29 @@ fn large_and_many(ctx: &Context<'_>) -> Result<()> {
         fs::write(folder.join(format!("host-{number}")), "")?;
     }
     same("listed", container.sh("ls /data | wc -l")?.text(), "1001")?;
+    pod.remove()
+}
+
+/// The guest's kernel remembers what it has seen, and the server has a file open for each.
+fn more_files_than_can_be_open(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    const FILES: usize = 2400;
+    let folder = directory(ctx)?;
+    for number in 0..FILES {
+        fs::write(folder.join(number.to_string()), "")?;
+    }
+    fs::write(folder.join("last"), "read")?;
+    let pod = ctx.pod("crowd")?;
+    let container = pod.start(&mounted(pod::script("c", "sleep 1000"), "/data", &folder, false))?;
+    let found = servers(&folder.display().to_string());
+    let [server] = found[..] else { anyhow::bail!("servers: {found:?}") };
+    let limit =
+        Command::new("prlimit").args(["--nofile=1600", "--pid", &server.to_string()]).status()?;
+    ensure!(limit.success(), "prlimit");
+    let script = "find /data -type f -size +1000 2>&1; cat /data/last; echo x > /data/new";
+    same("all of them", container.sh(script)?.text(), "read")?;
+    let open = fs::read_dir(format!("/proc/{server}/fd"))?.count();
+    ensure!(open < 1200, "{open} files are still open");
     pod.remove()
 }
 

@@ -13,6 +13,10 @@ pub const REHEARSAL: &str = "rehearsal";
 /// What is shared with the guest has this name in the root of the share's mount.
 pub const SHARED: &str = "shared";
 
+/// Among the answers of a share: not one, but the request to forget files that are not in use, of each of
+/// which the server has one open. In the form of an answer (`struct fuse_out_header`): its length, and zeros.
+pub const FORGET: [u8; 16] = [16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
 /// containerd's bound.
 pub const MAX_ID: usize = 76;
 /// How much of a refused name an error shows.

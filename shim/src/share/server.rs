@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -20,7 +21,7 @@ use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::api::{Vfs, VfsOptions};
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader};
-use joey_protocol::ids::SHARED;
+use joey_protocol::ids::{FORGET, SHARED};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -74,9 +75,10 @@ pub fn serve(args: &[OsString]) -> Result<()> {
         served.as_ref().map_or_else(|error| format!("{error:#}").into_bytes(), |_| READY.into());
     send(socket.as_raw_fd(), &said, MsgFlags::MSG_NOSIGNAL)?;
     let server = served?;
+    let crowd = Crowd::default();
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
-            scope.spawn(|| answer(&server, socket));
+            scope.spawn(|| answer(&server, socket, &crowd));
         }
     });
     Ok(())
@@ -176,8 +178,40 @@ fn give_up_privileges() -> Result<()> {
     Ok(nix::sys::prctl::set_no_new_privs()?)
 }
 
+/// How many files are open, for the guest: one for each that its kernel remembers, used or not.
+#[derive(Default)]
+struct Crowd {
+    /// How many there were when the guest was last told to forget some; 0 if there are few.
+    told: AtomicU64,
+}
+
+impl Crowd {
+    /// Whether the guest is to be told, now that so many are open: at half of the limit, and then again
+    /// for as long as they become more.
+    fn is_to_be_told(&self, open: u64, limit: u64) -> bool {
+        if open < limit / 2 {
+            self.told.store(0, Ordering::Relaxed);
+            return false;
+        }
+        let told = self.told.load(Ordering::Relaxed);
+        let due = open >= told.saturating_add(limit / 16);
+        due && self.told.compare_exchange(told, open, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    fn look(&self, socket: BorrowedFd<'_>) {
+        let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+        // The kernel gives the lowest number that is free.
+        let open = socket
+            .try_clone_to_owned()
+            .map_or(limit, |next| u64::from(next.as_raw_fd().unsigned_abs()));
+        if self.is_to_be_told(open, limit) {
+            let _ = send(socket.as_raw_fd(), &FORGET, MsgFlags::MSG_NOSIGNAL);
+        }
+    }
+}
+
 /// Answers one request after another.
-fn answer(server: &Server<Vfs>, socket: BorrowedFd<'_>) {
+fn answer(server: &Server<Vfs>, socket: BorrowedFd<'_>, crowd: &Crowd) {
     let (mut request, mut reply) = (vec![0; MESSAGE], vec![0; MESSAGE]);
     loop {
         let length = match recv(socket.as_raw_fd(), &mut request, MsgFlags::empty()) {
@@ -192,6 +226,7 @@ fn answer(server: &Server<Vfs>, socket: BorrowedFd<'_>) {
         let (Ok(reader), Ok(writer)) = (reader, writer) else { return };
         // What a guest asks wrongly is its own loss: it has got an error for it, or nothing.
         let _ = server.handle_message(reader, writer.into(), None, None);
+        crowd.look(socket);
     }
 }
 
@@ -212,5 +247,20 @@ impl Shared {
             }
         }
         bail!("{words:?}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crowd_is_told_of_once_for_each_step() {
+        let crowd = Crowd::default();
+        let told = |open| crowd.is_to_be_told(open, 1600);
+        assert!(!told(799));
+        assert!(told(800) && !told(801) && !told(899));
+        assert!(told(900) && told(1600) && !told(1600));
+        assert!(!told(20) && told(800), "it helped, and they are many again");
     }
 }
