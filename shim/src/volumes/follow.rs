@@ -5,7 +5,7 @@
 //! happens in the guest, in the same order, so that a container sees the same links and the same
 //! inotify events, and never a half of anything.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use joey_protocol::api;
 use tokio::sync::Mutex;
 
 use super::watch::{Watch, Watches};
@@ -25,7 +24,7 @@ use crate::sandbox::plan::Volume;
 pub(super) const DATA: &str = "..data";
 /// The kubelet makes and removes its links within this time after a swap.
 const SETTLE: Duration = Duration::from_millis(50);
-/// How long what cannot be read or put is left alone at first, and at most.
+/// How long a guest that refuses is left alone at first, and how long anything at most.
 const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_AT_MOST: Duration = Duration::from_secs(60);
 /// How often a container's creation tries.
@@ -36,6 +35,8 @@ const ATTEMPTS: u32 = 5;
 pub(super) struct Published {
     root: PathBuf,
     seen: Listing,
+    /// Folders of which a part may be in the guest: they could not be read to their end.
+    begun: HashSet<PathBuf>,
 }
 
 /// The links of a published volume, `..data` among them, and where they lead.
@@ -61,7 +62,7 @@ impl Published {
         }
         let watch = watches.watch(&root);
         let seen = list(&root)?;
-        Ok(Some((Self { root, seen }, watch)))
+        Ok(Some((Self { root, seen, begun: HashSet::new() }, watch)))
     }
 
     /// Carries what has changed into the guest, for a container that is about to be created. The
@@ -86,6 +87,7 @@ impl Published {
         let data = OsString::from(DATA);
         let (before, after) = (self.seen.get(&data), now.get(&data));
         if let Some(folder) = after.filter(|after| Some(*after) != before) {
+            self.begun.insert(folder.clone());
             sender.below(&self.root, folder).await?;
         }
         // The swap, and only then the links that go through it.
@@ -100,16 +102,13 @@ impl Published {
         }
         let gone = self.seen.keys().filter(|name| !now.contains_key(*name)).map(PathBuf::from);
         let old = before.filter(|before| after.is_some() && Some(*before) != after);
-        for path in gone.chain(old.cloned()) {
-            let entry = api::FileEntry {
-                path: path.to_string_lossy().into_owned(),
-                remove: true,
-                ..Default::default()
-            };
-            sender.push(&path, entry).await?;
+        let halves = self.begun.iter().filter(|begun| Some(*begun) != after);
+        for path in gone.chain(old.into_iter().chain(halves).cloned()) {
+            sender.remove(&path).await?;
         }
         sender.flush().await?;
         self.seen = now;
+        self.begun.clear();
         Ok(())
     }
 }
@@ -132,7 +131,7 @@ pub(super) async fn follow(
 /// Carries a change until the guest has it: a guest that refuses, or does not answer, may do so later.
 /// False if volume or guest are gone. What changes meanwhile is carried with it.
 async fn insist(published: &Mutex<Published>, client: &Client, volume: &Volume) -> bool {
-    let mut pause = AGAIN;
+    let mut pause = SETTLE;
     let mut warned = false;
     loop {
         let mut published = published.lock().await;
@@ -151,6 +150,7 @@ async fn insist(published: &Mutex<Published>, client: &Client, volume: &Volume) 
                 return false;
             }
             Err(VolumeError::Guest(error)) => {
+                pause = pause.max(AGAIN);
                 if !std::mem::replace(&mut warned, true) {
                     let path = published.root.display();
                     tracing::warn!(%path, %error, "change of a volume not in the guest yet: tried again");

@@ -9,7 +9,7 @@ mod follow;
 mod tests;
 mod watch;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
@@ -77,13 +77,17 @@ pub enum VolumeError {
 pub(crate) struct Volumes {
     watches: Watches,
     followed: Arc<Followed>,
+    copied: Mutex<HashMap<String, Kinds>>,
 }
+
+/// What was copied of a volume that is not followed (yet), and what kind of file each is (`S_IFMT`).
+type Kinds = BTreeMap<PathBuf, u32>;
 
 /// Those that are followed, by name. Only what is in the guest is here.
 type Followed = Mutex<HashMap<String, Arc<AsyncMutex<Published>>>>;
 
-fn lock(followed: &Followed) -> MutexGuard<'_, HashMap<String, Arc<AsyncMutex<Published>>>> {
-    followed.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Volumes {
@@ -131,12 +135,35 @@ impl Volumes {
         }
         let mut sender = Sender::new(client, volume);
         let found = Published::watch(path, &self.watches).map_err(sender.read_error(path))?;
-        sender.tree(path).await?;
-        sender.flush().await?;
+        self.whole(&mut sender, path).await?;
         if let Some((published, watch)) = found {
+            lock(&self.copied).remove(&volume.id);
             self.follow(client.clone(), volume.clone(), published, watch);
         }
         Ok(())
+    }
+
+    /// Copies everything, and first takes away what an earlier copy has left that is not there any more: a
+    /// container that starts again has another version of its part (subPath), or the first copy was not whole.
+    async fn whole(&self, sender: &mut Sender<'_>, path: &Path) -> Result<(), VolumeError> {
+        let id = &sender.volume.id;
+        let before = lock(&self.copied).get(id).cloned().unwrap_or_default();
+        let is = |inner: &Path| fs::symlink_metadata(path.join(inner)).map(|meta| kind(&meta));
+        let gone = before.iter().filter(|(inner, kind)| is(inner).ok() != Some(**kind));
+        let names: BTreeSet<_> = gone.filter_map(|(inner, _)| inner.iter().next()).collect();
+        for name in names {
+            sender.remove(Path::new(name)).await?;
+        }
+        let sent = match sender.tree(path).await {
+            Ok(()) => sender.flush().await,
+            failed => failed,
+        };
+        let mut kinds = std::mem::take(&mut sender.kinds);
+        if sent.is_err() {
+            kinds.extend(before);
+        }
+        lock(&self.copied).insert(id.clone(), kinds);
+        sent
     }
 
     /// Keeps a volume in the guest up to date, for all containers that mount it.
@@ -181,6 +208,7 @@ struct Sender<'a> {
     bytes: usize,
     total: u64,
     count: u64,
+    kinds: Kinds,
 }
 
 impl<'a> Sender<'a> {
@@ -194,6 +222,7 @@ impl<'a> Sender<'a> {
             bytes: 0,
             total: 0,
             count: 0,
+            kinds: Kinds::new(),
         }
     }
 
@@ -274,8 +303,17 @@ impl<'a> Sender<'a> {
             return Err(self.too_large(inner));
         }
         self.bytes += entry.data.len() + entry.path.len() + 64;
+        if !entry.remove {
+            self.kinds.insert(inner.to_owned(), entry.mode & libc::S_IFMT);
+        }
         self.pending.push(entry);
         if self.bytes >= MESSAGE { self.flush().await } else { Ok(()) }
+    }
+
+    /// Takes a name of the volume away, and what is below it.
+    async fn remove(&mut self, name: &Path) -> Result<(), VolumeError> {
+        let path = name.to_string_lossy().into_owned();
+        self.push(name, api::FileEntry { path, remove: true, ..Default::default() }).await
     }
 
     async fn flush(&mut self) -> Result<(), VolumeError> {
@@ -293,6 +331,10 @@ impl<'a> Sender<'a> {
         self.bytes = 0;
         Ok(self.client.copy_in(&request).await?)
     }
+}
+
+fn kind(meta: &Metadata) -> u32 {
+    meta.mode() & libc::S_IFMT
 }
 
 fn entry(inner: &Path, meta: &Metadata, data: Vec<u8>) -> api::FileEntry {

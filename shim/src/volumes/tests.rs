@@ -138,3 +138,48 @@ async fn files_are_limited_by_their_bytes_not_their_number() {
     let error = rig.volumes.copy_in(&rig.client, volumes).await.unwrap_err();
     assert!(matches!(error, VolumeError::TooLarge { .. }), "{error}");
 }
+
+#[tokio::test]
+async fn another_version_of_a_part_leaves_nothing_of_the_one_before() {
+    let mut rig = rig().await;
+    let part = tempfile::tempdir().unwrap();
+    rig.volume.source = Source::Host(part.path().to_owned());
+    let write = |name: &str| {
+        fs::create_dir_all(part.path().join(name).parent().unwrap()).unwrap();
+        fs::write(part.path().join(name), name).unwrap();
+    };
+    ["a", "b", "deep/a", "deep/b", "other"].into_iter().for_each(write);
+    rig.container().await;
+    assert_eq!(rig.next().await, ["", "a", "b", "deep", "deep/a", "deep/b", "other"]);
+    for gone in ["b", "deep/b", "other"] {
+        fs::remove_file(part.path().join(gone)).unwrap();
+    }
+    write("other/a");
+    rig.container().await;
+    let again = ["", "-b", "-deep", "-other", "a", "deep", "deep/a", "other", "other/a"];
+    assert_eq!(rig.next().await, again);
+    fs::remove_file(part.path().join("a")).unwrap();
+    rig.container().await;
+    assert_eq!(rig.next().await, ["", "-a", "deep", "deep/a", "other", "other/a"]);
+}
+
+#[tokio::test]
+async fn half_of_a_folder_goes_with_the_next_swap() {
+    let mut rig = rig().await;
+    rig.container().await;
+    rig.next().await;
+    // More than a message, and then something that cannot be read to its end.
+    let begun = rig.source.path().join("..2");
+    fs::create_dir(&begun).unwrap();
+    for number in 0..5 {
+        File::create(begun.join(number.to_string())).unwrap().set_len(1 << 20).unwrap();
+    }
+    let file = File::create(begun.join("big")).unwrap();
+    file.set_len(MAX_BYTES + 1).unwrap();
+    symlink("..2", rig.source.path().join("..data_tmp")).unwrap();
+    fs::rename(rig.source.path().join("..data_tmp"), rig.source.path().join("..data")).unwrap();
+    assert!(rig.next().await.iter().any(|path| path.starts_with("..2")));
+    while tokio::time::timeout(Duration::from_secs(3), rig.sent.recv()).await.is_ok() {}
+    publish(rig.source.path(), "..3");
+    assert_eq!(rig.next().await, ["-..1", "-..2", "..3", "..3/key", "..data"]);
+}
