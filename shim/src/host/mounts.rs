@@ -30,14 +30,16 @@ fn unescape(field: &str) -> String {
     codes.iter().fold(field.to_owned(), |text, (code, character)| text.replace(code, character))
 }
 
-/// Which path of its file system is mounted at a path.
+/// Which path of its file system is mounted at a path, which may lead through links.
 pub(crate) fn root_of(path: &Path) -> Option<PathBuf> {
+    let path = path.canonicalize().ok()?;
     // The last one covers the others.
     table().into_iter().rfind(|entry| entry.place == path).map(|entry| entry.root)
 }
 
 /// From where the bind mount at a path was made: another place that shows the same, if there is one.
 pub(crate) fn bound_from(path: &Path) -> Option<PathBuf> {
+    let path = path.canonicalize().ok()?;
     let table = table();
     let bound = table.iter().rfind(|entry| entry.place == path)?;
     let other = |entry: &&Entry| entry.device == bound.device && entry.place != path;
@@ -60,5 +62,14 @@ mod tests {
         assert_eq!(parse("36 35 98:0"), None);
         assert!(root_of(Path::new("/")).is_some());
         assert_eq!(bound_from(Path::new("/nowhere")), None);
+    }
+
+    #[test]
+    fn a_link_on_the_way_hides_no_mount() {
+        let folder = tempfile::tempdir().unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink("/", &link).unwrap();
+        assert_eq!(root_of(&link.join("proc")), root_of(Path::new("/proc")));
+        assert!(root_of(&link.join("proc")).is_some());
     }
 }

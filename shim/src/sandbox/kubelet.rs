@@ -32,8 +32,8 @@ const PUBLISHED: [&str; 4] = [
 /// What a path of the host is to the kubelet.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Origin {
-    /// An emptyDir, and the path below it that is meant.
-    EmptyDir { folder: PathBuf, below: PathBuf },
+    /// An emptyDir, and the path below it that is meant, if that is known.
+    EmptyDir { folder: PathBuf, below: Option<PathBuf> },
     /// Content that the kubelet has written: configMap, secret, downwardAPI, projected.
     Published,
     /// The file for a container's last words.
@@ -74,7 +74,7 @@ pub(super) fn origin(source: &Path, destination: &Path, facts: &Facts<'_>) -> Or
     if in_volumes(source) {
         return match plugin(source) {
             Some(name) if name == EMPTY_DIR => {
-                Origin::EmptyDir { folder: source.to_owned(), below: PathBuf::new() }
+                Origin::EmptyDir { folder: source.to_owned(), below: Some(PathBuf::new()) }
             }
             Some(name) if PUBLISHED.iter().any(|known| name == *known) => Origin::Published,
             _ => Origin::Other,
@@ -84,8 +84,8 @@ pub(super) fn origin(source: &Path, destination: &Path, facts: &Facts<'_>) -> Or
     let folder = |plugin: &str| Some(volumes.join(plugin).join(&name));
     let there = |folder: &PathBuf| (facts.look)(folder) == Kind::Directory;
     if let Some(folder) = folder(EMPTY_DIR).filter(there) {
-        let below = (facts.mounted)(source)
-            .map_or_else(PathBuf::new, |root| below(&root, &Path::new(EMPTY_DIR).join(&name)));
+        let below =
+            (facts.mounted)(source).map(|root| below(&root, &Path::new(EMPTY_DIR).join(&name)));
         return Origin::EmptyDir { folder, below };
     }
     match PUBLISHED.iter().filter_map(|plugin| folder(plugin)).any(|folder| there(&folder)) {
@@ -93,6 +93,9 @@ pub(super) fn origin(source: &Path, destination: &Path, facts: &Facts<'_>) -> Or
         false => Origin::Other,
     }
 }
+
+/// Why it is not known which part of a volume is meant: the whole must not be shown for it.
+pub(super) const NO_PART: &str = "the kubelet has mounted no part of a volume here";
 
 /// A volume that a CSI driver leaves to the guest.
 pub(super) struct DirectVolume {
@@ -118,7 +121,7 @@ pub(super) fn direct(source: &Path, facts: &Facts<'_>) -> Result<Option<DirectVo
     let place = Path::new(CSI).join(name).join("mount");
     let folder = volumes.join(&place);
     let Some(direct) = find(&folder)? else { return Ok(None) };
-    let root = (facts.mounted)(source).ok_or("the kubelet has mounted no part of a volume here")?;
+    let root = (facts.mounted)(source).ok_or(NO_PART)?;
     Ok(Some(DirectVolume { folder, direct, below: below(&root, &place) }))
 }
 
@@ -161,11 +164,11 @@ mod tests {
         };
         let mounted = |path: &Path| {
             let part = "kubelet/pods/u/volumes/kubernetes.io~empty-dir/cache/a/b";
-            Some(PathBuf::from(if path.ends_with("0") {
-                format!("/disk/{part}")
-            } else {
-                "/a".into()
-            }))
+            match path.file_name()?.to_str()? {
+                "0" => Some(format!("/disk/{part}").into()),
+                "1" => Some("/a".into()),
+                _ => None,
+            }
         };
         let files = BTreeMap::new();
         let described = |_: &Path| None;
@@ -187,7 +190,7 @@ mod tests {
             |plugin: &str, name: &str| of(&format!("{pod}/volumes/kubernetes.io~{plugin}/{name}"));
         let empty = |below: &str| Origin::EmptyDir {
             folder: format!("{pod}/volumes/kubernetes.io~empty-dir/cache").into(),
-            below: below.into(),
+            below: Some(below.into()),
         };
         assert_eq!(volume("empty-dir", "cache"), empty(""));
         for plugin in ["configmap", "secret", "projected", "downward-api"] {
@@ -199,6 +202,7 @@ mod tests {
             |name: &str, index: u32| of(&format!("{pod}/volume-subpaths/{name}/app/{index}"));
         assert_eq!(part("cache", 0), empty("a/b"));
         assert_eq!(part("cache", 1), empty("a"), "in a tmpfs");
+        assert!(matches!(part("cache", 2), Origin::EmptyDir { below: None, .. }), "not the whole");
         assert_eq!(part("settings", 0), Origin::Published);
         assert_eq!(part("disk", 0), Origin::Other);
         let containerd = "/var/lib/containerd/io.containerd.grpc.v1.cri";

@@ -185,9 +185,10 @@ impl Plan {
         let kind = (facts.look)(source);
         match (kubelet::origin(source, destination, facts), kind, pod_file) {
             (Origin::Kernel, _, _) => Ok(Place::Guest),
-            (Origin::EmptyDir { folder, below }, Kind::Directory, _) => {
+            (Origin::EmptyDir { folder, below: Some(below) }, Kind::Directory, _) => {
                 Ok(Place::Volume(volume(&folder, Source::Empty(folder.clone())), below))
             }
+            (Origin::EmptyDir { below: None, .. }, Kind::Directory, _) => no(kubelet::NO_PART),
             // What the image has there is in its root, and what is written on top goes with it.
             (Origin::ImageVolume, Kind::Directory, _) => {
                 Ok(Place::Named(format!("joey-scratch:{}", volume_id(source))))
