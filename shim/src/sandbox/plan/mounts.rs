@@ -197,7 +197,10 @@ impl Plan {
                 if let Some(description) = (facts.described)(source) =>
             {
                 let name = volume_id(source);
-                self.images.push((name.clone(), description));
+                // A pod may mount one image at several places.
+                if self.images.iter().all(|(known, _)| *known != name) {
+                    self.images.push((name.clone(), description));
+                }
                 Ok(Place::Named(format!("joey-disk:{name}")))
             }
             // It shows the users of the image, and nothing else of it.

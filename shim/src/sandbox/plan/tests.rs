@@ -207,7 +207,10 @@ fn an_image_whose_disk_is_not_described_is_refused() {
     assert!(undescribed.contains("/i (from ") && undescribed.contains("disk.json"));
     let stock = plan(&spec(of("stock"))).unwrap();
     assert!(matches!(stock.volumes[0].source, Source::Shared(_)), "another snapshotter's");
-    let described = plan(&spec(of("known"))).unwrap();
+    let known = format!("{images}/known-dir");
+    let twice = json!([bind("/i", &known, &["rbind", "ro"]), bind("/j", &known, &["rbind", "ro"])]);
+    let described = plan(&spec(twice)).unwrap();
+    assert_eq!(described.images.len(), 1, "one disk, however often it is mounted");
     assert_eq!(described.images[0].1, Path::new("/disks/d/disk.json"));
 }
 
