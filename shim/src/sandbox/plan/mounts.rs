@@ -168,6 +168,7 @@ impl Plan {
         facts: &Facts<'_>,
     ) -> Result<Place, Refusal> {
         let shown = format!("{} (from {})", destination.display(), source.display());
+        let read_only = has("ro") || has("rro");
         let no = |reason: &str| Err(refuse("mount", &shown, reason));
         let pod_file = destination.to_str().filter(|path| POD_FILES.contains(path));
         let volume = |path: &Path, source| Volume {
@@ -220,7 +221,7 @@ impl Plan {
                 no("sockets, FIFOs and devices of the host cannot be shared with a virtual machine")
             }
             (Origin::Published, _, _) => copied(),
-            (Origin::TerminationLog, Kind::File, _) if !has("ro") => {
+            (Origin::TerminationLog, Kind::File, _) if !read_only => {
                 // The kubelet names the file anew at each restart; its directory stays.
                 let stable = source.parent().unwrap_or(source).join("termination-log");
                 let volume = volume(&stable, Source::Host(source.to_owned()));
@@ -234,7 +235,7 @@ impl Plan {
             _ => {
                 let shared = Shared {
                     path: source.to_owned(),
-                    read_only: has("ro"),
+                    read_only,
                     live_mounts: has("rslave") || has("slave"),
                 };
                 // One share for each way of sharing: what is read-only is so on the host's side.

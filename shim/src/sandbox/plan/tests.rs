@@ -132,6 +132,7 @@ fn what_is_the_hosts_is_shared_live_each_way_apart() {
         bind("/e", "/host/file", &["rbind", "rprivate", "ro"]),
         bind("/f", kubelet, &["rbind", "rprivate", "ro"]),
         bind("/g", "/dev/fuse", &["rbind", "rprivate", "rw"]),
+        bind("/h", "/host/other/dir", &["rbind", "rprivate", "rro"]),
     ])))
     .unwrap();
     let shared = |path: &str, read_only, live_mounts| {
@@ -148,6 +149,7 @@ fn what_is_the_hosts_is_shared_live_each_way_apart() {
             Source::Host(kubelet.into()),
         ]
     );
+    assert_eq!(sources[5], shared("/host/other/dir", true, false), "recursively");
     let sent: Spec = serde_json::from_slice(&plan.spec).unwrap();
     let source = |n: usize| sent.mounts().as_ref().unwrap()[n].source().clone().unwrap();
     assert_eq!(source(0), source(3));
