@@ -10,10 +10,11 @@ use anyhow::{Context as _, Result, ensure};
 use joey_tests::{paths, pod};
 use k8s_cri::v1::{ContainerConfig, ContainerMetadata, Mount};
 
-use crate::context::{Context, Test, holds, same};
+use crate::context::{Context, Test, holds, refused, same, skip};
 
 pub const TESTS: &[Test] = &[
     Test { name: "volumes::empty_dir", run: empty_dir },
+    Test { name: "volumes::huge_pages_are_refused", run: huge_pages_are_refused },
     Test { name: "volumes::config_map_follows", run: config_map_follows },
     Test { name: "volumes::sockets_in_an_empty_dir", run: sockets_in_an_empty_dir },
     Test { name: "volumes::watchers_are_told", run: watchers_are_told },
@@ -111,6 +112,23 @@ fn empty_dir(ctx: &Context<'_>) -> Result<()> {
         same("on the host", fs::read_dir(&folder)?.count(), 0)?;
     }
     pod.remove()
+}
+
+fn huge_pages_are_refused(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let folder = volume(ctx, "empty-dir", "huge")?;
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "hugetlbfs", "none"]).arg(&folder);
+    if !ctx.node.run_inside(mount)?.status.success() {
+        return skip("the host's kernel has no huge pages");
+    }
+    let mounted_here = InMemory { ctx, folder: &folder };
+    let pod = ctx.pod("huge")?;
+    let config = mounted(pod::script("c", "true"), "/huge", &folder, false);
+    refused("huge pages", pod.start(&config), "huge pages")?;
+    let done = pod.remove();
+    drop(mounted_here);
+    done
 }
 
 /// Publishes files as the kubelet's AtomicWriter does.

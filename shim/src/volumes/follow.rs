@@ -157,7 +157,11 @@ async fn insist(published: &Mutex<Published>, client: &Client, volume: &Volume) 
                 }
             }
             // Only another change can help.
-            Err(error @ (VolumeError::TooLarge { .. } | VolumeError::Special { .. })) => {
+            Err(
+                error @ (VolumeError::TooLarge { .. }
+                | VolumeError::Special { .. }
+                | VolumeError::HugePages { .. }),
+            ) => {
                 tracing::warn!(%error, "change of a volume not carried into the guest");
                 return true;
             }

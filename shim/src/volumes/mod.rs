@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use joey_protocol::api;
 use joey_protocol::limits::MAX_COPY_IN_CHUNK;
+use nix::sys::statfs::{HUGETLBFS_MAGIC, Statfs, TMPFS_MAGIC, statfs};
 use tokio::sync::Mutex as AsyncMutex;
 
 use self::follow::Published;
@@ -65,6 +66,17 @@ pub enum VolumeError {
         /// The mount.
         destination: PathBuf,
         /// The file.
+        path: PathBuf,
+    },
+    /// An emptyDir of a medium that the guest has not.
+    #[error(
+        "mount {destination}: {path} is an emptyDir of huge pages, which are not available in a VM pod: use \
+         medium Memory"
+    )]
+    HugePages {
+        /// The mount.
+        destination: PathBuf,
+        /// The kubelet's folder.
         path: PathBuf,
     },
     /// The guest refused.
@@ -116,8 +128,13 @@ impl Volumes {
                 Source::Shared(_) | Source::Direct(_) => {}
                 Source::Empty(path) => {
                     let meta = fs::metadata(path).map_err(sender.read_error(path))?;
-                    (sender.medium, sender.size_bytes) =
-                        medium(path).map_err(sender.read_error(path))?;
+                    let found = statfs(path).map_err(io::Error::from);
+                    let found = found.map_err(sender.read_error(path))?;
+                    if found.filesystem_type() == HUGETLBFS_MAGIC {
+                        let (destination, path) = (volume.destination.clone(), path.clone());
+                        return Err(VolumeError::HugePages { destination, path });
+                    }
+                    (sender.medium, sender.size_bytes) = medium(&found);
                     sender.push(Path::new(""), entry(Path::new(""), &meta, Vec::new())).await?;
                 }
             }
@@ -189,13 +206,12 @@ impl Volumes {
 
 /// Where an emptyDir is kept in the guest: as the kubelet has it on the host, which mounts a tmpfs for
 /// `medium: Memory`, as large as its `sizeLimit`.
-fn medium(path: &Path) -> io::Result<(api::Medium, u64)> {
-    let found = nix::sys::statfs::statfs(path)?;
-    if found.filesystem_type() != nix::sys::statfs::TMPFS_MAGIC {
-        return Ok((api::Medium::DISK, 0));
+fn medium(found: &Statfs) -> (api::Medium, u64) {
+    if found.filesystem_type() != TMPFS_MAGIC {
+        return (api::Medium::DISK, 0);
     }
     let block = u64::try_from(found.block_size()).unwrap_or(0);
-    Ok((api::Medium::OWN_MEMORY, found.blocks().saturating_mul(block)))
+    (api::Medium::OWN_MEMORY, found.blocks().saturating_mul(block))
 }
 
 struct Sender<'a> {
