@@ -62,7 +62,10 @@ pub(crate) fn bind_source(
         if !source.is_absolute() {
             return Err(format!("source {source:?} is not an absolute path"));
         }
-        return paths::open_path(source).map_err(failed);
+        return paths::open_path(source).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => format!("the guest, whose own it is, has no {source:?}"),
+            _ => failed(error),
+        });
     };
     let (id, below) = named.split_once('/').unwrap_or((named, ""));
     let id = VolumeId::new(id).map_err(|error| error.to_string())?;

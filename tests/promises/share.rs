@@ -176,6 +176,10 @@ fn one_file(ctx: &Context<'_>) -> Result<()> {
     same("on the host", fs::read_to_string(folder.join("f"))?.as_str(), "two\n")?;
     fs::write(folder.join("f"), "three")?;
     same("live", container.sh("cat /data/f")?.text(), "three")?;
+    for (name, at, path) in [("x", "/etc", folder.join("f")), ("y", "/etc/passwd", folder)] {
+        let config = mounted(pod::script(name, "true"), at, &path, false);
+        refused("what is a directory on what is none", pod.start(&config), "directory")?;
+    }
     pod.remove()
 }
 
@@ -255,6 +259,8 @@ fn kernel_paths_are_the_guests(ctx: &Context<'_>) -> Result<()> {
     let container = pod.start(&mounted(config, "/host-dev", "/dev".as_ref(), false))?;
     let script = "ls /host-dev | grep -c vd; ls /host-sys | grep -c kernel";
     same("the guest's", container.sh(script)?.text(), "16\n1")?;
+    let absent = mounted(pod::script("a", "true"), "/x", "/dev/loop-control".as_ref(), false);
+    refused("what the host alone has", pod.start(&absent), "the guest, whose own it is, has no")?;
     pod.remove()
 }
 

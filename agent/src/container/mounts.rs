@@ -97,6 +97,14 @@ fn bind_mount(
         .is_dir();
     let target =
         target(root, mount, if is_directory { Missing::Directory } else { Missing::File })?;
+    let onto = nix::sys::stat::fstat(&target).map_err(|error| bad(mount, error))?;
+    if is_directory != (onto.st_mode & libc::S_IFMT == libc::S_IFDIR) {
+        let why = match is_directory {
+            true => "a directory cannot be mounted on what is a file in the image",
+            false => "a file cannot be mounted on what is a directory in the image",
+        };
+        return Err(Error::new(Kind::Invalid, bad(mount, why).to_string()));
+    }
     let copy = sys::clone_tree(opened.as_fd(), Path::new(""), options.recursive)
         .map_err(|error| bad(mount, format!("binding {source:?}: {error}")))?;
     finish(mount, copy.as_fd(), options, target.as_fd())
