@@ -260,17 +260,20 @@ fn image_volume_of_cri(ctx: &Context<'_>) -> Result<()> {
     let layer = Layer::default().file("model/weights", 0o644, b"weights")?;
     let image = Image::import(ctx, "crimodel", vec![layer])?;
     let pod = ctx.pod("crimodel")?;
-    let script =
-        "cat /mnt/model/weights; echo; grep -c ' /mnt erofs ro' /proc/mounts; touch /mnt/x 2>&1";
+    let script = "cat /mnt/model/weights; echo; grep -c ' /mnt erofs ro' /proc/mounts; touch /mnt/x 2>&1; \
+         cat /again/model/weights";
     let mut config = pod::script("c", script);
-    config.mounts.push(Mount {
-        container_path: "/mnt".into(),
-        image: Some(ImageSpec { image: image.name.clone(), ..ImageSpec::default() }),
-        readonly: true,
-        ..Mount::default()
-    });
+    for place in ["/mnt", "/again"] {
+        config.mounts.push(Mount {
+            container_path: place.into(),
+            image: Some(ImageSpec { image: image.name.clone(), ..ImageSpec::default() }),
+            readonly: true,
+            ..Mount::default()
+        });
+    }
     let seen = pod.finish(&config)?.text();
     holds("content", &seen, "weights\n1\ntouch: /mnt/x: Read-only file system")?;
+    holds("at another place", &seen, "system\nweights")?;
     pod.remove()
 }
 
