@@ -249,7 +249,10 @@ impl Sandbox {
             return usage(Path::new(CGROUP_ROOT)).map_err(engine);
         }
         let container = self.containers.get(&request.container_id)?;
-        container.engine.stats().map_err(engine)
+        let mut stats = container.engine.stats().map_err(engine)?;
+        (stats.layer_bytes, stats.layer_inodes) = container.layer_usage();
+        (stats.volumes_bytes, stats.volumes_inodes) = self.disk.volumes_usage();
+        Ok(stats)
     }
 
     /// A container's processes.

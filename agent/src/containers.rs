@@ -217,6 +217,13 @@ impl ContainerEntry {
         }
     }
 
+    /// Bytes and inodes that its writable layer uses, if it has one.
+    pub(crate) fn layer_usage(&self) -> (u64, u64) {
+        let root = lock(&self.root);
+        let layer = root.as_ref().and_then(|(_, _, layer)| layer.as_ref());
+        layer.map_or((0, 0), Layer::usage)
+    }
+
     /// Tells the host of memory kills that it does not know of yet.
     fn check_oom(&self) {
         let kills = self.engine.oom_kills();

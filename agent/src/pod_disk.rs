@@ -23,12 +23,13 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use joey_protocol::api;
 use joey_protocol::limits::{MAX_POD_DISK, POD_DISK};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use tokio::sync::Mutex;
+use tokio::sync::Mutex as AsyncMutex;
 
 use crate::apart::apart;
 use crate::device_mapper::{self, Key};
@@ -59,7 +60,7 @@ const INODES_PER_GROUP: usize = 40;
 pub(crate) const REMOVE: &str = "remove-layer";
 /// When a deleted container's layer is removed: most often the machine is gone by then.
 const LATER: Duration = Duration::from_secs(5);
-/// Project ids of layers begin after ext4's own, 0.
+/// Project ids of layers and emptyDirs begin after ext4's own, 0.
 const FIRST_PROJECT: u32 = 1;
 const OPTIONS: &str = "discard,noinit_itable,no_prefetch_block_bitmaps,nobarrier,prjquota";
 
@@ -69,8 +70,10 @@ pub(crate) struct PodDisk {
     /// An empty file system's blocks that are not zero: for each its number (u64, little endian) and bytes.
     blank: Vec<u8>,
     /// Bytes that an open one has room for. Held while one is being opened.
-    open: Mutex<Option<u64>>,
+    open: AsyncMutex<Option<u64>>,
     made: AtomicU32,
+    /// Projects of the emptyDirs.
+    volumes: Mutex<Vec<u32>>,
     reaper: Reaper,
 }
 
@@ -78,13 +81,15 @@ pub(crate) struct PodDisk {
 #[derive(Debug)]
 pub(crate) struct Layer {
     path: PathBuf,
+    project: u32,
     reaper: Reaper,
 }
 
 impl PodDisk {
     /// No disk yet.
     pub(crate) fn new(blank: Vec<u8>, reaper: Reaper) -> Self {
-        Self { blank, open: Mutex::default(), made: AtomicU32::new(FIRST_PROJECT), reaper }
+        let made = AtomicU32::new(FIRST_PROJECT);
+        Self { blank, open: AsyncMutex::default(), made, volumes: Mutex::default(), reaper }
     }
 
     /// Puts the cipher over the slot of the pod's disk, which is empty yet, for every clone to set its key.
@@ -168,22 +173,54 @@ impl PodDisk {
 
     /// Makes an empty writable layer, which may fill the disk but counts what it uses.
     pub(crate) fn layer(&self) -> Result<Layer, StorageError> {
-        let room = self.open.try_lock().ok().and_then(|open| *open);
-        let room =
-            room.ok_or_else(|| StorageError::Invalid("the pod's disk is not open".to_owned()))?;
-        let project = self.made.fetch_add(1, Ordering::Relaxed);
+        let (project, room) = (self.project(), self.room()?);
         let path = Path::new(LAYERS).join(project.to_string());
         let make = || {
             fs::create_dir(&path)?;
-            let directory = File::open(&path)?;
-            sys::set_project(directory.as_fd(), project)?;
-            sys::limit_project(&device_mapper::node(POD_DISK), project, room)?;
+            count(&path, project, room)?;
             fs::create_dir(path.join("upper"))?;
             fs::create_dir(path.join("work"))
         };
         let made = make().map_err(failed("making a writable layer"));
-        made.map(|()| Layer { path, reaper: self.reaper.clone() })
+        made.map(|()| Layer { path, project, reaper: self.reaper.clone() })
     }
+
+    /// Makes an emptyDir that is still empty count what it uses, and hold no more than its limit; 0: the disk's.
+    pub(crate) fn volume(&self, directory: &Path, limit: u64) -> Result<(), StorageError> {
+        let (project, room) = (self.project(), self.room()?);
+        let most = if limit == 0 { room } else { limit.min(room) };
+        count(directory, project, most).map_err(failed("limiting an emptyDir"))?;
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner).push(project);
+        Ok(())
+    }
+
+    /// Bytes and inodes that all emptyDirs use.
+    pub(crate) fn volumes_usage(&self) -> (u64, u64) {
+        let projects = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = projects.iter().map(|&project| usage(project));
+        all.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+    }
+
+    fn project(&self) -> u32 {
+        self.made.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Bytes that the open disk has room for.
+    fn room(&self) -> Result<u64, StorageError> {
+        let room = self.open.try_lock().ok().and_then(|open| *open);
+        room.ok_or_else(|| StorageError::Invalid("the pod's disk is not open".to_owned()))
+    }
+}
+
+/// Makes a directory of the disk, and what will be in it, a project that may use so much.
+fn count(directory: &Path, project: u32, bytes: u64) -> io::Result<()> {
+    sys::set_project(File::open(directory)?.as_fd(), project)?;
+    sys::limit_project(&device_mapper::node(POD_DISK), project, bytes)
+}
+
+/// Bytes and inodes that a project uses; nothing once the disk is gone.
+fn usage(project: u32) -> (u64, u64) {
+    sys::project_usage(&device_mapper::node(POD_DISK), project).unwrap_or_default()
 }
 
 fn failed(step: &'static str) -> impl FnOnce(io::Error) -> StorageError {
@@ -213,6 +250,11 @@ impl Layer {
     /// Its directory, with `upper` and `work` in it.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Bytes and inodes that it uses.
+    pub(crate) fn usage(&self) -> (u64, u64) {
+        usage(self.project)
     }
 }
 

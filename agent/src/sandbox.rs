@@ -11,6 +11,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -393,6 +394,10 @@ impl Sandbox {
         let new = self.volumes.place(&id, medium, request.size_bytes)?;
         if request.if_missing && !new {
             return Ok(());
+        }
+        if new && medium == api::Medium::DISK {
+            let directory = Path::new(pod_disk::VOLUMES).join(id.as_str());
+            self.disk.volume(&directory, request.size_bytes)?;
         }
         for entry in &request.entries {
             self.volumes.put(&id, entry)?;

@@ -134,21 +134,41 @@ pub(crate) fn set_project(directory: BorrowedFd<'_>, project: u32) -> io::Result
     check(unsafe { libc::ioctl(directory.as_raw_fd(), SET as _, &attributes) }).map(drop)
 }
 
-/// Sets the most bytes that a project may use on a file system, by its device (quotactl(2)).
+/// Sets the most bytes that a project may use on a file system, by its device.
 pub(crate) fn limit_project(device: &Path, project: u32, bytes: u64) -> io::Result<()> {
-    const PROJECT: libc::c_int = 2;
     /// Units of limits are 1 KiB.
     const UNIT: u64 = 1024;
+    let limits = |quota: &mut libc::dqblk| {
+        quota.dqb_bhardlimit = bytes / UNIT;
+        quota.dqb_valid = libc::QIF_BLIMITS;
+    };
+    project_quota(libc::Q_SETQUOTA, device, project, limits).map(drop)
+}
+
+/// Bytes and inodes that a project uses on a file system, by its device.
+pub(crate) fn project_usage(device: &Path, project: u32) -> io::Result<(u64, u64)> {
+    let quota = project_quota(libc::Q_GETQUOTA, device, project, |_| {})?;
+    Ok((quota.dqb_curspace, quota.dqb_curinodes))
+}
+
+/// quotactl(2), for a project.
+fn project_quota(
+    command: libc::c_int,
+    device: &Path,
+    project: u32,
+    fill: impl FnOnce(&mut libc::dqblk),
+) -> io::Result<libc::dqblk> {
+    const PROJECT: libc::c_int = 2;
     let device = std::ffi::CString::new(device.as_os_str().as_encoded_bytes())?;
     // SAFETY: the structure is plain numbers, for all of which zero is valid.
-    let mut limits: libc::dqblk = unsafe { std::mem::zeroed() };
-    limits.dqb_bhardlimit = bytes / UNIT;
-    limits.dqb_valid = libc::QIF_BLIMITS;
-    let command = libc::QCMD(libc::Q_SETQUOTA, PROJECT);
+    let mut quota: libc::dqblk = unsafe { std::mem::zeroed() };
+    fill(&mut quota);
+    let command = libc::QCMD(command, PROJECT);
     let id = libc::c_int::try_from(project).map_err(io::Error::other)?;
-    let pointer = std::ptr::from_mut(&mut limits).cast();
+    let pointer = std::ptr::from_mut(&mut quota).cast();
     // SAFETY: the path is NUL-terminated and the structure lives through the call.
-    check(unsafe { libc::quotactl(command, device.as_ptr(), id, pointer) }).map(drop)
+    check(unsafe { libc::quotactl(command, device.as_ptr(), id, pointer) })?;
+    Ok(quota)
 }
 
 /// A call to the device mapper; `buffer` is a `struct dm_ioctl` and what follows it.

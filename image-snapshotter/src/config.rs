@@ -20,6 +20,8 @@ pub struct Config {
     /// Most bytes that the files of one layer may have together, holes included, and that its stream
     /// may have when it is decompressed.
     pub max_layer_bytes: u64,
+    /// `run_dir` of the shims, where they write down what containers have written.
+    pub run_dir: PathBuf,
     /// Unix socket on which metrics are given, if at all.
     pub metrics: Option<PathBuf>,
 }
@@ -31,6 +33,7 @@ impl Default for Config {
             socket: "/run/joey/snapshotter.sock".into(),
             containerd: "/run/containerd/containerd.sock".into(),
             max_layer_bytes: 64 << 30,
+            run_dir: "/run/joey".into(),
             metrics: None,
         }
     }

@@ -100,7 +100,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         tracing::info!("ending");
     };
     Server::builder()
-        .add_service(SnapshotsServer::new(Service { store }))
+        .add_service(SnapshotsServer::new(Service { store, run_dir: config.run_dir }))
         .add_service(DiffServer::new(Differ { applier }))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), end)
         .await?;

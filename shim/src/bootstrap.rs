@@ -430,12 +430,42 @@ pub fn print(answer: &[u8]) -> Result<(), BootstrapError> {
         .map_err(io_error("write answer to", Path::new("standard output")))
 }
 
+/// What this runtime can do, as the OCI runtime specification's `features.md` says it: for containerd 2's clients.
+/// (Of runc alone its CRI plugin asks for it too, up to 2.1, and tells the kubelet.)
+fn features() -> serde_json::Value {
+    serde_json::json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.2.1",
+        "hooks": [],
+        "mountOptions": [
+            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "noatime", "nodev",
+            "nodiratime", "noexec", "norelatime", "nostrictatime", "nosuid", "nosymfollow", "private",
+            "rbind", "relatime", "ro", "rprivate", "rro", "rslave", "rw", "slave", "strictatime", "suid",
+            "symfollow", "sync",
+        ],
+        "linux": {
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
+            "seccomp": {"enabled": true},
+            "apparmor": {"enabled": false},
+            "selinux": {"enabled": false},
+            "intelRdt": {"enabled": false},
+            "mountExtensions": {"idmap": {"enabled": false}},
+        },
+    })
+}
+
 /// What `-info` prints: containerd's RuntimeInfo.
 ///
 /// # Errors
 /// The message cannot be encoded (it always can).
 pub fn runtime_info() -> Result<Vec<u8>, BootstrapError> {
     use containerd_shim::protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+    let features = Any {
+        type_url: "types.containerd.io/opencontainers/runtime-spec/1/features/Features".to_owned(),
+        value: features().to_string().into_bytes(),
+        ..Default::default()
+    };
     let info = RuntimeInfo {
         name: RUNTIME_NAME.to_owned(),
         version: Some(RuntimeVersion {
@@ -443,6 +473,7 @@ pub fn runtime_info() -> Result<Vec<u8>, BootstrapError> {
             ..Default::default()
         })
         .into(),
+        features: Some(features).into(),
         ..Default::default()
     };
     Ok(info.write_to_bytes()?)
@@ -451,6 +482,13 @@ pub fn runtime_info() -> Result<Vec<u8>, BootstrapError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn features_are_the_specifications() {
+        let features: oci_spec::runtime::Features = serde_json::from_value(features()).unwrap();
+        assert!(features.mount_options().iter().flatten().any(|option| option == "rro"));
+        assert_eq!(features.hooks().as_deref(), Some(&[][..]));
+    }
 
     #[test]
     fn a_keeper_that_was_too_slow_loses_the_name_and_all_it_had() {

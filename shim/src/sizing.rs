@@ -4,7 +4,7 @@
 //! guest's overhead is added to the pod's memory before rounding up to a template's size, so that
 //! a container that reaches its own limit is killed inside the guest, never the VMM on the host.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +25,8 @@ pub const DISK_LIMITS: [&str; 4] = [
     "io.joey.disk.read-operations",
     "io.joey.disk.write-operations",
 ];
+/// Annotations: most bytes that an emptyDir on the pod's disk may hold, by the volume's name after it.
+pub const EMPTY_DIR: &str = "io.joey.empty-dir.";
 /// The others.
 const KNOWN: [&str; 3] = [VCPUS, MEMORY, DISK];
 const PREFIX: &str = "io.joey.";
@@ -58,9 +60,10 @@ pub struct SizingError {
 pub fn size(config: &Config, notes: &HashMap<String, String>) -> Result<Sizing, SizingError> {
     for (name, value) in notes {
         let known = || KNOWN.iter().chain(&DISK_LIMITS);
-        if name.starts_with(PREFIX) && !known().any(|known| known == name) {
+        let volumes = name.starts_with(EMPTY_DIR);
+        if name.starts_with(PREFIX) && !volumes && !known().any(|known| known == name) {
             let known = known().copied().collect::<Vec<_>>().join(", ");
-            return Err(bad(name, value, format!("unknown; known are {known}")));
+            return Err(bad(name, value, format!("unknown; known are {known}, {EMPTY_DIR}VOLUME")));
         }
     }
     Ok(Sizing { vcpus: vcpus(config, notes)?, memory_mib: memory(config, notes)? })
@@ -81,6 +84,18 @@ pub fn disk_mib(config: &Config, notes: &HashMap<String, String>) -> Result<u64,
         })?,
     };
     Ok(wanted.next_multiple_of(DISK_STEP_MIB))
+}
+
+/// The most bytes that emptyDirs may hold, by the volumes' names.
+pub fn empty_dirs(notes: &HashMap<String, String>) -> Result<BTreeMap<String, u64>, SizingError> {
+    let limit = |(name, value): (&String, &String)| {
+        let volume = name.strip_prefix(EMPTY_DIR)?.to_owned();
+        let bytes = mib(value).and_then(|mib| mib.checked_mul(1 << 20)).ok_or_else(|| {
+            bad(name, value, "must be like 512Mi or 20Gi: the volume's sizeLimit".to_owned())
+        });
+        Some(bytes.map(|bytes| (volume, bytes)))
+    };
+    notes.iter().filter_map(limit).collect()
 }
 
 /// What annotations make of the limits of a sandbox's disks: those that they do not name stay.

@@ -20,7 +20,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "disk::reads_and_operations_have_theirs", run: reads_and_operations_have_theirs },
     Test { name: "disk::memory_has_its_limit", run: memory_has_its_limit },
     Test { name: "disk::host_sees_nothing", run: host_sees_nothing },
-    Test { name: "disk::who_knows_what_a_layer_uses", run: who_knows_what_a_layer_uses },
+    Test { name: "disk::empty_dirs_have_their_limit", run: empty_dirs_have_their_limit },
 ];
 
 /// Removal waits a while, since the pod is most often gone by then.
@@ -214,22 +214,30 @@ fn changed_with(ctx: &Context<'_>, text: &str, stamp: &Path) -> Result<Vec<Strin
     Ok(String::from_utf8_lossy(&output.stdout).lines().map(ToOwned::to_owned).collect())
 }
 
-/// `df` tells what the pod uses; containerd asks the snapshotter, which has nothing of what a container wrote.
-fn who_knows_what_a_layer_uses(ctx: &Context<'_>) -> Result<()> {
+/// An emptyDir on disk has the limit that the pod's annotation names, which the container meets as an error.
+fn empty_dirs_have_their_limit(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let pod = pod(ctx, "1Gi")?;
-    let container = pod.start(&pod::script("c", "sleep 1000"))?;
-    let other = pod.start(&pod::script("o", "sleep 1000"))?;
-    container.sh("dd if=/dev/zero of=/big bs=1M count=20 2>/dev/null")?;
-    for container in [&container, &other] {
-        let used = container.sh("df -m / | awk 'END { print $3 }'")?.text().parse::<u64>()?;
-        ensure!((20..24).contains(&used), "df: {used} MiB");
-    }
-    let layer = ctx.node.cri.stats(&container.id)?.writable_layer.unwrap_or_default();
-    same("CRI's statistics", layer.used_bytes.unwrap_or_default().value, 0)?;
-    let usage = ["snapshots", "--snapshotter", "joey", "usage", "-b", &container.id];
-    let said = ctx.node.ctr(&usage)?;
-    let line = said.lines().find(|line| line.starts_with(&container.id)).unwrap_or_default();
-    same("the snapshotter", line.split_whitespace().nth(1), Some("0"))?;
-    pod.remove()
+    let folder = volume(ctx, "empty-dir", "limited")?;
+    let mut config = pod::config(ctx.node, "limited");
+    config.annotations.insert("io.joey.empty-dir.limited".into(), "8Mi".into());
+    let pod = Pod::run_with(ctx.node, ctx.handler, config.clone())?;
+    let container = mounted(pod::script("c", "sleep 1000"), "/cache", &folder, false);
+    let container = pod.start(&container)?;
+    let fill = |n: u32| format!("dd if=/dev/zero of=/cache/f bs=1M count={n} 2>&1; rm /cache/f");
+    let within = container.sh(&fill(7))?;
+    ensure!(!within.text().contains("quota"), "{within:?}");
+    let beyond = container.sh(&fill(9))?;
+    ensure!(beyond.text().contains("quota exceeded"), "{beyond:?}");
+    let size = container.sh("df -m /cache | awk 'END { print $2 }'")?;
+    same("its size", size.text(), "8")?;
+    // The layer is not what is limited.
+    same(
+        "the layer",
+        container.sh("dd if=/dev/zero of=/f bs=1M count=20 2>/dev/null; echo $?")?.text(),
+        "0",
+    )?;
+    pod.remove()?;
+    config.annotations.insert("io.joey.empty-dir.limited".into(), "much".into());
+    let wrong = Pod::run_with(ctx.node, ctx.handler, config);
+    refused("a limit", wrong, "io.joey.empty-dir.limited = \"much\"")
 }

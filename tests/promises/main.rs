@@ -25,9 +25,11 @@ mod restart;
 mod security;
 mod share;
 mod standby;
+mod statistics;
 mod storage;
 mod tasks;
 mod templates;
+mod unit;
 mod volumes;
 
 use std::path::PathBuf;
@@ -89,6 +91,7 @@ fn versions() -> Vec<Version> {
 fn tests() -> Vec<Test> {
     [
         lifecycle::TESTS,
+        statistics::TESTS,
         storage::TESTS,
         power::TESTS,
         registry::TESTS,
@@ -110,6 +113,7 @@ fn tests() -> Vec<Test> {
         events::TESTS,
         standby::TESTS,
         templates::TESTS,
+        unit::TESTS,
     ]
     .concat()
 }

@@ -7,6 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use joey_tests::node::config::Version;
+use joey_tests::paths;
 use joey_tests::pod::{self, Pod};
 use k8s_cri::v1::{Int64Value, MountPropagation};
 use nix::sys::signal::{Signal, kill};
@@ -19,6 +21,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "share::both_sides_see_each_other", run: both_sides_see_each_other },
     Test { name: "share::owners_and_groups", run: owners_and_groups },
     Test { name: "share::read_only_is_the_hosts_word", run: read_only_is_the_hosts_word },
+    Test { name: "share::read_only_all_the_way_down", run: read_only_all_the_way_down },
     Test { name: "share::large_and_many", run: large_and_many },
     Test { name: "share::more_files_than_can_be_open", run: more_files_than_can_be_open },
     Test { name: "share::one_file", run: one_file },
@@ -26,6 +29,10 @@ pub const TESTS: &[Test] = &[
     Test { name: "share::server_is_confined_and_may_die", run: server_is_confined_and_may_die },
     Test { name: "share::kernel_paths_are_the_guests", run: kernel_paths_are_the_guests },
     Test { name: "share::sub_path_of_an_empty_dir", run: sub_path_of_an_empty_dir },
+    Test {
+        name: "share::sub_path_that_was_published_again",
+        run: sub_path_that_was_published_again,
+    },
     Test { name: "share::programs_run", run: programs_run },
     Test { name: "share::locks_hold_within_the_pod", run: locks_hold_within_the_pod },
     Test { name: "share::mappings_reach_the_host", run: mappings_reach_the_host },
@@ -120,6 +127,34 @@ fn read_only_is_the_hosts_word(ctx: &Context<'_>) -> Result<()> {
     fs::write(folder.join("f"), "live")?;
     same("live", container.sh("cat /data/f")?.text(), "live")?;
     pod.remove()
+}
+
+/// What is read-only is so with all that is mounted below it (`rro`), which containerd 2 is told that it can ask for.
+/// Its CRI does not pass that on for any runtime but runc.
+fn read_only_all_the_way_down(ctx: &Context<'_>) -> Result<()> {
+    if ctx.node.version == Version::V2_1 && ctx.handler != "runc" {
+        let shim = paths::shim().display().to_string();
+        let told = ctx.node.ctr(&["plugins", "inspect-runtime", "--runtime", &shim])?;
+        holds("what containerd is told", &told, "\"rro\"")?;
+    }
+    ctx.only_joey()?;
+    let folder = directory(ctx)?;
+    let below = folder.join("below");
+    fs::create_dir(&below)?;
+    let inside = |args: &[&str]| {
+        let mut command = Command::new(args[0]);
+        command.args(&args[1..]);
+        ctx.node.run_inside(command)
+    };
+    let below = below.display().to_string();
+    inside(&["mount", "-t", "tmpfs", "-o", "size=1m", "below", &below])?;
+    let pod = ctx.pod("down")?;
+    let container = pod.start(&mounted(pod::script("c", "sleep 1000"), "/data", &folder, true))?;
+    let written = container.sh("for f in /data/f /data/below/f; do echo x 2>&1 > $f; done")?.text();
+    let done = pod.remove();
+    inside(&["umount", &below])?;
+    same("writing", written.matches("Read-only file system").count(), 2)?;
+    done
 }
 
 fn large_and_many(ctx: &Context<'_>) -> Result<()> {
@@ -272,6 +307,16 @@ fn sub_path_of_an_empty_dir(ctx: &Context<'_>) -> Result<()> {
     let (part, target) = (folder.join("a/b"), pods.join("volume-subpaths/work/c/0"));
     fs::create_dir_all(&part)?;
     fs::create_dir_all(&target)?;
+    if ctx.handler != "runc" {
+        let pod = ctx.pod("nopart")?;
+        let config = mounted(pod::script("c", "ls /part"), "/part", &target, false);
+        refused("no part", pod.finish(&config), "has mounted no part of a volume")?;
+        pod.remove()?;
+    }
+    // A node may have its kubelet's folder elsewhere.
+    let link = pods.with_extension("link");
+    symlink(&pods, &link)?;
+    let linked = link.join(target.strip_prefix(&pods)?);
     let mut bind = Command::new("mount");
     bind.arg("--bind").arg(&part).arg(&target);
     ctx.node.run_inside(bind)?;
@@ -280,6 +325,11 @@ fn sub_path_of_an_empty_dir(ctx: &Context<'_>) -> Result<()> {
     let config = mounted(pod::script("c", "sleep 1000"), "/part", &target, false);
     let container = pod.start(&config)?;
     container.sh("echo x > /part/f")?;
+    let config = mounted(pod::script("n", "ls /part"), "/part", &linked, false);
+    if ctx.handler != "runc" {
+        let linked = mounted(config, "/all", &link.join(folder.strip_prefix(&pods)?), false);
+        same("by a link", pod.finish(&linked)?.text(), "")?;
+    }
     same("the same file", whole.sh("cat /all/a/b/f")?.text(), "x")?;
     whole.sh("mkdir /all/d; mv /all/a /all/d/; ln -s d/a /all/a; ln -s /etc /all/d/a/b/out")?;
     let later = mounted(pod::script("l", "cat /part/f; ls /all"), "/part", &target, false);
@@ -295,7 +345,42 @@ fn sub_path_of_an_empty_dir(ctx: &Context<'_>) -> Result<()> {
     let mut unmount = Command::new("umount");
     unmount.arg(&target);
     ctx.node.run_inside(unmount)?;
+    fs::remove_file(link)?;
     done
+}
+
+/// A container that is started again sees a part of a projected volume as it is then published, and nothing more.
+fn sub_path_that_was_published_again(ctx: &Context<'_>) -> Result<()> {
+    let folder = volume(ctx, "projected", "all")?;
+    publish(&folder, 1, &[("dir/a", "old"), ("dir/b", "secret")])?;
+    let pods = folder.ancestors().nth(3).context("the pod's folder")?.to_owned();
+    let target = pods.join("volume-subpaths/all/c/0");
+    fs::create_dir_all(&target)?;
+    let inside = |args: &[&str]| {
+        let mut command = Command::new(args[0]);
+        command.args(&args[1..]);
+        ctx.node.run_inside(command)
+    };
+    let place = target.display().to_string();
+    let bind = || -> Result<_> {
+        let part = folder.join("..data/dir").canonicalize()?.display().to_string();
+        inside(&["mount", "--bind", &part, &place])
+    };
+    let pod = ctx.pod("published")?;
+    let script = "cd /part; for f in *; do echo $f $(cat $f); done";
+    let seen = || -> Result<String> {
+        let config = mounted(pod::script("c", script), "/part", &target, true);
+        Ok(pod.finish(&config)?.text())
+    };
+    bind()?;
+    same("at first", seen()?.as_str(), "a old\nb secret")?;
+    publish(&folder, 2, &[("dir/a", "new"), ("dir/c", "more")])?;
+    inside(&["umount", &place])?;
+    bind()?;
+    let again = seen();
+    inside(&["umount", &place])?;
+    same("again", again?.as_str(), "a new\nc more")?;
+    pod.remove()
 }
 
 /// The kubelet mounts what a `subPath` means, or a `subPathExpr` once its variables are known.

@@ -38,13 +38,13 @@ fn only_its_own(ctx: &Context<'_>) -> Result<()> {
 }
 
 /// An image of the test's own; gone when dropped.
-struct Image<'a> {
+pub struct Image<'a> {
     ctx: &'a Context<'a>,
     name: String,
 }
 
 impl<'a> Image<'a> {
-    fn import(ctx: &'a Context<'a>, name: &str, layers: Vec<Layer>) -> Result<Self> {
+    pub fn import(ctx: &'a Context<'a>, name: &str, layers: Vec<Layer>) -> Result<Self> {
         Self::with_volumes(ctx, name, layers, &[])
     }
 
@@ -62,7 +62,7 @@ impl<'a> Image<'a> {
         Ok(image)
     }
 
-    fn script(&self, text: &str) -> ContainerConfig {
+    pub fn script(&self, text: &str) -> ContainerConfig {
         let mut config = pod::script("c", text);
         config.image.get_or_insert_default().image = self.name.clone();
         config
@@ -331,7 +331,7 @@ fn pods_outlive_the_snapshotter(ctx: &Context<'_>) -> Result<()> {
 
 /// Tries until containerd reaches the snapshotter, as the kubelet would: it waits between two attempts
 /// to connect.
-fn once_reached<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
+pub fn once_reached<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
     let end = Instant::now() + SOON;
     loop {
         match attempt() {

@@ -10,11 +10,11 @@ use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerStats, ContainerStatsRequest, ContainerStatus,
-    ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec,
-    ListContainersRequest, ListImagesRequest, ListPodSandboxRequest, PodSandboxConfig,
-    PodSandboxStatus, PodSandboxStatusRequest, PortForwardRequest, PullImageRequest,
-    RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, FilesystemUsage,
+    ImageFsInfoRequest, ImageSpec, ListContainersRequest, ListImagesRequest, ListPodSandboxRequest,
+    PodSandboxConfig, PodSandboxStatus, PodSandboxStatusRequest, PortForwardRequest,
+    PullImageRequest, RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
     UpdateContainerResourcesRequest, VersionRequest,
 };
 use tokio::runtime::Runtime;
@@ -201,6 +201,16 @@ impl Cri {
         let request = ContainerStatsRequest { container_id: container.into() };
         let answer = wait("ContainerStats", self.runtime.clone().container_stats(request))?;
         answer.stats.context("ContainerStats without figures")
+    }
+
+    /// Bytes that the file system of images at a path has in use, if there is one.
+    pub fn image_bytes(&self, root: &Path) -> Result<Option<u64>> {
+        let answer = wait("ImageFsInfo", self.images.clone().image_fs_info(ImageFsInfoRequest {}))?;
+        let is = |usage: &FilesystemUsage| {
+            usage.fs_id.as_ref().is_some_and(|id| Path::new(&id.mountpoint) == root)
+        };
+        let found = answer.image_filesystems.into_iter().find(is);
+        Ok(found.map(|found| found.used_bytes.unwrap_or_default().value))
     }
 
     /// Runs a command in a container to its end.

@@ -13,6 +13,7 @@ pub mod node;
 pub mod paths;
 pub mod pod;
 pub mod process;
+pub mod registry;
 pub mod stream;
 mod sys;
 

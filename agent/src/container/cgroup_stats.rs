@@ -52,11 +52,6 @@ fn io_stat(line: &str) -> Option<IoStat> {
 
 /// What the containers below this cgroup use and used.
 pub(crate) fn usage(cgroup: &Path) -> Result<StatsResponse, Error> {
-    read(cgroup, None)
-}
-
-/// Reads everything; the writable layer's use is that of the first process's root.
-pub(crate) fn read(cgroup: &Path, pid: Option<i32>) -> Result<StatsResponse, Error> {
     let mut stats = StatsResponse::new();
     let cpu = text(cgroup, "cpu.stat")?;
     let of_cpu = |key: &str| lookup(&cpu, key).map_or(0, number);
@@ -76,14 +71,6 @@ pub(crate) fn read(cgroup: &Path, pid: Option<i32>) -> Result<StatsResponse, Err
     stats.pids_current = number(&text(cgroup, "pids.current")?);
     stats.pids_max = number(&text(cgroup, "pids.max")?);
     stats.io = text(cgroup, "io.stat")?.lines().filter_map(io_stat).collect();
-    // A container whose first process has ended has no root to measure.
-    if let Some(pid) = pid
-        && let Ok(root) = nix::sys::statvfs::statvfs(format!("/proc/{pid}/root").as_str())
-    {
-        let used = root.blocks().saturating_sub(root.blocks_free());
-        stats.fs_used_bytes = used * root.fragment_size();
-        stats.fs_used_inodes = root.files().saturating_sub(root.files_free());
-    }
     Ok(stats)
 }
 

@@ -168,7 +168,7 @@ impl Container {
 
     /// What the container uses.
     pub(crate) fn stats(&self) -> Result<StatsResponse, Error> {
-        cgroup_stats::read(self.cgroup.path(), Some(self.pid))
+        usage(self.cgroup.path())
     }
 
     /// All of its processes, as the agent sees them.

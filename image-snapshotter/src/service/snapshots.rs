@@ -1,11 +1,12 @@
 //! containerd's Snapshots service over the [`Store`].
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
+use joey_image::usage::Usage;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::api::services::snapshots::v1::snapshots_server::Snapshots;
@@ -34,11 +35,17 @@ const PAGE: usize = 100;
 pub struct Service {
     /// What it serves.
     pub store: Arc<Store>,
+    /// Where shims write down what containers have written.
+    pub run_dir: PathBuf,
+}
+
+/// A snapshot's name without what containerd puts before it: `k8s.io/12/NAME`.
+fn own_name(key: &str) -> &str {
+    key.splitn(3, '/').last().unwrap_or(key)
 }
 
 fn is_extract(key: &str, snapshot: &Snapshot) -> bool {
-    let own = key.splitn(3, '/').last().unwrap_or(key);
-    snapshot.labels.contains_key(EXTRACT_LABEL) || own.starts_with(EXTRACT)
+    snapshot.labels.contains_key(EXTRACT_LABEL) || own_name(key).starts_with(EXTRACT)
 }
 
 /// How a snapshot is mounted: on the host hardly at all, in a sandbox by its options.
@@ -226,7 +233,16 @@ impl Snapshots for Service {
         request: Request<UsageRequest>,
     ) -> Result<Response<UsageResponse>, Status> {
         let (store, key) = (Arc::clone(&self.store), request.into_inner().key);
-        let (bytes, inodes) = blocking(move || store.usage(&key)).await?;
+        let run_dir = self.run_dir.clone();
+        let (bytes, inodes) = blocking(move || {
+            let (bytes, inodes) = store.usage(&key)?;
+            let written = match store.get(&key)?.kind {
+                Kind::Active => Usage::find(&run_dir, own_name(&key)),
+                _ => Usage::default(),
+            };
+            Ok((bytes.saturating_add(written.bytes), inodes.saturating_add(written.inodes)))
+        })
+        .await?;
         let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         Ok(Response::new(UsageResponse { size: number(bytes), inodes: number(inodes) }))
     }

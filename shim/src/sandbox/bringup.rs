@@ -213,6 +213,8 @@ impl Handle {
         let sizing = sizing::size(config, &wanted.annotations).map_err(|error| refuse(&error))?;
         let disk_mib =
             sizing::disk_mib(config, &wanted.annotations).map_err(|error| refuse(&error))?;
+        *self.0.empty_dirs.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+            sizing::empty_dirs(&wanted.annotations).map_err(|error| refuse(&error))?;
         let on_host = wanted.netns.as_deref().is_some_and(net::is_host_netns);
         let netns = match &wanted.netns {
             _ if on_host || wanted.host_network => {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use joey_image::usage::Usage;
 use joey_protocol::api;
 use joey_protocol::ids::ContainerId;
 use nix::sched::CpuSet;
@@ -29,6 +30,9 @@ use crate::volumes::direct;
 /// How long the exits of a deleted container's execs may take: their output is read first.
 const LAST_EXITS: Duration = DRAIN.saturating_add(Duration::from_secs(1));
 
+/// How long the guest's word of a damaged image may come after its answer.
+const DAMAGE_TOLD: Duration = Duration::from_millis(50);
+
 /// A container of the pod.
 pub(crate) struct Container {
     pub(super) process: Process,
@@ -36,8 +40,6 @@ pub(crate) struct Container {
     pub(super) stdio: StdioPaths,
     pub(super) copies: Option<Copies>,
     pub(super) execs: HashMap<String, Exec>,
-    /// Its image, as CRI names it.
-    pub(super) image: Option<String>,
     pub(super) acquired: Acquired,
     /// Whether its deletion is under way.
     pub(super) deleting: bool,
@@ -93,7 +95,6 @@ impl Handle {
             let container = Container {
                 process: Process::new(),
                 bundle: task.bundle.clone(),
-                image: image_name(&spec),
                 stdio: task.stdio.clone(),
                 copies: None,
                 execs: HashMap::new(),
@@ -118,6 +119,7 @@ impl Handle {
                 Ok(pid)
             }
             Err(error) => {
+                let error = self.blame(error, &acquired).await;
                 self.release(&task.id, acquired).await;
                 self.table().containers.remove(&task.id);
                 self.treat_vmm_again();
@@ -152,7 +154,11 @@ impl Handle {
         let mut plan = self.plan(id, spec).await?;
         let mut rootfs = api::Rootfs { read_only: plan.read_only_root, ..Default::default() };
         for image in images {
-            rootfs.layers.push(attach(&guest, id, image, acquired).await?);
+            let disk = attach(&guest, id, image, acquired).await?;
+            if let Some(name) = image_name(spec) {
+                guest.disks.name(disk.slot, name);
+            }
+            rootfs.layers.push(disk);
         }
         let mut volumes = Vec::new();
         for (name, description) in std::mem::take(&mut plan.images) {
@@ -207,6 +213,7 @@ impl Handle {
     async fn plan(&self, id: &str, spec: &Spec) -> Result<Plan, SandboxError> {
         let vmm_pid = self.table().vmm_pid;
         let pod_files = self.0.pod_files.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let empty_dirs = self.0.empty_dirs.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let looked = Arc::new(Mutex::new(PathBuf::new()));
         let config = self.0.config.clone();
         let (asked, noted) = (spec.clone(), looked.clone());
@@ -218,6 +225,7 @@ impl Handle {
             let facts = plan::Facts {
                 vmm_pid,
                 pod_files: &pod_files,
+                empty_dirs: &empty_dirs,
                 look: &look,
                 mounted: &mounts::root_of,
                 direct: &|path| direct::find(&config.direct_volumes_dir, path),
@@ -279,6 +287,20 @@ impl Handle {
         self.note_phases(&id, &reply.phases);
         self.note_first_byte(id, copies.first_byte());
         Ok((reply.pid, copies))
+    }
+
+    /// A failed creation's error, which says so if an image of it turns out to be damaged.
+    async fn blame(&self, error: SandboxError, acquired: &Acquired) -> SandboxError {
+        let (SandboxError::Guest { id, source }, Ok(guest)) = (&error, self.guest().await) else {
+            return error;
+        };
+        // The guest's word of it comes beside its answer.
+        tokio::time::sleep(DAMAGE_TOLD).await;
+        if acquired.slots.iter().any(|slot| guest.disks.is_damaged(*slot)) {
+            let reason = format!("{source}: its image is damaged on this node, see the shim's log");
+            return SandboxError::Host { id: id.clone(), what: "make the container", reason };
+        }
+        error
     }
 
     /// Notes when the container's first output arrives; nothing if it never has any.
@@ -363,6 +385,7 @@ impl Handle {
         failpoint::reach(&self.0.config.run_dir, "delete.released").await;
         self.end_execs(id).await;
         let container = self.table().containers.remove(id).ok_or_else(not_found)?;
+        Usage::forget(&self.directory(), id);
         self.treat_vmm_again();
         Ok(deleted(&container.process))
     }
@@ -427,8 +450,8 @@ async fn attach(
     Ok(api::Disk { slot, file_system, writable, verity, ..Default::default() })
 }
 
-fn image_name(spec: &Spec) -> Option<String> {
-    spec.annotations().as_ref()?.get("io.kubernetes.cri.image-name").cloned()
+fn image_name(spec: &Spec) -> Option<&String> {
+    spec.annotations().as_ref()?.get("io.kubernetes.cri.image-name")
 }
 
 /// Gives a block device of the host to a container.

@@ -16,9 +16,9 @@ use crate::vmm::{Vm, VmmError};
 pub enum DiskError {
     /// All are in use.
     #[error(
-        "all {POD_DISK} disk slots for images of the sandbox are in use; a pod can use that many images at once"
+        "all {0} disk slots of the sandbox for {1} are in use: so many different ones a pod can use at once"
     )]
-    Full,
+    Full(usize, &'static str),
     /// The VMM refuses.
     #[error(transparent)]
     Vmm(#[from] VmmError),
@@ -28,6 +28,8 @@ pub enum DiskError {
 struct Used {
     key: String,
     users: usize,
+    /// What its containers call the image.
+    names: Vec<String>,
     /// Whether the operator has been told that it is damaged.
     damaged: bool,
     /// Holds the image's lock for as long as the guest may read it.
@@ -56,22 +58,43 @@ impl Disks {
             }
             let free =
                 |slot: &u32| slot_is_writable(*slot) == image.writable && !used.contains_key(slot);
-            (0..POD_DISK).find(free).ok_or(DiskError::Full)?
+            (0..POD_DISK).find(free).ok_or_else(|| {
+                let what = if image.writable { "volumes on disks" } else { "images" };
+                let of_kind = |slot: &u32| slot_is_writable(*slot) == image.writable;
+                DiskError::Full((0..POD_DISK).filter(of_kind).count(), what)
+            })?
         };
         vm.attach_disk(slot, &image.disk, !image.writable).await?;
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        used.insert(slot, Used { key: image.key.clone(), users: 1, damaged: false, image });
+        let (key, names) = (image.key.clone(), Vec::new());
+        used.insert(slot, Used { key, users: 1, names, damaged: false, image });
         Ok(slot)
     }
 
-    /// Notes that the disk in a slot is damaged. Gives the description of its image the first time.
-    pub(crate) fn damaged(&self, slot: u32) -> Option<PathBuf> {
+    /// Notes what a container calls the image in a slot.
+    pub(crate) fn name(&self, slot: u32, name: &str) {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let names = used.get_mut(&slot).map(|used| &mut used.names);
+        if let Some(names) = names.filter(|names| !names.iter().any(|known| known == name)) {
+            names.push(name.to_owned());
+        }
+    }
+
+    /// Notes that the disk in a slot is damaged. Gives the description of its image and the image's names the first
+    /// time.
+    pub(crate) fn damaged(&self, slot: u32) -> Option<(PathBuf, String)> {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         let used = used.get_mut(&slot)?;
         if std::mem::replace(&mut used.damaged, true) {
             return None;
         }
-        used.image.description.clone()
+        Some((used.image.description.clone()?, used.names.join(", ")))
+    }
+
+    /// Whether the disk in a slot is known to be damaged.
+    pub(crate) fn is_damaged(&self, slot: u32) -> bool {
+        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        used.get(&slot).is_some_and(|used| used.damaged)
     }
 
     /// Gives a user's claim back; the last one detaches the image.

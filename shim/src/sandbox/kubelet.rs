@@ -175,6 +175,7 @@ mod tests {
         let facts = Facts {
             vmm_pid: 1,
             pod_files: &files,
+            empty_dirs: &BTreeMap::new(),
             look: &look,
             mounted: &mounted,
             direct: &|_| Ok(None),

@@ -128,6 +128,8 @@ struct Sandbox {
     record: Mutex<Record>,
     /// /etc/hosts and the like, where containerd leaves them to the shim (Sandbox API).
     pod_files: Mutex<BTreeMap<String, Vec<u8>>>,
+    /// The most bytes in emptyDirs on the pod's disk, by name, as its annotations say.
+    empty_dirs: Mutex<BTreeMap<String, u64>>,
     /// A machine that was ready before the sandbox.
     standby: Mutex<Option<Standby>>,
     progress: channel::Sender<Progress>,
@@ -183,6 +185,7 @@ impl Handle {
             table: Mutex::default(),
             record: Mutex::new(record),
             pod_files: Mutex::default(),
+            empty_dirs: Mutex::default(),
             standby: Mutex::new(standby),
             progress: channel::Sender::new(Progress::Waiting),
             events,

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime};
 
+use joey_image::usage::Usage;
 use joey_protocol::api;
 use joey_protocol::ids::ExecId;
 use oci_spec::runtime::LinuxResources;
@@ -497,7 +498,27 @@ impl Handle {
         }
         let guest = self.guest().await?;
         let request = api::ContainerRequest { container_id: id.to_owned(), ..Default::default() };
-        guest.client.stats(&request).await.map_err(Self::guest_error(id, None))
+        let stats = guest.client.stats(&request).await.map_err(Self::guest_error(id, None))?;
+        self.write_usage(id, &stats);
+        Ok(stats)
+    }
+
+    /// Writes down what a container has written, for joey-snapshotter to tell. The pod's emptyDirs are no container's;
+    /// but where it is the pod's only one, they count to nobody else's limit of `ephemeral-storage`.
+    fn write_usage(&self, id: &str, stats: &api::StatsResponse) {
+        let alone = {
+            let table = self.table();
+            let mut others = table.containers.iter().filter(|(other, _)| *other != id);
+            others.all(|(_, other)| other.process.status() == Status::Stopped)
+        };
+        let mut usage = Usage { bytes: stats.layer_bytes, inodes: stats.layer_inodes };
+        if alone {
+            usage.bytes = usage.bytes.saturating_add(stats.volumes_bytes);
+            usage.inodes = usage.inodes.saturating_add(stats.volumes_inodes);
+        }
+        if let Err(error) = usage.write(&self.directory(), id) {
+            tracing::warn!(container = id, %error, "what it uses of the disk was not written down");
+        }
     }
 
     /// Counters of all that the sandbox's containers use and used.

@@ -115,14 +115,9 @@ impl Handle {
 
     /// Tells the operator what is damaged. It is the guest's word, which costs nobody but its own pod anything.
     fn on_damage(&self, guest: &Guest, slot: u32, block: u64) {
-        let Some(description) = guest.disks.damaged(slot) else { return };
-        let images: Vec<String> = {
-            let table = self.table();
-            let users = table.containers.values().filter(|it| it.acquired.slots.contains(&slot));
-            users.filter_map(|container| container.image.clone()).collect()
-        };
+        let Some((description, image)) = guest.disks.damaged(slot) else { return };
         let Place { file, block, layer } = described::find(&description, block).unwrap_or_default();
-        let damage = Damage { image: images.join(", "), layer, file, block };
+        let damage = Damage { image, layer, file, block };
         let known = {
             let record = self.0.record.lock().unwrap_or_else(PoisonError::into_inner);
             record.damaged.contains(&damage) || record.damaged.len() >= MAX_DAMAGED
@@ -133,7 +128,7 @@ impl Handle {
         tracing::error!(
             sandbox = %self.0.boot.id, image = damage.image, layer = damage.layer,
             file = %damage.file.display(), block = damage.block,
-            "an image is damaged on this node: remove it and pull it again"
+            "an image is damaged on this node: remove all images with this layer and pull them again"
         );
         if let Err(error) = self.record(|record| record.damaged.push(damage)) {
             tracing::warn!(%error, "the damage is not in the sandbox's record");

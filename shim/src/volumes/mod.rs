@@ -126,7 +126,7 @@ impl Volumes {
                 Source::Host(path) => self.copy(client, volume, path).await?,
                 // Not copied.
                 Source::Shared(_) | Source::Direct(_) => {}
-                Source::Empty(path) => {
+                Source::Empty(path, limit) => {
                     let meta = fs::metadata(path).map_err(sender.read_error(path))?;
                     let found = statfs(path).map_err(io::Error::from);
                     let found = found.map_err(sender.read_error(path))?;
@@ -134,7 +134,7 @@ impl Volumes {
                         let (destination, path) = (volume.destination.clone(), path.clone());
                         return Err(VolumeError::HugePages { destination, path });
                     }
-                    (sender.medium, sender.size_bytes) = medium(&found);
+                    (sender.medium, sender.size_bytes) = medium(&found, *limit);
                     sender.push(Path::new(""), entry(Path::new(""), &meta, Vec::new())).await?;
                 }
             }
@@ -205,10 +205,10 @@ impl Volumes {
 }
 
 /// Where an emptyDir is kept in the guest: as the kubelet has it on the host, which mounts a tmpfs for
-/// `medium: Memory`, as large as its `sizeLimit`.
-fn medium(found: &Statfs) -> (api::Medium, u64) {
+/// `medium: Memory`, as large as its `sizeLimit`. And its limit, which for one on disk is given.
+fn medium(found: &Statfs, limit: u64) -> (api::Medium, u64) {
     if found.filesystem_type() != TMPFS_MAGIC {
-        return (api::Medium::DISK, 0);
+        return (api::Medium::DISK, limit);
     }
     let block = u64::try_from(found.block_size()).unwrap_or(0);
     (api::Medium::OWN_MEMORY, found.blocks().saturating_mul(block))

@@ -1,4 +1,4 @@
-//! `bench image`: a real image unpacked by joey-snapshotter and by overlayfs, and containers of images with
+//! `bench image`: a real image pulled for joey-snapshotter and for overlayfs, and containers of images with
 //! few and many layers.
 
 use std::fs;
@@ -11,9 +11,9 @@ use anyhow::{Context, Result};
 use super::stats::{Report, Samples};
 use super::{machine, milliseconds, rest, timeline};
 use crate::image::{self, DEBIAN, Layer};
-use crate::node::config::Version;
 use crate::node::{Node, cgroups};
 use crate::pod::{self, Pod};
+use crate::registry::Registry;
 
 /// Layers of the images whose start is measured.
 const LAYERS: [usize; 4] = [2, 10, 50, 100];
@@ -23,13 +23,15 @@ pub fn image(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Result
     let mut samples = Samples::default();
     progress("making an image of Debian's python3 and openjdk");
     let folder = crate::paths::repository().join("target/images");
-    let archive = image::debian(&folder)?;
+    let mut registry = Registry::start(node)?;
+    let debian = registry.push(&image::debian(&folder)?, DEBIAN)?;
     for run in 1..=runs {
-        for snapshotter in ["joey", "overlayfs"] {
-            unpack(node, snapshotter, &archive, &mut samples)?;
+        for (handler, snapshotter) in [("joey", "joey"), ("runc", "overlayfs")] {
+            pull(node, handler, snapshotter, &debian, &mut samples)?;
         }
-        progress(&format!("{run} of {runs} images unpacked"));
+        progress(&format!("{run} of {runs} images pulled"));
     }
+    drop(registry);
     for layers in LAYERS {
         let name = format!("localhost/layers{layers}:1");
         let path = node.dir().join("images/layers.tar");
@@ -63,20 +65,24 @@ pub fn image(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Result
     Ok(samples.report("image", &machine(), &pairs))
 }
 
-/// Imports and unpacks the archive into a node that has nothing of it, and prepares a first container's
+/// Pulls and unpacks an image for a handler's pods into a node that has nothing of it, and prepares a first container's
 /// snapshot, for which joey-snapshotter lays the layers on each other.
-fn unpack(node: &Node, snapshotter: &str, archive: &Path, samples: &mut Samples) -> Result<()> {
+fn pull(
+    node: &Node,
+    handler: &str,
+    snapshotter: &str,
+    image: &str,
+    samples: &mut Samples,
+) -> Result<()> {
     rest(node);
     let store = store(node, snapshotter);
     let before = used(&store)?;
     let system = format!("{}/system", node.cgroup());
     let cpu = || cgroups::cpu_nanoseconds(&system).context("the node's CPU time is not counted");
     let cpu_before = cpu()?;
-    let local: &[&str] = if node.version == Version::V2_1 { &["--local"] } else { &[] };
-    let path = archive.to_string_lossy();
     let begun = Instant::now();
-    node.ctr(&[&["images", "import", "--snapshotter", snapshotter], local, &[&*path]].concat())?;
-    samples.add(snapshotter, "unpack_image", "ms", milliseconds(begun.elapsed()));
+    node.cri.pull(image, handler)?;
+    samples.add(snapshotter, "pull_image", "ms", milliseconds(begun.elapsed()));
     let snapshots = ["snapshots", "--snapshotter", snapshotter];
     let top = top(&node.ctr(&[&snapshots[..], &["ls"]].concat())?)?;
     let begun = Instant::now();
@@ -93,7 +99,7 @@ fn unpack(node: &Node, snapshotter: &str, archive: &Path, samples: &mut Samples)
         add("content", after.content.saturating_sub(before.content));
     }
     node.ctr(&[&snapshots[..], &["rm", "bench"]].concat())?;
-    node.cri.remove_image(DEBIAN)
+    node.cri.remove_image(image)
 }
 
 /// The uppermost committed snapshot of the image with the most layers in `ctr snapshots ls`' table.

@@ -57,8 +57,11 @@ pub fn limits(default: &str) -> serde_json::Result<String> {
     serde_json::to_string(&spec)
 }
 
-/// containerd's configuration for a node in `dir`.
-pub fn containerd(version: Version, dir: &Path) -> String {
+/// containerd's own snapshotter.
+pub const OVERLAYFS: &str = "overlayfs";
+
+/// containerd's configuration for a node in `dir`, with this snapshotter for whatever names none.
+pub fn containerd(version: Version, dir: &Path, default: &str) -> String {
     let dir = dir.display();
     let common = format!(
         r#"root = "{dir}/root"
@@ -77,33 +80,42 @@ stream_server_port = "0"
 disable_tcp_service = false
 "#
     );
-    let snapshotter = snapshotter(version, &dir.to_string());
+    let plugins = snapshotter_plugins(version, &dir.to_string());
     match version {
         Version::V1_7 => {
             let cri = r#"plugins."io.containerd.grpc.v1.cri""#;
             format!(
                 "version = 2\n{common}sandbox_image = \"{PAUSE}\"\nrestrict_oom_score_adj = true\n\
                  [{cri}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{dir}/cni\"\n\
-                 [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n{}",
+                 [{cri}.containerd]\ndefault_runtime_name = \"runc\"\nsnapshotter = \"{default}\"\n{}",
                 runtimes(&format!("{cri}.containerd.runtimes"), version, &dir.to_string())
-            ) + &snapshotter
+            ) + &plugins
         }
         Version::V2_1 => {
             let cri = r#"plugins."io.containerd.cri.v1.runtime""#;
             format!(
                 "version = 3\n{common}\
+                 [plugins.\"io.containerd.cri.v1.images\"]\nsnapshotter = \"{default}\"\n\
                  [plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = \"{PAUSE}\"\n\
                  [{cri}]\nrestrict_oom_score_adj = true\n\
                  [{cri}.cni]\nbin_dirs = [\"/usr/lib/cni\"]\nconf_dir = \"{dir}/cni\"\n\
                  [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n{}",
                 runtimes(&format!("{cri}.containerd.runtimes"), version, &dir.to_string())
-            ) + &snapshotter
+            ) + &plugins
         }
     }
 }
 
+/// joey-snapshotter's configuration.
+pub fn snapshotter(dir: &Path) -> String {
+    format!(
+        "root = \"{0}/snapshots\"\nsocket = \"{0}/s.sock\"\ncontainerd = \"{0}/c.sock\"\nrun_dir = \"{0}/jrun\"\n",
+        dir.display()
+    )
+}
+
 /// joey-snapshotter beside containerd's own: for what asks for it by name.
-fn snapshotter(version: Version, dir: &str) -> String {
+fn snapshotter_plugins(version: Version, dir: &str) -> String {
     let mut text = format!(
         r#"
 [proxy_plugins.joey]
@@ -125,6 +137,15 @@ default = ["joey-diff", "walking"]
                  differ = \"{differ}\"\n"
             );
         }
+        let others = ["runc", "joey-overlayfs", "joey-sandboxed"].map(|it| (it, OVERLAYFS));
+        for (handler, snapshotter) in
+            [("joey", "joey"), (LIMITED, "joey")].into_iter().chain(others)
+        {
+            text += &format!(
+                "[plugins.\"io.containerd.cri.v1.images\".runtime_platforms.{handler}]\n\
+                 platform = \"linux/amd64\"\nsnapshotter = \"{snapshotter}\"\n"
+            );
+        }
     }
     text
 }
@@ -143,16 +164,18 @@ fn runtimes(section: &str, version: Version, dir: &str) -> String {
     let options = format!(
         "snapshotter = \"joey\"\n[{section}.joey.options]\nConfigPath = \"{dir}/joey.toml\"\n"
     );
-    let mut text = format!("[{section}.runc]\nruntime_type = \"io.containerd.runc.v2\"\n");
+    let overlayfs = format!("snapshotter = \"{OVERLAYFS}\"\n");
+    let mut text =
+        format!("[{section}.runc]\nruntime_type = \"io.containerd.runc.v2\"\n{overlayfs}");
     text += &joey("joey", &options);
     // The shim's own conversion of what containerd's own snapshotter has unpacked.
-    text += &joey("joey-overlayfs", "");
+    text += &joey("joey-overlayfs", &overlayfs);
     text += &joey(
         LIMITED,
         &format!("snapshotter = \"joey\"\nbase_runtime_spec = \"{dir}/{LIMITS}\"\n"),
     );
     if version == Version::V2_1 {
-        text += &joey("joey-sandboxed", "sandboxer = \"shim\"\n");
+        text += &joey("joey-sandboxed", &format!("{overlayfs}sandboxer = \"shim\"\n"));
     }
     text
 }

@@ -61,9 +61,11 @@ impl Node {
         for folder in ["cni", "jrun", "joey", "logs"] {
             fs::create_dir_all(dir.join(folder))?;
         }
-        fs::write(dir.join("config.toml"), config::containerd(options.version, &dir))?;
+        let containerd = config::containerd(options.version, &dir, config::OVERLAYFS);
+        fs::write(dir.join("config.toml"), containerd)?;
         fs::write(dir.join("cni/10-joey.conflist"), config::cni(&dir))?;
         fs::write(dir.join("joey.toml"), config::joey(&dir))?;
+        fs::write(dir.join("snapshotter.toml"), config::snapshotter(&dir))?;
         fs::write(dir.join("version"), options.version.name())?;
         let child = holder::spawn(options.tool, options.tied)?;
         fs::write(dir.join("holder"), child.id().to_string())?;
@@ -135,12 +137,8 @@ impl Node {
         let socket = self.dir.join("s.sock");
         let mut command = Command::new(paths::binaries().join("joey-snapshotter"));
         command
-            .args(["--config", "/dev/null", "--socket"])
-            .arg(&socket)
-            .arg("--root")
-            .arg(self.dir.join("snapshots"))
-            .arg("--containerd")
-            .arg(self.socket())
+            .arg("--config")
+            .arg(self.dir.join("snapshotter.toml"))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -216,6 +214,14 @@ impl Node {
             child.wait()?;
         }
         Ok(())
+    }
+
+    /// Makes a snapshotter containerd's default, which is restarted.
+    pub fn default_snapshotter(&self, name: &str) -> Result<()> {
+        let text = config::containerd(self.version, &self.dir, name);
+        fs::write(self.dir.join("config.toml"), text)?;
+        self.kill_containerd()?;
+        self.start_containerd()
     }
 
     /// Ends joey-snapshotter with SIGKILL, as a crash would.

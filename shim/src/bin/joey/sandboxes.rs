@@ -136,7 +136,7 @@ pub(crate) fn inspect(config: &Config, id: &str, json: bool) -> Result<()> {
     }
     for Damage { image, layer, file, block } in &record.damaged {
         println!(
-            "damaged    image {image}, layer {layer}, {} block {block}: remove it and pull it again",
+            "damaged    image {image}, layer {layer}, {} block {block}: remove all images with this layer and pull them again",
             file.display()
         );
     }

@@ -45,6 +45,8 @@ pub struct Facts<'a> {
     pub vmm_pid: u32,
     /// Content of pod files that containerd does not make (Sandbox API).
     pub pod_files: &'a BTreeMap<String, Vec<u8>>,
+    /// The most bytes that emptyDirs on the pod's disk may hold, by name.
+    pub empty_dirs: &'a BTreeMap<String, u64>,
     /// Tells what a path of the host is, following links.
     pub look: &'a dyn Fn(&Path) -> Kind,
     /// Tells which path of its file system is mounted at a path.

@@ -27,8 +27,9 @@ pub enum Source {
     Shared(Shared),
     /// A disk of the host, on which there is a file system.
     Direct(Direct),
-    /// An empty directory in the guest, of owner and mode as this one of the host, which stays empty.
-    Empty(PathBuf),
+    /// An empty directory in the guest, of owner and mode as this one of the host, which stays empty; and if it is on
+    /// the pod's disk, the most bytes in it, 0 for no limit but the disk's.
+    Empty(PathBuf, u64),
 }
 
 /// What a share serves.
@@ -187,7 +188,9 @@ impl Plan {
         match (kubelet::origin(source, destination, facts), kind, pod_file) {
             (Origin::Kernel, _, _) => Ok(Place::Guest),
             (Origin::EmptyDir { folder, below: Some(below) }, Kind::Directory, _) => {
-                Ok(Place::Volume(volume(&folder, Source::Empty(folder.clone())), below))
+                let name = folder.file_name().and_then(|name| name.to_str());
+                let limit = name.and_then(|name| facts.empty_dirs.get(name)).copied().unwrap_or(0);
+                Ok(Place::Volume(volume(&folder, Source::Empty(folder.clone(), limit)), below))
             }
             (Origin::EmptyDir { below: None, .. }, Kind::Directory, _) => no(kubelet::NO_PART),
             // What the image has there is in its root, and what is written on top goes with it.

@@ -35,6 +35,7 @@ fn plan(spec: &Spec) -> Result<Plan, Refusal> {
         &Facts {
             vmm_pid: 7,
             pod_files: &files,
+            empty_dirs: &BTreeMap::from([("cache-dir".to_owned(), 5)]),
             look: &look,
             mounted: &mounted,
             direct: &|path| match path.to_str() {
@@ -111,11 +112,11 @@ fn an_empty_dir_is_the_guests_own() {
     let source = "/kubelet/pods/u/volumes/kubernetes.io~empty-dir/cache-dir";
     for mode in ["rw", "ro"] {
         let plan = plan(&spec(json!([bind("/cache", source, &["rbind", mode])]))).unwrap();
-        assert_eq!(plan.volumes[0].source, Source::Empty(source.into()));
+        assert_eq!(plan.volumes[0].source, Source::Empty(source.into(), 5));
     }
     let part = "/kubelet/pods/u/volume-subpaths/cache-dir/app/0-dir";
     let plan = plan(&spec(json!([bind("/part", part, &["rbind", "ro"])]))).unwrap();
-    assert_eq!(plan.volumes[0].source, Source::Empty(source.into()));
+    assert_eq!(plan.volumes[0].source, Source::Empty(source.into(), 5));
     let sent: Spec = serde_json::from_slice(&plan.spec).unwrap();
     let mount = sent.mounts().iter().flatten().next().unwrap();
     assert!(mount.source().as_ref().unwrap().ends_with("sub"), "{mount:?}");
