@@ -17,26 +17,26 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 
 use super::watch::{Watch, Watches};
-use super::{Sender, VolumeError};
+use super::{Kinds, Sender, VolumeError};
 use crate::guest::{Client, GuestError};
 use crate::sandbox::plan::Volume;
 
 pub(super) const DATA: &str = "..data";
 /// The kubelet makes and removes its links within this time after a swap.
-const SETTLE: Duration = Duration::from_millis(50);
+pub(super) const SETTLE: Duration = Duration::from_millis(50);
 /// How long a guest that refuses is left alone at first, and how long anything at most.
 const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_AT_MOST: Duration = Duration::from_secs(60);
 /// How often a container's creation tries.
-const ATTEMPTS: u32 = 5;
+pub(super) const ATTEMPTS: u32 = 5;
 
 /// A published volume, as the guest has it.
 #[derive(Debug)]
 pub(super) struct Published {
     root: PathBuf,
     seen: Listing,
-    /// Folders of which a part may be in the guest: they could not be read to their end.
-    begun: HashSet<PathBuf>,
+    /// Folders that are in the guest: all or a part of each.
+    folders: HashSet<PathBuf>,
 }
 
 /// The links of a published volume, `..data` among them, and where they lead.
@@ -53,16 +53,32 @@ fn list(root: &Path) -> io::Result<Listing> {
     Ok(links)
 }
 
+/// Whether the kubelet publishes by swaps in this directory.
+pub(super) fn is_published(root: &Path) -> bool {
+    fs::read_link(root.join(DATA)).is_ok()
+}
+
 impl Published {
     /// Begins to watch `source` if it is such a volume, before it is first copied. Must run inside a runtime.
     pub(super) fn watch(source: &Path, watches: &Watches) -> io::Result<Option<(Self, Watch)>> {
         let root = fs::canonicalize(source)?;
-        if fs::read_link(root.join(DATA)).is_err() {
+        if !is_published(&root) {
             return Ok(None);
         }
         let watch = watches.watch(&root);
         let seen = list(&root)?;
-        Ok(Some((Self { root, seen, begun: HashSet::new() }, watch)))
+        Ok(Some((Self { root, seen, folders: HashSet::new() }, watch)))
+    }
+
+    /// Tells what the first copy has brought: the kubelet may have swapped since the listing.
+    pub(super) fn has(&mut self, copied: Kinds) {
+        for (path, kind) in copied.into_iter().filter(|(path, _)| path.iter().count() == 1) {
+            match kind {
+                libc::S_IFDIR => drop(self.folders.insert(path)),
+                // Where it leads is not known: it is put again, or removed.
+                _ => drop(self.seen.entry(path.into_os_string()).or_default()),
+            }
+        }
     }
 
     /// Carries what has changed into the guest, for a container that is about to be created. The
@@ -87,7 +103,7 @@ impl Published {
         let data = OsString::from(DATA);
         let (before, after) = (self.seen.get(&data), now.get(&data));
         if let Some(folder) = after.filter(|after| Some(*after) != before) {
-            self.begun.insert(folder.clone());
+            self.folders.insert(folder.clone());
             sender.below(&self.root, folder).await?;
         }
         // The swap, and only then the links that go through it.
@@ -101,14 +117,15 @@ impl Published {
             sender.push(Path::new(name), super::entry(Path::new(name), &meta, target)).await?;
         }
         let gone = self.seen.keys().filter(|name| !now.contains_key(*name)).map(PathBuf::from);
-        let old = before.filter(|before| after.is_some() && Some(*before) != after);
-        let halves = self.begun.iter().filter(|begun| Some(*begun) != after);
-        for path in gone.chain(old.into_iter().chain(halves).cloned()) {
+        let old = self.folders.iter().filter(|folder| after.is_some_and(|after| after != *folder));
+        for path in gone.chain(old.cloned()) {
             sender.remove(&path).await?;
         }
         sender.flush().await?;
+        if let Some(after) = after {
+            self.folders.retain(|folder| folder == after);
+        }
         self.seen = now;
-        self.begun.clear();
         Ok(())
     }
 }

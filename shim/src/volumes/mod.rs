@@ -90,6 +90,7 @@ pub(crate) struct Volumes {
     watches: Watches,
     followed: Arc<Followed>,
     copied: Mutex<HashMap<String, Kinds>>,
+    first: AsyncMutex<()>,
 }
 
 /// What was copied of a volume that is not followed (yet), and what kind of file each is (`S_IFMT`).
@@ -146,15 +147,37 @@ impl Volumes {
     /// Copies a volume of the host. One that is followed is in the guest, and containers read it: what
     /// has changed in it is carried there as always, and nothing is written anew.
     async fn copy(&self, client: &Client, volume: &Volume, path: &Path) -> Result<(), VolumeError> {
+        // Of containers that are created at once one copies, and the others find it followed.
+        let first = self.first.lock().await;
         let followed = lock(&self.followed).get(&volume.id).cloned();
         if let Some(published) = followed {
+            drop(first);
             return published.lock().await.refresh(client, volume).await;
         }
+        for _ in 1..follow::ATTEMPTS {
+            match self.first_copy(client, volume, path).await {
+                // The kubelet may just be swapping.
+                Err(VolumeError::Read { .. }) if follow::is_published(path) => {
+                    tokio::time::sleep(follow::SETTLE).await;
+                }
+                copied => return copied,
+            }
+        }
+        self.first_copy(client, volume, path).await
+    }
+
+    async fn first_copy(
+        &self,
+        client: &Client,
+        volume: &Volume,
+        path: &Path,
+    ) -> Result<(), VolumeError> {
         let mut sender = Sender::new(client, volume);
         let found = Published::watch(path, &self.watches).map_err(sender.read_error(path))?;
         self.whole(&mut sender, path).await?;
-        if let Some((published, watch)) = found {
-            lock(&self.copied).remove(&volume.id);
+        if let Some((mut published, watch)) = found {
+            let copied = lock(&self.copied).remove(&volume.id).unwrap_or_default();
+            published.has(copied);
             self.follow(client.clone(), volume.clone(), published, watch);
         }
         Ok(())

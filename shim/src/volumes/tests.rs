@@ -183,3 +183,24 @@ async fn half_of_a_folder_goes_with_the_next_swap() {
     publish(rig.source.path(), "..3");
     assert_eq!(rig.next().await, ["-..1", "-..2", "..3", "..3/key", "..data"]);
 }
+
+#[tokio::test]
+async fn containers_at_once_copy_once() {
+    let mut rig = rig().await;
+    futures::future::join(rig.container(), rig.container()).await;
+    assert_eq!(rig.next().await, ["", "..1", "..1/key", "..data", "key"]);
+    assert!(rig.sent.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn a_swap_between_listing_and_copy_leaves_no_folder() {
+    let mut rig = rig().await;
+    let listed = Published::watch(rig.source.path(), &rig.volumes.watches).unwrap();
+    let (mut published, _watch) = listed.unwrap();
+    publish(rig.source.path(), "..2");
+    let copied = [("..2", libc::S_IFDIR), ("..2/deep", libc::S_IFDIR), ("late", libc::S_IFLNK)];
+    published.has(copied.map(|(path, kind)| (path.into(), kind)).into());
+    publish(rig.source.path(), "..3");
+    published.refresh(&rig.client, &rig.volume).await.unwrap();
+    assert_eq!(rig.next().await, ["-..2", "-late", "..3", "..3/key", "..data"]);
+}
