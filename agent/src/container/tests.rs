@@ -305,7 +305,7 @@ fn bad_requests_are_refused_and_leave_nothing() {
         let kind = with(json!({"destination": "/x", "type": "nosuchfs", "source": "x"}));
         assert!(refusal(root, kind).await.contains("unknown file system type \"nosuchfs\""));
         let bind = with(json!({"destination": "/x", "source": "/no/such", "options": ["bind"]}));
-        assert!(refusal(root, bind).await.contains("\"/no/such\": No such file"));
+        assert!(refusal(root, bind).await.contains("has no \"/no/such\""));
         let option = with(json!({"destination": "/x", "type": "tmpfs", "options": ["sizzle=1"]}));
         assert!(refusal(root, option).await.contains("option \"sizzle=1\""));
         let mut missing = spec("true");

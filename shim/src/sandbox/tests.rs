@@ -125,7 +125,6 @@ async fn sandbox(starts: Option<ttrpc::Code>) -> Fake {
     let mut process = Process::new();
     process.created(7);
     let container = Container {
-        image: None,
         process,
         bundle: PathBuf::new(),
         stdio: StdioPaths::default(),
