@@ -69,27 +69,35 @@ impl Compression {
     }
 }
 
-/// Bytes from a channel; an error in it is the stream's.
+/// Bytes from a channel, of which none are the end mark; an error in it is the stream's.
 struct Incoming {
     pieces: mpsc::Receiver<Result<Bytes, Status>>,
     current: Bytes,
+    ended: bool,
 }
 
 impl Read for Incoming {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.current.is_empty() {
-            match self.pieces.blocking_recv() {
-                None => return Ok(0),
-                Some(piece) => {
-                    self.current = piece.map_err(|status| io::Error::other(status.to_string()))?;
-                }
-            }
+        while self.current.is_empty() && !self.ended {
+            let piece = self.pieces.blocking_recv();
+            let piece = piece.ok_or_else(|| io::Error::other("containerd wants it no more"))?;
+            self.current = piece.map_err(|status| io::Error::other(status.to_string()))?;
+            self.ended = self.current.is_empty();
         }
         let count = self.current.len().min(buffer.len());
         if let (Some(to), from) = (buffer.get_mut(..count), self.current.split_to(count)) {
             to.copy_from_slice(&from);
         }
         Ok(count)
+    }
+}
+
+/// The task that reads; it ends with whoever wanted it.
+struct Reading(tokio::task::JoinHandle<()>);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
@@ -264,13 +272,14 @@ impl Applier {
         let (pieces, reading) = self.read(namespace, digest.clone());
         let (store, max) = (Arc::clone(&self.store), self.max_bytes);
         let applied = tokio::task::spawn_blocking(move || {
-            let input = Incoming { pieces, current: Bytes::new() };
+            let input = Incoming { pieces, current: Bytes::new(), ended: false };
             let applied = write(&store, input, &key, max, window);
             drop(share);
             applied
         });
+        // Whoever waits here may be gone before, and then what is read is cut off.
         let applied = applied.await;
-        reading.abort();
+        drop(reading);
         match applied {
             Ok(Ok(done)) => {
                 if let Some((diff, bytes)) = &done {
@@ -288,7 +297,7 @@ impl Applier {
         &self,
         namespace: MetadataValue<tonic::metadata::Ascii>,
         digest: String,
-    ) -> (mpsc::Receiver<Result<Bytes, Status>>, tokio::task::JoinHandle<()>) {
+    ) -> (mpsc::Receiver<Result<Bytes, Status>>, Reading) {
         let (sender, pieces) = mpsc::channel(MESSAGES);
         let mut request =
             tonic::Request::new(ReadContentRequest { digest, ..ReadContentRequest::default() });
@@ -303,17 +312,17 @@ impl Applier {
             };
             loop {
                 let piece = match stream.message().await {
-                    Ok(Some(message)) => Ok(message.data),
-                    Ok(None) => return,
+                    Ok(Some(message)) if message.data.is_empty() => continue,
+                    Ok(message) => Ok(message.map_or_else(Bytes::new, |message| message.data)),
                     Err(status) => Err(status),
                 };
-                let failed = piece.is_err();
-                if sender.send(piece).await.is_err() || failed {
+                let last = piece.as_ref().map_or(true, Bytes::is_empty);
+                if sender.send(piece).await.is_err() || last {
                     return;
                 }
             }
         });
-        (pieces, reading)
+        (pieces, Reading(reading))
     }
 }
 
@@ -392,6 +401,24 @@ mod tests {
         encoder.window_log(window).unwrap();
         encoder.write_all(stream).unwrap();
         encoder.finish().unwrap()
+    }
+
+    /// Cut off by a cancelled request it must not look like a whole one: this ends between two entries.
+    #[test]
+    fn a_stream_that_nobody_reads_any_more_is_no_layer() {
+        let (_dir, store) = store();
+        let stream = Bytes::from(layer());
+        for whole in [false, true] {
+            let (sender, pieces) = mpsc::channel(MESSAGES);
+            sender.blocking_send(Ok(stream.slice(..512 + (3 << 20)))).unwrap();
+            if whole {
+                sender.blocking_send(Ok(Bytes::new())).unwrap();
+            }
+            drop(sender);
+            let input = Incoming { pieces, current: Bytes::new(), ended: false };
+            let written = write(&store, input, "key", 1 << 30, Window::Usual);
+            assert_eq!(written.is_ok(), whole, "{written:?}");
+        }
     }
 
     #[test]
