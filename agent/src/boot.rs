@@ -98,7 +98,8 @@ const MOUNTS: &[Mount] = &[
         flags: NO_SUID_DEV_EXEC,
         options: "mode=1777,size=67108864",
     },
-    Mount { kind: "tmpfs", target: "run", flags: NO_SUID_DEV, options: "mode=755" },
+    // Volumes of many small files are bounded by the memory they take.
+    Mount { kind: "tmpfs", target: "run", flags: NO_SUID_DEV, options: "mode=755,nr_inodes=0" },
     Mount {
         kind: "cgroup2",
         target: "sys/fs/cgroup",

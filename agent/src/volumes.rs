@@ -17,6 +17,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, fchmod};
 use oci_spec::runtime::Spec;
 
+use crate::sandbox::memory_bytes;
 use crate::{disk_volumes, paths, pod_disk, rootfs, share};
 
 /// Where volumes lie.
@@ -138,7 +139,9 @@ impl Volumes {
                 if !make_directory(&path)? {
                     return Ok(false);
                 }
-                let options = if bytes == 0 { String::new() } else { format!("size={bytes}") };
+                // Of more than there is, or of no limit, tmpfs makes half of the memory.
+                let limited = (1..memory_bytes()).contains(&bytes);
+                let options = if limited { format!("size={bytes}") } else { String::new() };
                 let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
                 mount(Some("tmpfs"), &path, Some("tmpfs"), flags, Some(options.as_str()))?;
                 Ok(true)

@@ -414,7 +414,7 @@ fn chain(
 
 /// Name of the disk of these layers: the same layers make the same disk.
 fn disk_name(digests: &[String]) -> String {
-    let mut hash = Sha256::new_with_prefix(b"joey disk 1\n");
+    let mut hash = Sha256::new_with_prefix(b"joey disk 2\n");
     for digest in digests {
         hash.update(digest);
         hash.update(b"\n");

@@ -94,6 +94,8 @@ pub struct Config {
     pub default_memory_mib: u32,
     /// Size of the writable disk of a pod that asks for nothing. Only what is written takes room.
     pub default_disk_mib: u64,
+    /// The largest writable disk that a pod may ask for.
+    pub max_disk_mib: u64,
     /// Added to a pod's memory for the guest's kernel and agent.
     pub guest_overhead_mib: u32,
     /// vCPU counts a sandbox can have, ascending.
@@ -126,6 +128,7 @@ impl Default for Config {
             default_vcpus: 1,
             default_memory_mib: 128,
             default_disk_mib: 10 * 1024,
+            max_disk_mib: *DISK_MIB.end(),
             guest_overhead_mib: 64,
             template_vcpus: vec![1, 2, 4, 8],
             template_memory_mib: vec![128, 256, 512, 1024, 2048, 4096, 8192, 16384],
@@ -257,6 +260,10 @@ impl Config {
         if !DISK_MIB.contains(&self.default_disk_mib) {
             let reason = "must be 256 to 262144";
             return refuse("default_disk_mib", self.default_disk_mib, reason);
+        }
+        if !(self.default_disk_mib..=*DISK_MIB.end()).contains(&self.max_disk_mib) {
+            let reason = "must be default_disk_mib to 262144";
+            return refuse("max_disk_mib", self.max_disk_mib, reason);
         }
         let end = self.jail_first_id.checked_add(self.jail_ids);
         if self.jail_first_id == 0 || self.jail_ids == 0 || end.is_none() {

@@ -76,11 +76,11 @@ const DISK_STEP_MIB: u64 = 128;
 
 /// Size of a sandbox's writable disk, in MiB.
 pub fn disk_mib(config: &Config, notes: &HashMap<String, String>) -> Result<u64, SizingError> {
-    let (least, most) = (DISK_MIB.start(), DISK_MIB.end() / 1024);
+    let (least, most) = (*DISK_MIB.start(), config.max_disk_mib);
     let wanted = match notes.get(DISK) {
         None => config.default_disk_mib,
-        Some(value) => mib(value).filter(|mib| DISK_MIB.contains(mib)).ok_or_else(|| {
-            bad(DISK, value, format!("must be like 512Mi or 20Gi, from {least}Mi to {most}Gi"))
+        Some(value) => mib(value).filter(|mib| (least..=most).contains(mib)).ok_or_else(|| {
+            bad(DISK, value, format!("must be like 512Mi or 20Gi, from {least}Mi to {most}Mi"))
         })?,
     };
     Ok(wanted.next_multiple_of(DISK_STEP_MIB))
@@ -224,6 +224,13 @@ mod tests {
         assert_eq!(disk_mib(&Config::default(), &HashMap::new()).unwrap(), 10 * 1024);
         assert_eq!(sized("20Gi"), Ok(20 * 1024));
         assert_eq!(sized("257Mi"), Ok(384));
+        let small = Config { max_disk_mib: 12 * 1024, ..Config::default() };
+        let notes = HashMap::from([(DISK.to_owned(), "20Gi".to_owned())]);
+        let error = disk_mib(&small, &notes).unwrap_err().to_string();
+        assert!(error.contains("to 12288Mi"), "{error}");
+        let notes = HashMap::from([(format!("{EMPTY_DIR}cache"), "2Gi".to_owned())]);
+        assert_eq!(empty_dirs(&notes).unwrap(), BTreeMap::from([("cache".to_owned(), 2 << 30)]));
+        assert!(size(&Config::default(), &notes).is_ok());
         for value in ["255Mi", "257Gi", "20G", "-1Gi", ""] {
             let error = sized(value).unwrap_err();
             assert!(error.contains(DISK) && error.contains(value), "{error}");

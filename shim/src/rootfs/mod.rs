@@ -29,7 +29,7 @@ use crate::config::Config;
 use crate::vmm::Disk;
 
 /// Raised when images are made differently: old ones are then made anew.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// A file system in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -29,6 +29,9 @@ const PUBLISHED: [&str; 4] = [
     "kubernetes.io~downward-api",
 ];
 
+/// Where the node's own devices, processes and kernel are, of which a virtual machine has its own.
+pub(crate) const KERNEL_PLACES: [&str; 3] = ["/dev", "/proc", "/sys"];
+
 /// What a path of the host is to the kubelet.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Origin {
@@ -50,7 +53,7 @@ pub(super) enum Origin {
 
 /// Tells what `source` is, which is mounted at `destination`.
 pub(super) fn origin(source: &Path, destination: &Path, facts: &Facts<'_>) -> Origin {
-    if ["/dev", "/proc", "/sys"].iter().any(|root| source.starts_with(root)) {
+    if KERNEL_PLACES.iter().any(|root| source.starts_with(root)) {
         return Origin::Kernel;
     }
     let named = |places: &[(usize, &str)]| {

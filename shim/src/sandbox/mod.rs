@@ -17,7 +17,7 @@ mod containers;
 pub(crate) mod disks;
 mod forward;
 mod identity;
-mod kubelet;
+pub(crate) mod kubelet;
 pub mod lifecycle;
 pub mod orphans;
 pub mod plan;

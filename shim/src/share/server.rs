@@ -22,6 +22,7 @@ use fuse_backend_rs::api::{Vfs, VfsOptions};
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader};
 use joey_protocol::ids::{FORGET, SHARED};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -29,6 +30,7 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use nix::unistd::{chdir, pivot_root};
 
 use super::{MESSAGE, READY, calls};
+use crate::sandbox::kubelet::KERNEL_PLACES;
 use crate::sandbox::plan::Shared;
 use crate::sys;
 
@@ -148,6 +150,7 @@ fn confine(shared: &Shared) -> Result<()> {
     let path = format!("/proc/self/fd/{}", source.as_raw_fd());
     mount(Some(path.as_str()), &entry, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
         .context("mount it")?;
+    without_kernel(&shared.path, &entry).context("take the kernel's own out of it")?;
     if shared.read_only {
         sys::make_read_only(&entry).context("make it read-only")?;
     }
@@ -159,6 +162,21 @@ fn confine(shared: &Shared) -> Result<()> {
         .and_then(|()| umount2(".", MntFlags::MNT_DETACH))
         .and_then(|()| chdir("/"))
         .context("enter its root")
+}
+
+/// Takes what is mounted at the places of the host's devices, processes and kernel out of a share that has them below it:
+/// the guest has its own.
+fn without_kernel(path: &Path, entry: &Path) -> io::Result<()> {
+    let path = path.canonicalize()?;
+    for place in KERNEL_PLACES {
+        let Ok(below) = Path::new(place).strip_prefix(&path) else { continue };
+        match umount2(&entry.join(below), MntFlags::MNT_DETACH) {
+            // Nothing is mounted there, or there is no such place.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Changes of its user id, which decide whose a new file is, take no capability away.
