@@ -26,6 +26,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use joey_image::disk;
 use joey_image::layer::{self, LayerError};
+use nix::fcntl::{FallocateFlags, fallocate};
 use redb::{Database, ReadableDatabase as _, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -100,6 +101,11 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreE
     move |source| StoreError::Layer(error(source))
 }
 
+/// Room that is given up when the disk is full and images are to go: also removing takes some, for the database
+/// and for names.
+const RESERVE: &str = "reserve";
+const RESERVE_BYTES: i64 = 4 << 20;
+
 /// The store; one process at a time has it.
 #[derive(Debug)]
 pub struct Store {
@@ -127,6 +133,24 @@ fn now() -> (u64, u32) {
     (since.as_secs(), since.subsec_nanos())
 }
 
+/// Does what must not fail for lack of room; if it does, once more with the reserve given up.
+fn by_the_reserve<T>(
+    root: &Path,
+    work: impl Fn() -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    let failed = |error: &StoreError| {
+        matches!(error, StoreError::Database(_) | StoreError::Layer(_))
+            && fs::remove_file(root.join(RESERVE)).is_ok()
+    };
+    match work() {
+        Err(error) if failed(&error) => {
+            tracing::warn!(%error, "once more, with the reserve of the disk given up");
+            work()
+        }
+        done => done,
+    }
+}
+
 /// Opens the database, and makes one if there is none.
 fn open(root: &Path) -> Result<Database, StoreError> {
     let path = root.join("snapshots.redb");
@@ -141,6 +165,10 @@ impl Store {
     /// # Errors
     /// The folder cannot be used, or another process has the store, which is then not touched.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
+        by_the_reserve(root, || Self::open_once(root))
+    }
+
+    fn open_once(root: &Path) -> Result<Self, StoreError> {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(root).map_err(io_error("create", root))?;
         fs::set_permissions(root, fs::Permissions::from_mode(0o700))
@@ -368,15 +396,30 @@ impl Store {
     /// # Errors
     /// There is none, or others are on it.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
-        self.change(|rows| {
-            if rows.get(name)?.is_none() {
-                return Err(StoreError::NotFound(name.to_owned()));
-            }
-            if let Some(child) = rows.child_of(name)? {
-                return Err(precondition(name, &format!("is the parent of {child}")));
-            }
-            rows.remove(name)
+        by_the_reserve(&self.root, || {
+            self.change(|rows| {
+                if rows.get(name)?.is_none() {
+                    return Err(StoreError::NotFound(name.to_owned()));
+                }
+                if let Some(child) = rows.child_of(name)? {
+                    return Err(precondition(name, &format!("is the parent of {child}")));
+                }
+                rows.remove(name)
+            })
         })
+    }
+
+    /// Makes the reserve, unless it is there or there is no room for it.
+    fn keep_reserve(&self) {
+        let path = self.root.join(RESERVE);
+        if path.exists() {
+            return;
+        }
+        let made = fs::File::create(&path)
+            .map(|file| fallocate(&file, FallocateFlags::empty(), 0, RESERVE_BYTES));
+        if !matches!(made, Ok(Ok(()))) {
+            let _ = fs::remove_file(&path);
+        }
     }
 }
 

@@ -275,8 +275,8 @@ fn names_are_within_the_root_whatever_they_say() {
 #[test]
 fn hostile_streams_are_refused_by_entry() {
     let cut = |stream: Stream, keep: usize| stream.bytes()[..keep].to_vec();
-    let mut checksum = Stream::new().file("sum", b"x").bytes();
-    checksum[0] = b'S';
+    let mut checksum = Stream::new().file("before", b"x").file("sum", b"x").bytes();
+    checksum[1024] = b'S';
     let mut lone = Stream::new().file("before", b"x").file("after", b"x").bytes();
     lone.splice(1024..1024, [0; BLOCK / 8]);
     let mut huge = Stream::new().file("huge", b"x").bytes();
@@ -301,6 +301,8 @@ fn hostile_streams_are_refused_by_entry() {
         (cut(Stream::new().file("cut", &noise(9000)), 5000), "cut", "end of file"),
         (cut(Stream::new().file("cut", b"x"), 700), "cut", "end of file"),
         (checksum, "Sum", "checksum"),
+        (b"\xfd7zXZ\0".repeat(9), "tar stream", "gzip or zstd"),
+        (b"<html>404 not found</html>".repeat(90), "tar stream", "gzip or zstd"),
         (lone, "before", "one block of zeros"),
         (huge, "huge", "max_layer_bytes"),
         (

@@ -18,6 +18,7 @@ use crate::volumes::{mounted, volume};
 
 pub const TESTS: &[Test] = &[
     Test { name: "direct::is_the_guests_to_mount", run: is_the_guests_to_mount },
+    Test { name: "direct::may_be_xfs", run: may_be_xfs },
     Test { name: "direct::belongs_to_the_pods_group", run: belongs_to_the_pods_group },
     Test { name: "direct::read_only_and_refused", run: read_only_and_refused },
 ];
@@ -107,6 +108,28 @@ fn is_the_guests_to_mount(ctx: &Context<'_>) -> Result<()> {
     same("on the host", fs::read_dir(&folder)?.count(), 1)
 }
 
+fn may_be_xfs(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    // The smallest that mkfs.xfs makes.
+    let device = zeros(ctx, 300 * MIB)?;
+    run("mkfs.xfs", &["-q", &device.device])?;
+    let mut info = info(&device.device);
+    info["fstype"] = json!("xfs");
+    info["options"] = json!(["noatime", "nouuid"]);
+    let folder = published(ctx, &info)?;
+    for (script, said) in [
+        ("echo written > /data/f; grep -c ' /data xfs ' /proc/mounts", "1"),
+        ("cat /data/f", "written"),
+    ] {
+        let pod = ctx.pod("xfs")?;
+        let output = pod.finish(&mounted(pod::script("c", script), "/data", &folder, false))?;
+        same(script, output.text(), said)?;
+        pod.remove()?;
+        run("xfs_repair", &["-n", &device.device])?;
+    }
+    Ok(())
+}
+
 fn belongs_to_the_pods_group(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
     let device = ext4(ctx)?;
@@ -152,14 +175,7 @@ fn read_only_and_refused(ctx: &Context<'_>) -> Result<()> {
     refuse("a file system", &with("fstype", json!("btrfs")), "fstype \"btrfs\"")?;
     refuse("an option", &with("options", json!(["loop"])), "options \"loop\"")?;
     refuse("a device", &with("device", json!("/dev/nosuch")), "open /dev/nosuch")?;
-    let xfs = "file system \"xfs\" is not in this guest's kernel";
     let empty = zeros(ctx, 8 * MIB)?;
-    let xfs_on = |device: &str| {
-        let mut info = info(device);
-        info["fstype"] = "xfs".into();
-        info.to_string()
-    };
-    refuse("not in the kernel", &xfs_on(&empty.device), xfs)?;
     refuse("no file system", &info(&empty.device).to_string(), "mount ext4 with options")?;
     // What was refused has left its slot and device to others.
     run("mkfs.ext4", &["-q", &empty.device])?;

@@ -12,6 +12,7 @@ mod direct;
 mod disk;
 mod events;
 mod faults;
+mod full;
 mod identity;
 mod input;
 mod io;
@@ -94,6 +95,7 @@ fn tests() -> Vec<Test> {
         statistics::TESTS,
         storage::TESTS,
         power::TESTS,
+        full::TESTS,
         registry::TESTS,
         disk::TESTS,
         block::TESTS,

@@ -35,11 +35,7 @@ fn fails_at_any_write(ctx: &Context<'_>) -> Result<()> {
         ensure!(made.success(), "mkfs.ext4: {made}");
         let folder = disk.file.with_extension("store");
         fs::create_dir(&folder)?;
-        // Mounts of a thread of its own are nobody else's.
-        let outcome = std::thread::scope(|scope| {
-            let cut = scope.spawn(|| cut_off(&disk.device, &folder, Duration::from_millis(wait)));
-            cut.join().map_err(|_| anyhow!("panicked"))?
-        });
+        let outcome = apart(|| cut_off(&disk.device, &folder, Duration::from_millis(wait)));
         fs::remove_dir(&folder)?;
         whole += outcome.with_context(|| format!("power fails after {wait} ms"))?;
     }
@@ -48,11 +44,19 @@ fn fails_at_any_write(ctx: &Context<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Does something in a thread with mounts of its own, which are nobody else's.
+pub fn apart<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let alone = || {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(alone).join().map_err(|_| anyhow!("panicked"))?)
+}
+
 /// Commits one snapshot after the other until the power fails, and looks at what is left; how many there are.
 fn cut_off(device: &str, folder: &Path, wait: Duration) -> Result<usize> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
     let _mounted = Mounted::new(device, folder)?;
     let root = folder.join("store");
     let store = Store::open(&root)?;
@@ -91,10 +95,10 @@ fn cut_off(device: &str, folder: &Path, wait: Duration) -> Result<usize> {
     Ok(committed)
 }
 
-struct Mounted(PathBuf);
+pub struct Mounted(PathBuf);
 
 impl Mounted {
-    fn new(device: &str, folder: &Path) -> Result<Self> {
+    pub fn new(device: &str, folder: &Path) -> Result<Self> {
         mount(Some(device), folder, Some("ext4"), MsFlags::empty(), None::<&str>)?;
         Ok(Self(folder.to_owned()))
     }
@@ -112,7 +116,7 @@ fn content(number: usize) -> Vec<u8> {
 }
 
 /// Commits a snapshot of one layer upon the last.
-fn add(store: &Store, number: usize) -> Result<()> {
+pub fn add(store: &Store, number: usize) -> Result<()> {
     let (key, name) = (format!("extract-{number}"), format!("snapshot-{number}"));
     let parent = number.checked_sub(1).map(|last| format!("snapshot-{last}")).unwrap_or_default();
     store.prepare(&key, &parent, Kind::Active, BTreeMap::new())?;

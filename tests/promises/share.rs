@@ -295,7 +295,7 @@ fn kernel_paths_are_the_guests(ctx: &Context<'_>) -> Result<()> {
     let script = "ls /host-dev | grep -c vd; ls /host-sys | grep -c kernel";
     same("the guest's", container.sh(script)?.text(), "16\n1")?;
     let whole = mounted(pod::script("w", "sleep 1000"), "/host", "/".as_ref(), true);
-    let script = "ls /host/etc | grep -c passwd; ls /host/proc /host/sys /host/dev | grep -cE '^(1|kernel|null)$'";
+    let script = "ls /host/etc | grep -cx passwd; ls /host/proc /host/sys /host/dev | grep -cE '^(1|kernel|loop0)$'";
     same("below the whole", pod.start(&whole)?.sh(script)?.text(), "1\n0")?;
     let absent = mounted(pod::script("a", "true"), "/x", "/dev/loop-control".as_ref(), false);
     refused("what the host alone has", pod.start(&absent), "the guest, whose own it is, has no")?;

@@ -139,11 +139,17 @@ impl Cri {
 
     /// Pulls an image for pods of a runtime handler, as the kubelet does for its first such pod.
     pub fn pull(&self, name: &str, handler: &str) -> Result<()> {
+        // Of the image since containerd 2, of the pod before.
         const HANDLER: &str = "io.containerd.cri.runtime-handler";
-        let annotations = [(HANDLER.to_owned(), handler.to_owned())];
         let image =
-            ImageSpec { image: name.into(), annotations: annotations.into(), ..Default::default() };
-        let request = PullImageRequest { image: Some(image), ..Default::default() };
+            ImageSpec { image: name.into(), runtime_handler: handler.into(), ..Default::default() };
+        let mut pod = PodSandboxConfig::default();
+        pod.annotations.insert(HANDLER.to_owned(), handler.to_owned());
+        let request = PullImageRequest {
+            image: Some(image),
+            sandbox_config: Some(pod),
+            ..Default::default()
+        };
         wait("PullImage", self.images.clone().pull_image(request)).map(drop)
     }
 

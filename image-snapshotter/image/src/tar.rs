@@ -30,6 +30,9 @@ pub enum TarError {
         /// What happened.
         source: io::Error,
     },
+    /// It is something else from its beginning.
+    #[error("this is no tar stream, nor one compressed by gzip or zstd")]
+    Other,
     /// A header that cannot be right.
     #[error("entry {entry:?}: {problem}")]
     Entry {
@@ -90,6 +93,7 @@ pub struct Archive<R> {
     /// Parts of a sparse file with content: offset and length; the last ends the file.
     sparse: Option<Sparse>,
     after: String,
+    begun: bool,
 }
 
 #[derive(Debug, Default)]
@@ -120,7 +124,7 @@ fn bad(entry: &[u8], problem: impl Into<String>) -> TarError {
 impl<R: Read> Archive<R> {
     /// Reads from `input`.
     pub fn new(input: R) -> Self {
-        Self { input, left: 0, padding: 0, sparse: None, after: String::new() }
+        Self { input, left: 0, padding: 0, sparse: None, after: String::new(), begun: false }
     }
 
     fn failed(&self, source: io::Error) -> TarError {
@@ -163,8 +167,18 @@ impl<R: Read> Archive<R> {
         self.skip()?;
         let mut extended = Extended::default();
         loop {
+            let first = !std::mem::replace(&mut self.begun, true);
             // A missing end mark is common; a stream that ends amidst a block is cut.
-            let Some(block) = self.block()? else { return Ok(None) };
+            let block = match self.block() {
+                Ok(Some(block)) => block,
+                Ok(None) => return Ok(None),
+                Err(TarError::Read { source, .. })
+                    if first && source.kind() == io::ErrorKind::UnexpectedEof =>
+                {
+                    return Err(TarError::Other);
+                }
+                Err(error) => return Err(error),
+            };
             if is_zero(&block) {
                 // The mark is two such blocks, of which the second may be missing.
                 return match self.block()? {
@@ -175,7 +189,7 @@ impl<R: Read> Archive<R> {
                 };
             }
             let raw = Raw(&block);
-            raw.check()?;
+            raw.check().map_err(|error| if first { TarError::Other } else { error })?;
             let size = raw.number(124, 12, "size")?;
             match raw.kind() {
                 b'x' => extended.pax(&self.content(raw.name(), size, MAX_HEADER)?, &raw.name())?,

@@ -48,6 +48,14 @@ impl Store {
     /// The database or a folder cannot be read.
     pub fn collect(&self) -> Result<(), StoreError> {
         // Dropped, and so removed, when others may go on already.
+        let removed = super::by_the_reserve(&self.root, || self.discard_unneeded());
+        drop(removed?);
+        self.keep_reserve();
+        Ok(())
+    }
+
+    /// Takes blobs that no snapshot needs out of their places.
+    fn discard_unneeded(&self) -> Result<Vec<New>, StoreError> {
         let mut removed = Vec::new();
         let _blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
         let all = self.all()?;
@@ -76,7 +84,7 @@ impl Store {
                 }
             }
         }
-        Ok(())
+        Ok(removed)
     }
 
     /// Moves a blob to where what is left is removed, so that a half-removed one is never taken for

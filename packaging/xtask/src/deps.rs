@@ -27,6 +27,7 @@ const PACKAGES: &[&str] = &[
     "llvm",
     "protobuf-compiler", // the runtime interface's types
     "runc",              // the other handler
+    "xfsprogs",          // a volume that the guest mounts
     "xz-utils",          // the guest kernel's modules
 ];
 const QEMU: &str = "qemu-system-x86";

@@ -38,6 +38,7 @@ const MODULES: &[&str] = &[
     "aesni_intel",
     "sha256_ssse3",
     "quota_v2",
+    "xfs",
 ];
 /// Layout of the image; raised when the agent expects another one.
 const VERSION: u32 = 1;

@@ -170,10 +170,15 @@ fn without_kernel(path: &Path, entry: &Path) -> io::Result<()> {
     let path = path.canonicalize()?;
     for place in KERNEL_PLACES {
         let Ok(below) = Path::new(place).strip_prefix(&path) else { continue };
-        match umount2(&entry.join(below), MntFlags::MNT_DETACH) {
-            // Nothing is mounted there, or there is no such place.
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-            Err(error) => return Err(error.into()),
+        // One mount may lie upon another.
+        let last = loop {
+            if let Err(error) = umount2(&entry.join(below), MntFlags::MNT_DETACH) {
+                break error;
+            }
+        };
+        // Nothing is mounted there any more, or there is no such place.
+        if !matches!(last, Errno::EINVAL | Errno::ENOENT) {
+            return Err(last.into());
         }
     }
     Ok(())
