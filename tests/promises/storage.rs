@@ -24,6 +24,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "storage::image_as_a_volume", run: image_as_a_volume },
     Test { name: "storage::image_volume_of_cri", run: image_volume_of_cri },
     Test { name: "storage::flipped_bit_is_an_error", run: flipped_bit_is_an_error },
+    Test { name: "storage::flipped_index_is_told", run: flipped_index_is_told },
     Test { name: "storage::pods_outlive_the_snapshotter", run: pods_outlive_the_snapshotter },
     Test { name: "storage::killed_at_every_write", run: killed_at_every_write },
     Test { name: "storage::hostile_image_is_refused", run: hostile_image_is_refused },
@@ -218,16 +219,12 @@ fn volumes_of_an_image(ctx: &Context<'_>) -> Result<()> {
 /// As containerd 2.1 leaves a pod's image volume: a snapshot of joey-snapshotter's, mounted on the host.
 fn image_as_a_volume(ctx: &Context<'_>) -> Result<()> {
     only_its_own(ctx)?;
-    let disks = || -> Result<HashSet<PathBuf>> {
-        let folder = fs::read_dir(ctx.node.store().join("disks"))?;
-        folder.map(|entry| Ok(entry?.path())).collect()
-    };
-    let before = disks()?;
+    let before = disks(ctx)?;
     let layer = Layer::default().file("model/weights", 0o644, b"weights")?;
     let image = Image::import(ctx, "model", vec![layer])?;
     let pod = ctx.pod("model")?;
     same("made", pod.finish(&image.script("echo made"))?.text(), "made")?;
-    let after = disks()?;
+    let after = disks(ctx)?;
     let disk = after.difference(&before).next().context("no disk was made")?;
     let place = ctx.node.dir().join("io.containerd.grpc.v1.cri/image-volumes/s1/ab12");
     fs::create_dir_all(&place)?;
@@ -315,6 +312,35 @@ fn flipped_bit_is_an_error(ctx: &Context<'_>) -> Result<()> {
         "damaged    image localhost/flipped:1",
     )?;
     pod.remove()
+}
+
+/// Damage that keeps a container from being made is told by the image's name, and the error says so.
+fn flipped_index_is_told(ctx: &Context<'_>) -> Result<()> {
+    only_its_own(ctx)?;
+    let serial = std::time::UNIX_EPOCH.elapsed()?.as_nanos().to_string();
+    let before = disks(ctx)?;
+    let own = Layer::default().file("serial", 0o644, serial.as_bytes())?;
+    let image = Image::import(ctx, "flippedindex", vec![own])?;
+    let pod = ctx.pod("index1")?;
+    same("whole", pod.finish(&image.script("cat /serial"))?.text(), serial.as_str())?;
+    pod.remove()?;
+    let after = disks(ctx)?;
+    let disk = after.difference(&before).next().context("no disk was made")?;
+    // The superblock of EROFS.
+    File::options().write(true).open(disk.join("index"))?.write_all_at(b"y", 1030)?;
+    let pod = ctx.pod("index2")?;
+    refused("a container", pod.finish(&image.script("true")), "image is damaged on this node")?;
+    let log = fs::read_to_string(ctx.node.dir().join("containerd.log"))?;
+    let told =
+        log.lines().rfind(|line| line.contains("an image is damaged")).context("not told")?;
+    holds("the image", told, "localhost/flippedindex:1")?;
+    pod.remove()
+}
+
+/// Folders of the store's disks.
+fn disks(ctx: &Context<'_>) -> Result<HashSet<PathBuf>> {
+    let folder = fs::read_dir(ctx.node.store().join("disks"))?;
+    folder.map(|entry| Ok(entry?.path())).collect()
 }
 
 fn pods_outlive_the_snapshotter(ctx: &Context<'_>) -> Result<()> {
