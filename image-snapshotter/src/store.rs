@@ -27,7 +27,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use joey_image::disk;
 use joey_image::layer::{self, LayerError};
 use nix::fcntl::{FallocateFlags, fallocate};
-use redb::{Database, ReadableDatabase as _, ReadableTable, TableDefinition};
+use redb::{Database, DatabaseError, ReadableDatabase as _, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -90,6 +90,9 @@ pub enum StoreError {
     /// The database.
     #[error("the store's database: {0}")]
     Database(String),
+    /// Another process has the store.
+    #[error("{0}: another process has this store open")]
+    Taken(PathBuf),
 }
 
 fn database(error: impl std::fmt::Display) -> StoreError {
@@ -155,7 +158,10 @@ fn by_the_reserve<T>(
 fn open(root: &Path) -> Result<Database, StoreError> {
     let path = root.join("snapshots.redb");
     let opened = Database::builder().set_cache_size(DATABASE_CACHE).create(&path);
-    opened.map_err(|error| StoreError::Database(format!("{}: {error}", path.display())))
+    opened.map_err(|error| match error {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::Taken(root.to_owned()),
+        error => StoreError::Database(format!("{}: {error}", path.display())),
+    })
 }
 
 impl Store {

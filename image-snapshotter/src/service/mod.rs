@@ -47,7 +47,7 @@ impl From<StoreError> for Status {
             StoreError::NotFound(_) => Code::NotFound,
             StoreError::Exists(_) => Code::AlreadyExists,
             StoreError::Precondition { .. } => Code::FailedPrecondition,
-            StoreError::Layer(_) | StoreError::Database(_) => Code::Internal,
+            StoreError::Layer(_) | StoreError::Database(_) | StoreError::Taken(_) => Code::Internal,
         };
         Self::new(code, format!("joey-snapshotter: {error}"))
     }

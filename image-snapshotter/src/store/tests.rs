@@ -210,6 +210,15 @@ fn an_images_index_is_counted_before_it_is_there() {
     assert!(estimated > exact * 3 / 4 && estimated < exact * 3 / 2, "{estimated} for {exact}");
 }
 
+#[test]
+fn a_store_that_another_has_is_not_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let _store = Store::open(dir.path()).unwrap();
+    let taken = Store::open(dir.path());
+    assert!(matches!(taken, Err(StoreError::Taken(_))), "{taken:?}");
+    assert!(dir.path().join(super::RESERVE).exists());
+}
+
 /// The database itself takes a disk that was full for its end.
 #[test]
 fn a_disk_that_failed_may_be_well_again() {
