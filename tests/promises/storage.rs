@@ -361,7 +361,10 @@ pub fn once_reached<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
     let end = Instant::now() + SOON;
     loop {
         match attempt() {
-            Err(error) if Instant::now() < end && format!("{error:#}").contains("s.sock") => {
+            // Refused, or cut off because the snapshotter was killed just then.
+            Err(error)
+                if Instant::now() < end && format!("{error:#}").contains("connection error") =>
+            {
                 std::thread::sleep(Duration::from_millis(200));
             }
             done => return done,

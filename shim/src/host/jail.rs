@@ -155,9 +155,9 @@ impl Jail {
 
     /// Turns a freshly forked child, in [`NAMESPACES`], into the jailed process up to exec.
     ///
-    /// The process dies with the thread that forked it, which is the shim's only one. `report` is its
-    /// pipe to that thread: if nobody reads it any more, the thread has died already.
-    pub(crate) fn enter(&self, report: BorrowedFd<'_>) -> Result<(), (Step, nix::Error)> {
+    /// The process dies with the thread that forked it, which is the only one of `parent`, a descriptor of the forking
+    /// process (pidfd_open(2)): it tells whether that has died before the kernel was asked to see to it.
+    pub(crate) fn enter(&self, parent: BorrowedFd<'_>) -> Result<(), (Step, nix::Error)> {
         let step = |step: Step| move |error: nix::Error| (step, error);
         for cgroup in &self.cgroups {
             nix::unistd::write(cgroup, b"0").map_err(step(Step::Cgroup))?;
@@ -170,10 +170,10 @@ impl Jail {
         self.drop_privileges().map_err(step(Step::Privileges))?;
         // Changing the uid would have cleared it (prctl(2)).
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(step(Step::Limits))?;
-        let mut reader = [PollFd::new(report, PollFlags::empty())];
-        match nix::poll::poll(&mut reader, PollTimeout::ZERO).map_err(step(Step::Limits))? {
+        let mut ended = [PollFd::new(parent, PollFlags::POLLIN)];
+        match nix::poll::poll(&mut ended, PollTimeout::ZERO).map_err(step(Step::Limits))? {
             0 => Ok(()),
-            _ => Err((Step::Limits, nix::Error::EPIPE)),
+            _ => Err((Step::Limits, nix::Error::ESRCH)),
         }
     }
 

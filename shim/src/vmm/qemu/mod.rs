@@ -19,13 +19,9 @@ use anyhow::Context as _;
 use futures::future::BoxFuture;
 use joey_protocol::limits::DISK_SLOTS;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::{SFlag, fstat};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
@@ -33,7 +29,7 @@ use tokio::time::timeout;
 use self::args::slot_is_writable;
 use self::qmp::{Qmp, QmpError};
 pub(crate) use self::spawn::Launch;
-use super::error::{EXITED, VmmError};
+use super::error::VmmError;
 use super::{Disk, DiskLimits, Phases, Vm};
 
 /// The oldest QEMU with `file:` migration and private mappings of read-only memory files.
@@ -120,11 +116,10 @@ fn ask_version(path: &Path) -> Result<String, VmmError> {
 /// A machine run by QEMU.
 pub struct QemuVm {
     id: String,
-    pid: i32,
+    running: spawn::Running,
     qmp: Mutex<Qmp>,
     channel: SyncMutex<Option<UnixStream>>,
     attached: Mutex<BTreeMap<u32, String>>,
-    ended: watch::Receiver<Option<String>>,
     stderr: spawn::Tail,
     /// Whether it goes on from a checkpoint, in which all of the machine is.
     continues: bool,
@@ -137,8 +132,7 @@ impl QemuVm {
         let begun = Instant::now();
         let process = spawn::spawn(launch).await?;
         phases.push(("vmm_spawn", begun.elapsed()));
-        let ended = reap(process.pid, process.pidfd)?;
-        let (pid, stderr, jail) = (process.pid, process.stderr, process.jail);
+        let (running, stderr, jail) = (process.running, process.stderr, process.jail);
         let begun = Instant::now();
         let connect = async {
             match continues {
@@ -149,25 +143,23 @@ impl QemuVm {
         let ready = timeout(READY_DEADLINE, connect).await;
         let qmp = match ready {
             Ok(Ok(qmp)) => qmp,
-            Ok(Err(error)) => return Err(explain(&id, error, &ended, &stderr).await),
+            Ok(Err(error)) => return Err(explain(&id, error, &running.ended, &stderr).await),
             Err(_) => {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
                 return Err(VmmError::Deadline { id, what: "QEMU's start", limit: READY_DEADLINE });
             }
         };
         let vm = Self {
             id,
-            pid,
+            running,
             qmp: Mutex::new(qmp),
             channel: SyncMutex::new(Some(process.channel)),
             attached: Mutex::default(),
-            ended,
             stderr,
             continues,
         };
         phases.push(("vmm_ready", begun.elapsed()));
         let begun = Instant::now();
-        jail.empty(pid)
+        jail.empty(vm.running.pid)
             .map_err(VmmError::io(format!("sandbox {}: emptying the VMM's jail", vm.id)))?;
         phases.push(("jail_empty", begun.elapsed()));
         Ok(vm)
@@ -191,7 +183,9 @@ impl QemuVm {
         };
         match timeout(RESTORE_DEADLINE, wait).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(explain(&self.id, error, &self.ended, &self.stderr).await),
+            Ok(Err(error)) => {
+                Err(explain(&self.id, error, &self.running.ended, &self.stderr).await)
+            }
             Err(_) => Err(VmmError::Deadline {
                 id: self.id.clone(),
                 what: "restoring the template",
@@ -222,7 +216,7 @@ impl QemuVm {
         let workers = |most: u32| json!({"path": "/objects/main-loop", "property": "thread-pool-max", "value": most});
         qmp.execute("qom-set", workers(1)).await?;
         let resting = async {
-            while checkpoint::threads(self.pid)? > THREADS + vcpus {
+            while checkpoint::threads(self.running.pid)? > THREADS + vcpus {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
             Ok(())
@@ -231,7 +225,7 @@ impl QemuVm {
             timeout(REST_DEADLINE, resting).await.context("QEMU's worker threads did not end")?;
         rested?;
         qmp.execute("qom-set", workers(WORKERS)).await?;
-        Ok(checkpoint::take(self.pid, args::fd::STATE, file)?)
+        Ok(checkpoint::take(self.running.pid, args::fd::STATE, file)?)
     }
 
     async fn swap(&self, slot: u32, file: &str) -> Result<(), QmpError> {
@@ -436,7 +430,7 @@ fn check_slot(slot: u32, read_only: bool) -> Result<(), VmmError> {
 
 impl Vm for QemuVm {
     fn pid(&self) -> i32 {
-        self.pid
+        self.running.pid
     }
 
     fn take_channel(&self) -> Result<UnixStream, VmmError> {
@@ -477,15 +471,12 @@ impl Vm for QemuVm {
     }
 
     fn kill(&self) {
-        // The process is reaped only where its end is published, in this same thread.
-        if self.ended.borrow().is_none() {
-            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
-        }
+        self.running.kill();
     }
 
     fn exited(&self) -> BoxFuture<'_, String> {
         Box::pin(async {
-            let mut ended = self.ended.clone();
+            let mut ended = self.running.ended.clone();
             let how = match ended.wait_for(Option::is_some).await {
                 Ok(how) => how.clone().unwrap_or_default(),
                 Err(_) => "unknown".to_owned(),
@@ -496,30 +487,6 @@ impl Vm for QemuVm {
             }
         })
     }
-}
-
-impl Drop for QemuVm {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-/// Waits for the process's end in the background, reaps it, and publishes how it ended.
-fn reap(pid: i32, pidfd: OwnedFd) -> Result<watch::Receiver<Option<String>>, VmmError> {
-    #[allow(deprecated, reason = "unsound only for types that change their descriptor")]
-    let pidfd = AsyncFd::new(pidfd).map_err(VmmError::io("watching QEMU's process"))?;
-    let (sender, receiver) = watch::channel(None);
-    tokio::spawn(async move {
-        let _ = pidfd.readable().await;
-        let how = match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED) {
-            Ok(WaitStatus::Exited(_, code)) => format!("{EXITED} {code}"),
-            Ok(WaitStatus::Signaled(_, signal, _)) => format!("killed by {signal}"),
-            Ok(status) => format!("{status:?}"),
-            Err(error) => format!("process {pid} is gone ({error})"),
-        };
-        let _ = sender.send(Some(how));
-    });
-    Ok(receiver)
 }
 
 /// When QEMU closed its socket it is ending: its last words say more than the closed socket.

@@ -10,23 +10,67 @@ use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 
 use super::args::fd;
 use crate::host::jail::{self, Jail};
 use crate::sys::{self, Forked};
-use crate::vmm::error::VmmError;
+use crate::vmm::error::{EXITED, VmmError};
 
 /// How much of the console and of QEMU's standard error is kept.
 const CONSOLE_BYTES: usize = 256 * 1024;
 const STDERR_BYTES: usize = 8 * 1024;
 
+/// A running QEMU, which ends when this is dropped: a start that is given up leaves none.
+pub(crate) struct Running {
+    pub(crate) pid: i32,
+    /// How it ended, once it has.
+    pub(crate) ended: watch::Receiver<Option<String>>,
+}
+
+impl Running {
+    /// Waits for the process's end in the background, reaps it, and publishes how it ended.
+    fn watch(pid: i32, pidfd: OwnedFd) -> io::Result<Self> {
+        #[allow(deprecated, reason = "unsound only for types that change their descriptor")]
+        let pidfd = AsyncFd::new(pidfd)?;
+        let (sender, ended) = watch::channel(None);
+        tokio::spawn(async move {
+            let _ = pidfd.readable().await;
+            let how = match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED) {
+                Ok(WaitStatus::Exited(_, code)) => format!("{EXITED} {code}"),
+                Ok(WaitStatus::Signaled(_, signal, _)) => format!("killed by {signal}"),
+                Ok(status) => format!("{status:?}"),
+                Err(error) => format!("process {pid} is gone ({error})"),
+            };
+            let _ = sender.send(Some(how));
+        });
+        Ok(Self { pid, ended })
+    }
+
+    pub(crate) fn kill(&self) {
+        // The process is reaped only where its end is published, in this same thread.
+        if self.ended.borrow().is_none() {
+            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
 /// A running QEMU and the host's ends of what it was given.
 pub(crate) struct Process {
-    pub(crate) pid: i32,
-    pub(crate) pidfd: OwnedFd,
+    pub(crate) running: Running,
     pub(crate) qmp: UnixStream,
     pub(crate) channel: UnixStream,
     pub(crate) stderr: Tail,
@@ -108,6 +152,7 @@ pub(crate) async fn spawn(launch: Launch<'_>) -> Result<Process, VmmError> {
         fork(&jail, &descriptors, report_theirs.as_fd(), program.as_deref(), &arguments)
             .map_err(failed("forking"))?;
     drop((descriptors, report_theirs));
+    let running = Running::watch(pid, pidfd).map_err(failed("watching its process"))?;
     let tokio_stream = |stream: StdStream| {
         stream.set_nonblocking(true)?;
         UnixStream::from_std(stream)
@@ -122,16 +167,13 @@ pub(crate) async fn spawn(launch: Launch<'_>) -> Result<Process, VmmError> {
     let folder = File::open(folder).map_err(failed("opening the console's folder"))?;
     let name = launch.console_log.file_name().unwrap_or_default().into();
     tokio::spawn(keep_console(console, folder, name));
-    let process = Process { pid, pidfd, qmp, channel, stderr, jail };
+    let process = Process { running, qmp, channel, stderr, jail };
     let mut message = Vec::new();
     let mut report = pipe::Receiver::from_owned_fd(report.into()).map_err(failed("the report"))?;
     report.read_to_end(&mut message).await.map_err(failed("the report"))?;
     match jail::parse_report(&message) {
         None => Ok(process),
-        Some((step, source)) => {
-            let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
-            Err(failed(step)(source))
-        }
+        Some((step, source)) => Err(failed(step)(source)),
     }
 }
 
@@ -147,6 +189,7 @@ fn fork(
     arguments: &[CString],
 ) -> io::Result<(i32, OwnedFd)> {
     let wanted = jail::raw(descriptors);
+    let parent = sys::pidfd_open(nix::unistd::getpid().as_raw())?;
     // Time-zone and allocator: QEMU must not look for files, and should keep few heaps.
     let environment = [c"PATH=/", c"MALLOC_ARENA_MAX=1"].map(|text| text.to_owned());
     // SAFETY: the shim runs one thread; the child makes system calls and a few small allocations.
@@ -155,7 +198,7 @@ fn fork(
     match forked {
         Forked::Parent { pid, pidfd } => Ok((pid, pidfd)),
         Forked::Child => {
-            let entered = jail.enter(report);
+            let entered = jail.enter(parent.as_fd());
             let report = report.as_raw_fd();
             if let Err((step, error)) = entered {
                 jail::report_and_exit(report, step, error as i32);
