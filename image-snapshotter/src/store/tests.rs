@@ -216,7 +216,7 @@ fn a_store_that_another_has_is_not_touched() {
     let _store = Store::open(dir.path()).unwrap();
     let taken = Store::open(dir.path());
     assert!(matches!(taken, Err(StoreError::Taken(_))), "{taken:?}");
-    assert!(dir.path().join(super::RESERVE).exists());
+    assert!(dir.path().join(RESERVE).exists());
 }
 
 /// The database itself takes a disk that was full for its end.
