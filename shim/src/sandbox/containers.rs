@@ -20,6 +20,7 @@ use super::{
     CreateTask, Deleted, Guest, Handle, KILLED, Progress, SandboxError, SandboxEvent, StdioPaths,
 };
 use crate::failpoint;
+use crate::guest::GuestError;
 use crate::host::patience::{self, PATIENCE};
 use crate::host::{block, cpus, mounts, oom};
 use crate::rootfs;
@@ -291,9 +292,10 @@ impl Handle {
 
     /// A failed creation's error, which says so if an image of it turns out to be damaged.
     async fn blame(&self, error: SandboxError, acquired: &Acquired) -> SandboxError {
-        let (SandboxError::Guest { id, source }, Ok(guest)) = (&error, self.guest().await) else {
+        let SandboxError::Guest { id, source: source @ GuestError::Refused { .. } } = &error else {
             return error;
         };
+        let Ok(guest) = self.guest().await else { return error };
         // The guest's word of it comes beside its answer.
         tokio::time::sleep(DAMAGE_TOLD).await;
         if acquired.slots.iter().any(|slot| guest.disks.is_damaged(*slot)) {
