@@ -9,6 +9,9 @@ pub mod abi;
 #[cfg(feature = "loader")]
 pub mod loader;
 pub mod model;
+#[cfg(test)]
+#[cfg(feature = "loader")]
+mod tests;
 
 include!(concat!(env!("OUT_DIR"), "/reasons.rs"));
 
