@@ -9,7 +9,7 @@
 
 #include "packet.h"
 
-#define SECONDS 1000000000ull
+#define SECONDS 1000000000ll
 
 // Whether `opener` may open to the other side, at the other side's port.
 INLINE int verdict(const struct pod *config, const struct flow_key *flow, __u8 opener)
@@ -54,7 +54,7 @@ INLINE int verdict(const struct pod *config, const struct flow_key *flow, __u8 o
 
 INLINE int is_live(const struct flow *flow, __u8 proto, __u64 now)
 {
-	__u64 most = 30 * SECONDS;
+	__s64 most = 30 * SECONDS;
 
 	if (proto == TCP && flow->state == NEW)
 		most = 60 * SECONDS;
@@ -62,8 +62,8 @@ INLINE int is_live(const struct flow *flow, __u8 proto, __u64 now)
 		most = 7500 * SECONDS; // RFC 5382: 2 h 4 min at least
 	else if (proto == UDP && flow->state == ANSWERED)
 		most = 180 * SECONDS;
-	// Another CPU may have seen the flow after `now` was read.
-	return now < flow->seen + most;
+	// Signed: another CPU may have seen the flow after `now` was read.
+	return (__s64)(now - flow->seen) < most;
 }
 
 // The state of a TCP flow after a packet with these flags; the packet is refused where it has no place.
@@ -154,7 +154,7 @@ INLINE int quoted(const struct __sk_buff *skb, const struct pod *config, __u32 p
 	if (packet->family == 4) {
 		struct ip4 ip;
 
-		if (read(skb, packet, at, &ip, sizeof(ip)) || ip.version != 0x45 ||
+		if (read(skb, packet, at, &ip) || ip.version != 0x45 ||
 		    ip.fragment & BE16(0x1fff))
 			return DROP_Quote;
 		inner.source[0] = ip.source;
@@ -164,7 +164,7 @@ INLINE int quoted(const struct __sk_buff *skb, const struct pod *config, __u32 p
 	} else {
 		struct ip6 ip;
 
-		if (read(skb, packet, at, &ip, sizeof(ip)) || ip.version >> 4 != 6)
+		if (read(skb, packet, at, &ip) || ip.version >> 4 != 6)
 			return DROP_Quote;
 		copy_address(inner.source, ip.source);
 		copy_address(inner.destination, ip.destination);
@@ -172,7 +172,7 @@ INLINE int quoted(const struct __sk_buff *skb, const struct pod *config, __u32 p
 		at += sizeof(ip);
 	}
 	if (!same_address(inner.source, packet->destination) ||
-	    read(skb, packet, at, head, sizeof(head)))
+	    read(skb, packet, at, &head))
 		return DROP_Quote;
 	flow_of(&key, pod, &inner, author);
 	if (inner.proto == TCP || inner.proto == UDP) {

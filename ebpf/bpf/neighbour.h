@@ -31,7 +31,8 @@ INLINE int is_own(__u32 pod, __u32 family, const __u32 *address)
 	return map_lookup(&addresses, &key) != 0;
 }
 
-INLINE int arp(const struct __sk_buff *skb, const struct pod *config, __u32 pod, int sender)
+INLINE int arp(const struct __sk_buff *skb, const struct pod *config, __u32 pod,
+	       const struct packet *packet, int sender)
 {
 	struct {
 		__u16 hardware;
@@ -45,7 +46,7 @@ INLINE int arp(const struct __sk_buff *skb, const struct pod *config, __u32 pod,
 	} head;
 	__u32 source[4] = {}, target[4] = {};
 
-	if (load(skb, ETH_HLEN, &head, sizeof(head)))
+	if (load(skb, packet, ETH_HLEN, &head))
 		return DROP_Truncated;
 	if (head.hardware != BE16(1) || head.protocol != BE16(ETH_P_IP) || head.lengths[0] != 6 ||
 	    head.lengths[1] != 4 || (head.operation != BE16(1) && head.operation != BE16(2)))
@@ -74,7 +75,7 @@ INLINE int options(const struct __sk_buff *skb, const struct pod *config,
 
 		if (at == packet->end)
 			return ALLOWED;
-		if (read(skb, packet, at, option, sizeof(option)))
+		if (read(skb, packet, at, &option))
 			return DROP_Neighbour;
 		if (!option[1])
 			return DROP_Neighbour;
@@ -125,7 +126,7 @@ INLINE int neighbour(const struct __sk_buff *skb, const struct pod *config, __u3
 		return ALLOWED;
 	if (kind == ROUTER_SOLICITATION)
 		return options(skb, config, packet, packet->at + 8);
-	if (read(skb, packet, packet->at + 8, target, sizeof(target)))
+	if (read(skb, packet, packet->at + 8, &target))
 		return DROP_Truncated;
 	if (kind == NEIGHBOUR_ADVERTISEMENT || packet->unspecified) {
 		if (packet->unspecified && kind == NEIGHBOUR_ADVERTISEMENT)

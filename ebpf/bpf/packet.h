@@ -3,7 +3,7 @@
 // From a frame to what the policy asks about: addresses, ports, and what kind of message it is. Each
 // function returns ALLOWED to go on, or the reason of a drop.
 //
-// Bytes are read by bpf_skb_load_bytes, which reads what the device left in pages, too.
+// Bytes are read where they are, or by bpf_skb_load_bytes where the device left them in pages.
 #ifndef JOEY_PACKET_H
 #define JOEY_PACKET_H
 
@@ -64,6 +64,8 @@ struct ip6 {
 };
 
 struct packet {
+	void *start; // of what can be read directly, and
+	void *stop;
 	__u32 source[4];
 	__u32 destination[4];
 	__u32 at; // what follows the IP headers
@@ -101,13 +103,36 @@ INLINE int same_address(const __u32 *one, const __u32 *other)
 		 (one[3] ^ other[3]));
 }
 
-INLINE int read(const struct __sk_buff *skb, const struct packet *packet, __u32 offset, void *to,
-		__u32 length)
-{
-	if (offset + length > packet->end || load(skb, offset, to, length))
-		return DROP_Truncated;
-	return ALLOWED;
-}
+// Headers that begin at a constant offset, read in as large words as their struct is aligned to, which
+// x86 does not mind.
+#define load(skb, packet, offset, to)                                                          \
+	({                                                                                     \
+		typeof(to) from_ = (packet)->start + (offset);                                 \
+		int failed_ = 0;                                                               \
+		if ((void *)(from_ + 1) <= (packet)->stop)                                     \
+			__builtin_memcpy(to, from_, sizeof(*(to)));                            \
+		else                                                                           \
+			failed_ = load_bytes(skb, offset, to, sizeof(*(to))) != 0;             \
+		failed_;                                                                       \
+	})
+
+// What is anywhere in the IP packet.
+#define read(skb, packet, offset, to)                                                          \
+	((offset) + sizeof(*(to)) > (packet)->end ||                                           \
+			 load_bytes(skb, offset, to, sizeof(*(to))) ?                          \
+		 DROP_Truncated :                                                              \
+		 ALLOWED)
+
+// The transport's header, which mostly follows the IP header.
+#define read_transport(skb, packet, to)                                                        \
+	((packet)->at + sizeof(*(to)) > (packet)->end ? DROP_Truncated :                       \
+	 (packet)->at == ETH_HLEN + sizeof(struct ip4) ?                                       \
+		 (load(skb, packet, ETH_HLEN + sizeof(struct ip4), to) ? DROP_Truncated :      \
+									 ALLOWED) :            \
+	 (packet)->at == ETH_HLEN + sizeof(struct ip6) ?                                       \
+		 (load(skb, packet, ETH_HLEN + sizeof(struct ip6), to) ? DROP_Truncated :      \
+									 ALLOWED) :            \
+		 read(skb, packet, (packet)->at, to))
 
 // offset: in units of 8 bytes.
 INLINE int fragmented(struct packet *packet, __u32 offset, int more)
@@ -128,7 +153,7 @@ INLINE int parse_ip4(const struct __sk_buff *skb, struct packet *packet)
 	struct ip4 ip;
 	__u32 length, fragment;
 
-	if (load(skb, ETH_HLEN, &ip, sizeof(ip)))
+	if (load(skb, packet, ETH_HLEN, &ip))
 		return DROP_Truncated;
 	if (ip.version >> 4 != 4 || (ip.version & 15) < 5)
 		return DROP_Malformed;
@@ -157,7 +182,7 @@ INLINE int parse_ip6(const struct __sk_buff *skb, struct packet *packet)
 	__u32 length, next, i;
 	int reason;
 
-	if (load(skb, ETH_HLEN, &ip, sizeof(ip)))
+	if (load(skb, packet, ETH_HLEN, &ip))
 		return DROP_Truncated;
 	length = BE16(ip.length);
 	if (ip.version >> 4 != 6 || length > skb->len - ETH_HLEN - sizeof(ip))
@@ -175,7 +200,7 @@ INLINE int parse_ip6(const struct __sk_buff *skb, struct packet *packet)
 
 		if ((next != HOP_BY_HOP || i) && next != DESTINATION)
 			break;
-		reason = read(skb, packet, packet->at, head, sizeof(head));
+		reason = read(skb, packet, packet->at, &head);
 		if (reason)
 			return reason;
 		next = head[0];
@@ -191,7 +216,7 @@ INLINE int parse_ip6(const struct __sk_buff *skb, struct packet *packet)
 			__u32 id;
 		} head;
 
-		reason = read(skb, packet, packet->at, &head, sizeof(head));
+		reason = read(skb, packet, packet->at, &head);
 		if (reason)
 			return reason;
 		next = head.next;
@@ -217,7 +242,7 @@ INLINE int parse_tcp(const struct __sk_buff *skb, struct packet *packet)
 		__u8 flags;
 		__u16 rest[3];
 	} head;
-	int reason = read(skb, packet, packet->at, &head, sizeof(head));
+	int reason = read_transport(skb, packet, &head);
 
 	if (reason)
 		return reason;
@@ -234,7 +259,7 @@ INLINE int parse_tcp(const struct __sk_buff *skb, struct packet *packet)
 INLINE int parse_udp(const struct __sk_buff *skb, struct packet *packet)
 {
 	__u16 head[4];
-	int reason = read(skb, packet, packet->at, head, sizeof(head));
+	int reason = read_transport(skb, packet, &head);
 
 	if (reason)
 		return reason;

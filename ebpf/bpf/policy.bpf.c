@@ -26,7 +26,7 @@ INLINE int icmp(const struct __sk_buff *skb, const struct pod *config, __u32 pod
 	int old = packet->family == 4;
 	struct flow_key key = {};
 	__u8 head[8], kind;
-	int reason = read(skb, packet, packet->at, head, sizeof(head));
+	int reason = read_transport(skb, packet, &head);
 
 	if (reason)
 		return reason;
@@ -101,7 +101,7 @@ INLINE int fragments_of(const struct __sk_buff *skb, const struct pod *config, _
 		copy_address(key.destination, packet->destination);
 		seen = map_lookup(&fragments, &key);
 		now = ktime();
-		return seen && now < *seen + 30 * SECONDS ? ALLOWED : DROP_Fragment;
+		return seen && (__s64)(now - *seen) < 30 * SECONDS ? ALLOWED : DROP_Fragment;
 	}
 	reason = transport(skb, config, pod, packet, sender);
 	if (reason || !packet->more)
@@ -140,13 +140,17 @@ INLINE int addressed(__u32 pod, struct packet *packet, int sender)
 
 INLINE int examine(const struct __sk_buff *skb, const struct pod *config, __u32 pod, int sender)
 {
-	struct packet packet = {};
+	// Read once: the compiler must not compute with the context's address.
+	struct packet packet = {
+		.start = (void *)(long)skb->data,
+		.stop = (void *)(long)skb->data_end,
+	};
 	struct ethernet frame;
 	int reason;
 
 	if (skb->vlan_present)
 		return DROP_Vlan;
-	if (load(skb, 0, &frame, sizeof(frame)))
+	if (load(skb, &packet, 0, &frame))
 		return DROP_Truncated;
 	if (sender == VM && !same_mac(frame.from, config->mac))
 		return DROP_SpoofedMac;
@@ -155,7 +159,7 @@ INLINE int examine(const struct __sk_buff *skb, const struct pod *config, __u32 
 	if (frame.type == BE16(ETH_P_8021Q) || frame.type == BE16(ETH_P_8021AD))
 		return DROP_Vlan;
 	if (frame.type == BE16(ETH_P_ARP))
-		return arp(skb, config, pod, sender);
+		return arp(skb, config, pod, &packet, sender);
 	if (frame.type == BE16(ETH_P_IP))
 		reason = parse_ip4(skb, &packet);
 	else if (frame.type == BE16(ETH_P_IPV6))

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use super::packet::{ACK, FIN, ICMP, ICMP6, Packet, Piece, RST, SYN, TCP, UDP, field};
-use super::{Model, Sender};
+use super::{Model, Sender, elapsed};
 use crate::policy::Reason;
 use crate::policy::abi::{Allow, Flow, FlowKey, Identity, Service, Side, State};
 
@@ -31,7 +31,7 @@ fn lifetime(proto: u8, state: State) -> Duration {
 }
 
 fn is_live(proto: u8, flow: &Flow, now: u64) -> bool {
-    Duration::from_nanos(now.saturating_sub(flow.seen)) < lifetime(proto, flow.state)
+    elapsed(flow.seen, now) < lifetime(proto, flow.state)
 }
 
 impl Model {

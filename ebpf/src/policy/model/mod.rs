@@ -34,6 +34,11 @@ use super::abi::{
 /// How long later fragments may follow their first one.
 const FRAGMENTS: Duration = Duration::from_secs(30);
 
+/// From one reading of the clock to another. None if the first was taken later, by another CPU.
+fn elapsed(from: u64, to: u64) -> Duration {
+    Duration::from_nanos(u64::try_from(to.wrapping_sub(from).cast_signed()).unwrap_or(0))
+}
+
 /// The maps' contents, and the decision that is made by them.
 #[derive(Debug, Clone, Default)]
 pub struct Model {
@@ -130,8 +135,8 @@ impl Model {
         match packet.piece {
             Piece::Later { id } => {
                 let first = self.fragments.get(&key(id)).ok_or(Reason::Fragment)?;
-                let age = Duration::from_nanos(sender.now.saturating_sub(*first));
-                return if age < FRAGMENTS { Ok(()) } else { Err(Reason::Fragment) };
+                let young = elapsed(*first, sender.now) < FRAGMENTS;
+                return if young { Ok(()) } else { Err(Reason::Fragment) };
             }
             Piece::First { id, more: true } => {
                 self.transport(sender, &packet)?;

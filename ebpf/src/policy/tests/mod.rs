@@ -89,15 +89,15 @@ impl World {
         (program, self.model.judge(sender, pod, frame, now()))
     }
 
-    /// Makes everything that was seen that much older.
+    /// Makes everything that was seen that much older; earlier than the machine's start, too.
     fn age(&mut self, seconds: u64) {
         let nanoseconds = seconds * 1_000_000_000;
         for (key, flow) in &mut self.model.flows {
-            flow.seen = flow.seen.saturating_sub(nanoseconds);
+            flow.seen = flow.seen.wrapping_sub(nanoseconds);
             self.policy.put_flow(key, flow).unwrap();
         }
         for (key, seen) in &mut self.model.fragments {
-            *seen = seen.saturating_sub(nanoseconds);
+            *seen = seen.wrapping_sub(nanoseconds);
             self.policy.put_fragment(key, *seen).unwrap();
         }
     }

@@ -33,6 +33,8 @@ fn a_packet_costs_what_is_told() {
     const REPEAT: u32 = 200_000;
     let Some(mut world) = World::new("the cost of the policy's programs") else { return };
     cases::node(&mut world);
+    let wire = world.policy.run(Side::Vm, 9, &[0; 64], REPEAT).unwrap();
+    tell(&format!("a packet of no pod: {} ns", wire.time.as_nanos()));
     for net in cases::nets() {
         let ip = |proto| Ip::new(net.own, net.blue, proto);
         let back = |proto| Ip::new(net.blue, net.own, proto);
