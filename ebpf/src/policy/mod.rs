@@ -3,9 +3,10 @@
 //!
 //! [`model`] is the specification: the rules in Rust, which decide about a frame as the programs in
 //! `bpf/policy.bpf.c` do; the crate's tests hold the two together. [`abi`] is the layout of the maps, in
-//! this one place. The `loader` module (feature `loader`) loads the programs and fills their maps.
+//! this one place, and [`attach`] binds a device to its pod. The `loader` module (feature `loader`) loads the programs and fills their maps.
 
 pub mod abi;
+pub mod attach;
 #[cfg(feature = "loader")]
 pub mod loader;
 pub mod model;

@@ -10,6 +10,7 @@ use super::loader::Policy;
 use super::model::Model;
 
 mod cases;
+mod device;
 mod frames;
 mod link;
 mod random;
