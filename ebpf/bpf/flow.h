@@ -2,8 +2,9 @@
 //
 // Who may open what to whom, and what belongs to what was opened.
 //
-// Nothing is decided once and kept: a flow says only who opened it and how far it is. Each packet of it,
-// in either direction, needs a policy that lets its opener open it today, so a changed policy ends flows.
+// A flow says who opened it and how far it is. Each packet of it, in either direction, needs a policy that
+// lets its opener open it today, so a changed policy ends flows: what was decided is kept for as long as
+// the policy's generation is the same.
 #ifndef JOEY_FLOW_H
 #define JOEY_FLOW_H
 
@@ -102,6 +103,11 @@ INLINE int judge(const struct pod *config, const struct flow_key *key, const str
 		 __u8 sender, int opens)
 {
 	__u64 now = ktime();
+	__u32 zero = 0;
+	// Read before the policy, which is written before it: what is decided by an old policy is not kept
+	// as if a new one had decided it. volatile, or the compiler might read it later.
+	const volatile __u32 *counted = map_lookup(&generation, &zero);
+	__u32 current = counted ? *counted : 0;
 	struct flow *known = map_lookup(&flows, key);
 	struct flow next = { .opener = sender };
 	int reason, fresh = 1;
@@ -123,14 +129,18 @@ INLINE int judge(const struct pod *config, const struct flow_key *key, const str
 	} else if (sender != next.opener) {
 		next.state = ANSWERED;
 	}
-	reason = verdict(config, key, next.opener);
-	if (reason)
-		return reason;
+	if (fresh || known->generation != current) {
+		reason = verdict(config, key, next.opener);
+		if (reason)
+			return reason;
+	}
 	next.seen = now;
+	next.generation = current;
 	if (known) {
 		known->opener = next.opener;
 		known->state = next.state;
 		known->finished = next.finished;
+		known->generation = current;
 		known->seen = now;
 	} else if (map_update(&flows, key, &next, BPF_ANY)) {
 		return DROP_NoFlow;

@@ -23,10 +23,14 @@ enum {
 // Options of a message of neighbour discovery, at most.
 #define ND_OPTIONS 4
 
-INLINE int is_own(__u32 pod, __u32 family, const __u32 *address)
+INLINE int is_own(const struct pod *config, __u32 pod, __u32 family, const __u32 *address)
 {
 	struct address_key key = { .pod = pod, .family = family };
 
+	if (family == 4 ? address[0] && address[0] == config->ip4 :
+			  (address[0] | address[1] | address[2] | address[3]) &&
+				  same_address(address, config->ip6))
+		return 1;
 	copy_address(key.address, address);
 	return map_lookup(&addresses, &key) != 0;
 }
@@ -60,7 +64,7 @@ INLINE int arp(const struct __sk_buff *skb, const struct pod *config, __u32 pod,
 	// Who asks whether an address is taken does not claim it yet, but it has to be the pod's.
 	if (!source[0] && head.operation == BE16(1))
 		source[0] = target[0];
-	return is_own(pod, 4, source) ? ALLOWED : DROP_SpoofedArp;
+	return is_own(config, pod, 4, source) ? ALLOWED : DROP_SpoofedArp;
 }
 
 // Options that tell the sender's hardware address have to tell the pod's.
@@ -131,7 +135,7 @@ INLINE int neighbour(const struct __sk_buff *skb, const struct pod *config, __u3
 	if (kind == NEIGHBOUR_ADVERTISEMENT || packet->unspecified) {
 		if (packet->unspecified && kind == NEIGHBOUR_ADVERTISEMENT)
 			return DROP_SpoofedAddress;
-		if (!is_own(pod, 6, target))
+		if (!is_own(config, pod, 6, target))
 			return DROP_SpoofedNeighbour;
 	}
 	return options(skb, config, packet, packet->at + 24);

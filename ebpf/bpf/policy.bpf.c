@@ -121,13 +121,13 @@ INLINE int for_all(const struct packet *packet)
 	return first >> 24 == 0xff;
 }
 
-INLINE int addressed(__u32 pod, struct packet *packet, int sender)
+INLINE int addressed(const struct pod *config, __u32 pod, struct packet *packet, int sender)
 {
 	if (sender == PEER)
-		return for_all(packet) || is_own(pod, packet->family, packet->destination) ?
+		return for_all(packet) || is_own(config, pod, packet->family, packet->destination) ?
 			       ALLOWED :
 			       DROP_NotForPod;
-	if (is_own(pod, packet->family, packet->source))
+	if (is_own(config, pod, packet->family, packet->source))
 		return ALLOWED;
 	packet->unspecified = !(packet->source[0] | packet->source[1] | packet->source[2] |
 				packet->source[3]);
@@ -168,7 +168,7 @@ INLINE int examine(const struct __sk_buff *skb, const struct pod *config, __u32 
 		return DROP_EtherType;
 	if (reason)
 		return reason;
-	reason = addressed(pod, &packet, sender);
+	reason = addressed(config, pod, &packet, sender);
 	if (reason)
 		return reason;
 	return fragments_of(skb, config, pod, &packet, sender);

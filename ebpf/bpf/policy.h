@@ -41,6 +41,9 @@ struct pod {
 	__u32 tenant; // 0: of none, so the same as nobody's
 	__u8 mac[6];
 	__u8 unused[2];
+	// The first address of each family, 0 for none; `addresses` has the others.
+	__u32 ip4;
+	__u32 ip6[4];
 };
 
 struct address_key {
@@ -98,7 +101,8 @@ struct flow {
 	__u8 opener; // enum side
 	__u8 state;
 	__u8 finished; // TCP: bit per side
-	__u8 unused[5];
+	__u8 unused;
+	__u32 generation; // of the policy that last let its opener open it
 };
 
 struct fragment_key {
@@ -156,6 +160,14 @@ struct {
 	ENTRIES(262144);
 	FLAGS(BPF_F_NO_PREALLOC);
 } allows MAP;
+
+// Counts changes of pods, identities, services and allows. Written after the change.
+struct {
+	KIND(BPF_MAP_TYPE_ARRAY);
+	__u32 *key;
+	__u32 *value;
+	ENTRIES(1);
+} generation MAP;
 
 struct {
 	KIND(BPF_MAP_TYPE_LRU_HASH);

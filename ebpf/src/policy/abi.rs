@@ -7,7 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::Reason;
 
-/// Number of a pod on this node: the classid of its filters, so 16 bits. 0 is no pod.
+/// Number of a pod on this node: the classid of its filters, so 16 bits. 0 is no pod. A number that was
+/// free for as long as a flow may live, or whose flows were removed, may be given again.
 pub type PodId = u16;
 /// Number of a tenant. 0 is none.
 pub type Tenant = u32;
@@ -130,6 +131,8 @@ pub struct Flow {
     pub state: State,
     /// TCP: the sides that sent FIN, as bits numbered by [`Side`].
     pub finished: u8,
+    /// Of the policy that last let its opener open it.
+    pub generation: u32,
 }
 
 /// Key of `fragments`.
@@ -205,7 +208,7 @@ pub fn pod_key(pod: PodId) -> u32 {
     pod.into()
 }
 
-/// Key of `addresses`: an address that is the pod's.
+/// Key of `addresses`: an address that is the pod's, too.
 #[must_use]
 pub fn address_key(pod: PodId, ip: IpAddr) -> [u8; 24] {
     let (family, words) = address(ip);
@@ -214,10 +217,15 @@ pub fn address_key(pod: PodId, ip: IpAddr) -> [u8; 24] {
 }
 
 impl Pod {
-    /// The bytes of `struct pod`.
+    /// The bytes of `struct pod`, with the first address of each family. (None is 0, which is an address
+    /// of nobody.)
     #[must_use]
-    pub fn encode(&self) -> [u8; 12] {
-        Fields::new().put(self.tenant.to_ne_bytes()).put(self.mac).bytes
+    pub fn encode(&self, addresses: &[IpAddr]) -> [u8; 32] {
+        let first = |v4| addresses.iter().find(|ip| ip.is_ipv4() == v4);
+        let words = |v4| first(v4).map_or([0; 16], |ip| address(*ip).1);
+        let [a, b, c, d, ..] = words(true);
+        let fields = Fields::new().put(self.tenant.to_ne_bytes()).put(self.mac).put([0; 2]);
+        fields.put([a, b, c, d]).put(words(false)).bytes
     }
 }
 
@@ -300,7 +308,8 @@ impl Flow {
     #[must_use]
     pub fn encode(&self) -> [u8; 16] {
         let rest = [self.opener as u8, self.state as u8, self.finished];
-        Fields::new().put(self.seen.to_ne_bytes()).put(rest).bytes
+        let fields = Fields::new().put(self.seen.to_ne_bytes()).put(rest).put([0]);
+        fields.put(self.generation.to_ne_bytes()).bytes
     }
 
     /// What the bytes of `struct flow` say; `None` if the programs never write such.
@@ -314,7 +323,8 @@ impl Flow {
             _ => return None,
         };
         let seen = u64::from_ne_bytes(part(bytes, 0));
-        Some(Self { seen, opener: side(opener)?, state, finished })
+        let generation = u32::from_ne_bytes(part(bytes, 12));
+        Some(Self { seen, opener: side(opener)?, state, finished, generation })
     }
 }
 
@@ -391,7 +401,13 @@ mod tests {
             };
             assert_eq!(FlowKey::decode(&key.encode()), Some(key));
         }
-        let flow = Flow { seen: 1 << 40, opener: Side::Peer, state: State::Closed, finished: 3 };
+        let flow = Flow {
+            seen: 1 << 40,
+            opener: Side::Peer,
+            state: State::Closed,
+            finished: 3,
+            generation: 0xFEDC_BA98,
+        };
         assert_eq!(Flow::decode(&flow.encode()), Some(flow));
         assert_eq!(Flow::decode(&[9; 16]), None);
     }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{HashMap, Map, MapError, PerCpuHashMap, PerCpuValues};
+use aya::maps::{Array, HashMap, Map, MapError, PerCpuHashMap, PerCpuValues};
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
 
@@ -150,28 +150,33 @@ impl Policy {
         self.with(name, |mut map: HashMap<_, [u8; K], [u8; V]>| gone(map.remove(&key)))
     }
 
-    /// Makes or replaces a pod. Its counters begin at zero, or go on.
-    pub fn put_pod(&mut self, id: PodId, pod: &Pod) -> Result<(), PolicyError> {
+    /// Makes or replaces a pod with these addresses. Its counters begin at zero, or go on.
+    pub fn put_pod(&mut self, id: PodId, pod: &Pod, own: &[IpAddr]) -> Result<(), PolicyError> {
         self.put_counters(id)?;
-        self.put("pods", pod_key(id), pod.encode())
+        for address in own {
+            self.put("addresses", address_key(id, *address), 1_u32)?;
+        }
+        self.put("pods", pod_key(id), pod.encode(own))?;
+        self.changed()
     }
 
-    /// Removes a pod and its counters: from now on all of its packets are dropped.
-    pub fn remove_pod(&mut self, id: PodId) -> Result<(), PolicyError> {
-        self.remove::<4, 12>("pods", pod_key(id).to_ne_bytes())?;
+    /// Removes a pod with these addresses, and its counters: from now on all of its packets are dropped.
+    pub fn remove_pod(&mut self, id: PodId, own: &[IpAddr]) -> Result<(), PolicyError> {
+        self.remove::<4, 32>("pods", pod_key(id).to_ne_bytes())?;
+        for address in own {
+            self.remove::<24, 4>("addresses", address_key(id, *address))?;
+        }
         self.with("counters", |mut map: PerCpuHashMap<_, u32, [u8; Counters::SIZE]>| {
             gone(map.remove(&pod_key(id)))
         })
     }
 
-    /// Gives a pod an address.
-    pub fn put_address(&mut self, pod: PodId, ip: IpAddr) -> Result<(), PolicyError> {
-        self.put("addresses", address_key(pod, ip), 1_u32)
-    }
-
-    /// Takes an address from a pod.
-    pub fn remove_address(&mut self, pod: PodId, ip: IpAddr) -> Result<(), PolicyError> {
-        self.remove::<24, 4>("addresses", address_key(pod, ip))
+    /// Has flows be judged anew: what was changed before counts from now on.
+    fn changed(&mut self) -> Result<(), PolicyError> {
+        self.with("generation", |mut map: Array<_, u32>| {
+            let generation = map.get(&0, 0)?;
+            map.set(0, generation.wrapping_add(1), 0)
+        })
     }
 
     /// Says whose the addresses of a prefix are.
@@ -179,7 +184,8 @@ impl Policy {
         let (bits, bytes) = prefix.encode();
         self.with("identities", |mut map: LpmTrie<_, [u8; 20], [u8; 8]>| {
             map.insert(&Key::new(bits, bytes), identity.encode(), 0)
-        })
+        })?;
+        self.changed()
     }
 
     /// Forgets whose they are.
@@ -187,27 +193,32 @@ impl Policy {
         let (bits, bytes) = prefix.encode();
         self.with("identities", |mut map: LpmTrie<_, [u8; 20], [u8; 8]>| {
             gone(map.remove(&Key::new(bits, bytes)))
-        })
+        })?;
+        self.changed()
     }
 
     /// Shares a service.
     pub fn put_service(&mut self, service: &Service) -> Result<(), PolicyError> {
-        self.put("services", service.encode(), 1_u32)
+        self.put("services", service.encode(), 1_u32)?;
+        self.changed()
     }
 
     /// Shares it no longer.
     pub fn remove_service(&mut self, service: &Service) -> Result<(), PolicyError> {
-        self.remove::<8, 4>("services", service.encode())
+        self.remove::<8, 4>("services", service.encode())?;
+        self.changed()
     }
 
     /// Allows something across tenants.
     pub fn put_allow(&mut self, allow: &Allow) -> Result<(), PolicyError> {
-        self.put("allows", allow.encode(), 1_u32)
+        self.put("allows", allow.encode(), 1_u32)?;
+        self.changed()
     }
 
     /// Allows it no longer.
     pub fn remove_allow(&mut self, allow: &Allow) -> Result<(), PolicyError> {
-        self.remove::<12, 4>("allows", allow.encode())
+        self.remove::<12, 4>("allows", allow.encode())?;
+        self.changed()
     }
 
     /// Writes down a flow.

@@ -71,7 +71,7 @@ impl Model {
 
     /// A packet of the flow `key`. While a flow is known, the policy about its opener decides, for both
     /// directions; so nothing passes by having the right source port, and a policy that changes ends
-    /// what it allowed before.
+    /// what it allowed before. (The programs ask it again when its generation is another.)
     pub(super) fn flow(&mut self, sender: &Sender, key: FlowKey, role: Role) -> Result<(), Reason> {
         let known = self.flows.get(&key).filter(|flow| is_live(key.proto, flow, sender.now));
         let opens = match role {
@@ -87,7 +87,10 @@ impl Model {
         let seen = sender.now;
         let next = match (known, role) {
             (None, _) if !opens => return Err(Reason::NoFlow),
-            (None, _) => Flow { seen, opener: sender.side, state: State::New, finished: 0 },
+            (None, _) => {
+                let (opener, state) = (sender.side, State::New);
+                Flow { seen, opener, state, finished: 0, generation: 0 }
+            }
             (Some(flow), Role::Segment(flags)) => {
                 Flow { seen, ..connection(flow, flags, sender.side).ok_or(Reason::NoFlow)? }
             }

@@ -125,8 +125,9 @@ fn judged_on_devices() {
     let mut world = World { policy: Policy::load().unwrap(), model: Model::default() };
     node(&mut world);
     let pod = world.model.pods[&1];
-    let own: Vec<_> = world.model.addresses.iter().filter(|(id, _)| *id == 1).copied().collect();
-    world.pod(POD_ID, pod, &own.iter().map(|(_, address)| *address).collect::<Vec<_>>());
+    let own = world.model.addresses.iter().filter(|(id, _)| *id == 1);
+    let own: Vec<_> = own.map(|(_, address)| *address).collect();
+    world.pod(POD_ID, pod, &own);
     let World { mut policy, model } = world;
     for (sender, index) in [(Side::Vm, partner(ETH0)), (Side::Peer, ETH0)] {
         carry(&mut netlink, index).unwrap();
@@ -163,7 +164,7 @@ fn judged_on_devices() {
     let open = out(Ip::new(nets()[0].own, nets()[0].friend, TCP), &tcp(1, 2, SYN));
     wires.check(Side::Vm, &open, Ok(()));
     let strays = wires.policy.counters(0).unwrap().dropped(Side::Vm, Reason::NoPod);
-    wires.policy.remove_pod(POD_ID).unwrap();
+    wires.policy.remove_pod(POD_ID, &own).unwrap();
     let arrived = received(NODE);
     sendto(wires.socket.as_raw_fd(), &open, &link(partner(NODE)), MsgFlags::empty()).unwrap();
     let after = wires.policy.counters(0).unwrap().dropped(Side::Vm, Reason::NoPod);

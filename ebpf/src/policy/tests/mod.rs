@@ -5,7 +5,7 @@ use std::io;
 use std::net::IpAddr;
 
 use super::Reason;
-use super::abi::{Allow, Counters, Identity, Pod, PodId, Prefix, Service, Side};
+use super::abi::{Allow, Counters, Flow, Identity, Pod, PodId, Prefix, Service, Side};
 use super::loader::Policy;
 use super::model::Model;
 
@@ -52,12 +52,9 @@ impl World {
     }
 
     fn pod(&mut self, id: PodId, pod: Pod, addresses: &[IpAddr]) {
-        self.policy.put_pod(id, &pod).unwrap();
+        self.policy.put_pod(id, &pod, addresses).unwrap();
         self.model.pods.insert(id, pod);
-        for &address in addresses {
-            self.policy.put_address(id, address).unwrap();
-            self.model.addresses.insert((id, address));
-        }
+        self.model.addresses.extend(addresses.iter().map(|address| (id, *address)));
     }
 
     fn identity(&mut self, address: IpAddr, bits: u8, identity: Identity) {
@@ -95,7 +92,8 @@ impl World {
         let nanoseconds = seconds * 1_000_000_000;
         for (key, flow) in &mut self.model.flows {
             flow.seen = flow.seen.wrapping_sub(nanoseconds);
-            self.policy.put_flow(key, flow).unwrap();
+            let generation = self.policy.flow(key).unwrap().map_or(0, |flow| flow.generation);
+            self.policy.put_flow(key, &Flow { generation, ..*flow }).unwrap();
         }
         for (key, seen) in &mut self.model.fragments {
             *seen = seen.wrapping_sub(nanoseconds);
@@ -103,11 +101,12 @@ impl World {
         }
     }
 
-    /// Compares the flows that were written down, but for the moment.
+    /// Compares the flows that were written down, but for the moment and the policy's generation.
     fn compare_flows(&mut self) {
         for (key, flow) in &self.model.flows {
             let mut known = self.policy.flow(key).unwrap().unwrap();
             known.seen = flow.seen;
+            known.generation = flow.generation;
             assert_eq!(known, *flow, "{key:?}");
         }
     }
@@ -143,11 +142,10 @@ impl World {
         for allow in self.model.allows.drain() {
             self.policy.remove_allow(&allow).unwrap();
         }
-        for (pod, address) in self.model.addresses.drain() {
-            self.policy.remove_address(pod, address).unwrap();
-        }
+        let addresses: Vec<_> = self.model.addresses.drain().collect();
         for (pod, _) in self.model.pods.drain() {
-            self.policy.remove_pod(pod).unwrap();
+            let own = addresses.iter().filter(|(id, _)| *id == pod).map(|(_, address)| *address);
+            self.policy.remove_pod(pod, &own.collect::<Vec<_>>()).unwrap();
             self.model.counters.remove(&pod);
         }
     }

@@ -93,6 +93,17 @@ fn policy(world: &mut World, random: &mut Random) {
     }
 }
 
+/// Allows something, and something else no longer.
+fn change(world: &mut World, random: &mut Random) {
+    let mut allows: Vec<_> = world.model.allows.iter().copied().collect();
+    allows.sort_by_key(Allow::encode);
+    if !allows.is_empty() {
+        world.disallow(random.pick(&allows));
+    }
+    let (from, to) = (random.below(4) as u32, random.below(4) as u32);
+    world.allow(Allow { from, to, proto: random.pick(&PROTOS), port: random.pick(&PORTS) });
+}
+
 /// The first address of a prefix, so that the model's map has each prefix once, as the kernel's has.
 fn masked(address: IpAddr, bits: u8) -> IpAddr {
     match address {
@@ -253,6 +264,9 @@ fn programs_decide_as_the_model_does() {
             if random.once_in(100) {
                 // No sum of these is a lifetime, where the clocks' precision would decide.
                 world.age(random.pick(&[21, 43, 101, 199, 8000]));
+            }
+            if random.once_in(40) {
+                change(&mut world, &mut random);
             }
             let (program, model) = world.judge(sender, pod, &frame);
             assert_eq!(
