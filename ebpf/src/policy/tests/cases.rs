@@ -73,13 +73,14 @@ pub(super) fn nets() -> [Net; 2] {
     ]
 }
 
-/// Pod 1, of RED, and the policy about it.
+/// Pod 1, of RED, and the policy about it; pod 3 has no IPv6 and pod 4 no IPv4.
 pub(super) fn node(world: &mut World) {
     let mut own: Vec<_> = nets().iter().map(|net| net.own).collect();
     own.push(ip("fe80::1"));
     world.pod(1, Pod { tenant: RED, mac: POD }, &own);
     world.pod(2, Pod { tenant: BLUE, mac: OTHER }, &nets().map(|net| net.blue));
     world.pod(3, Pod { tenant: 0, mac: OTHER }, &[ip("10.0.0.9")]);
+    world.pod(4, Pod { tenant: RED, mac: POD }, &[nets()[1].own]);
     for net in nets() {
         let (all, some) = if net.own.is_ipv4() { (32, 24) } else { (128, 64) };
         let of = |tenant| Identity { tenant, service: 0 };

@@ -13,7 +13,7 @@ use crate::policy::abi::{Allow, Identity, Pod, Service, Side};
 /// How many packets, and the seed of the first scenario.
 const PACKETS: &str = "JOEY_POLICY_PACKETS";
 const SEED: &str = "JOEY_POLICY_SEED";
-const DEFAULT: u64 = 150_000;
+const DEFAULT: u64 = 100_000;
 /// Packets of one policy.
 const SCENARIO: u64 = 500;
 

@@ -300,6 +300,14 @@ fn addresses_are_the_pods() {
             Unknown,
         );
     }
+    // Who has no address of a family has not the one that stands for none.
+    let none = Ip::new(ip("0.0.0.0"), nets()[0].friend, UDP);
+    t.sent(Side::Vm, 4, "no IPv4", &out(none, &udp(1, 2, &[])), Err(SpoofedAddress));
+    let probe = ethernet(ALL, POD, ARP, &arp(1, (POD, [0; 4]), (POD, [0; 4])));
+    t.sent(Side::Vm, 4, "a probe of none", &probe, Err(SpoofedArp));
+    let none = Ip::new(ip("::"), nets()[1].friend, UDP).packet(&udp(1, 2, &[]));
+    let frame = ethernet(POD, OTHER, IPV6, &none);
+    t.sent(Side::Vm, 3, "no IPv6", &frame, Err(SpoofedAddress));
     for (server, client, net) in [(67, 68, nets()[0]), (547, 546, nets()[1])] {
         let ip = Ip::new(net.own, net.friend, UDP);
         t.sends("a DHCP answer", out(ip, &udp(server, client, &[])), Dhcp);
