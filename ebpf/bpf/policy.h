@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What the policy's programs share with the node: maps and their layouts. src/policy/abi.rs has the
-// same layouts, and the crate's tests compare the sizes.
+// same layouts; the loader compares the sizes whenever it opens a map.
 //
 // Addresses and ports are in network order. An IPv4 address is the first word of four, the rest 0;
 // the family beside it (4 or 6) keeps it apart from IPv6.

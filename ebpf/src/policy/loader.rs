@@ -72,7 +72,7 @@ pub struct Outcome {
     pub time: Duration,
 }
 
-/// The loaded programs and their maps.
+/// The loaded programs and their maps. Only one at a time may change what a node's programs share.
 #[derive(Debug)]
 pub struct Policy {
     object: Ebpf,
@@ -150,7 +150,8 @@ impl Policy {
         self.with(name, |mut map: HashMap<_, [u8; K], [u8; V]>| gone(map.remove(&key)))
     }
 
-    /// Makes or replaces a pod with these addresses. Its counters begin at zero, or go on.
+    /// Makes or replaces a pod with these addresses. Its counters begin at zero, or go on. A pod that is to
+    /// have fewer addresses than before has to be removed first.
     pub fn put_pod(&mut self, id: PodId, pod: &Pod, own: &[IpAddr]) -> Result<(), PolicyError> {
         self.put_counters(id)?;
         for address in own {
@@ -171,7 +172,8 @@ impl Policy {
         })
     }
 
-    /// Has flows be judged anew: what was changed before counts from now on.
+    /// Has flows be judged anew: what was changed before counts from now on. Who changes a node's maps
+    /// excludes others meanwhile, so that no generation comes twice.
     fn changed(&mut self) -> Result<(), PolicyError> {
         self.with("generation", |mut map: Array<_, u32>| {
             let generation = map.get(&0, 0)?;

@@ -93,8 +93,11 @@ fn policy(world: &mut World, random: &mut Random) {
     }
 }
 
-/// Allows something, and something else no longer.
+/// Gives an address to another, allows something, and something else no longer.
 fn change(world: &mut World, random: &mut Random) {
+    let (v6, bits) = random.pick(&[(false, 32), (true, 128)]);
+    let identity = Identity { tenant: random.below(4) as u32, service: random.below(3) as u32 };
+    world.identity(address(v6, 3), bits, identity);
     let mut allows: Vec<_> = world.model.allows.iter().copied().collect();
     allows.sort_by_key(Allow::encode);
     if !allows.is_empty() {
