@@ -21,10 +21,10 @@ const EGRESS: u32 = 0xFFFF_FFF3;
 const PRIORITY: u32 = 1000;
 const HANDLE: u32 = 1;
 const NAME: &str = "joey-wire";
-const TCA_BPF_FD: u16 = 6;
-const TCA_BPF_NAME: u16 = 7;
-const TCA_BPF_FLAGS: u16 = 8;
-const ACT_DIRECT: u32 = 1;
+pub(crate) const TCA_BPF_FD: u16 = 6;
+pub(crate) const TCA_BPF_NAME: u16 = 7;
+pub(crate) const TCA_BPF_FLAGS: u16 = 8;
+pub(crate) const ACT_DIRECT: u32 = 1;
 /// Difference between the indices of two paired devices; `bpf/wire.bpf.c` has the same number.
 const PARTNER: u32 = 0x4000_0000;
 
@@ -96,7 +96,8 @@ fn ignore(result: Result<(), NetlinkError>, fine: &[i32]) -> Result<(), NetlinkE
     }
 }
 
-fn filter(index: u32) -> [u8; TCMSG] {
+/// The header of a request about Joey's filter of what enters a device.
+pub(crate) fn filter(index: u32) -> [u8; TCMSG] {
     let protocol = (libc::ETH_P_ALL as u16).to_be();
     tcmsg(index, HANDLE, INGRESS, PRIORITY << 16 | u32::from(protocol))
 }

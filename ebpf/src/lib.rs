@@ -10,6 +10,7 @@ pub mod attach;
 pub mod loader;
 pub mod lookup;
 pub mod netlink;
+pub mod policy;
 pub mod route;
 mod sys;
 

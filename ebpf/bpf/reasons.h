@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Why a packet is dropped. Read by the C compiler and by build.rs, which makes the Rust enum of it: a
+// line is a reason, and its place is its number, from 1 on. Counters keep the numbers, so new reasons
+// go to the end.
+REASON(NoPod, "the device belongs to no pod that is known")
+REASON(Truncated, "the frame ends inside a header")
+REASON(Malformed, "a header contradicts itself or the frame's length")
+REASON(Vlan, "the frame carries a VLAN tag")
+REASON(EtherType, "neither ARP nor IPv4 nor IPv6")
+REASON(SpoofedMac, "sent with another hardware address than the pod's")
+REASON(NotForPod, "addressed to somebody else")
+REASON(Arp, "ARP that is not a request or answer about IPv4 on Ethernet")
+REASON(SpoofedArp, "ARP that claims what is not the pod's")
+REASON(SpoofedAddress, "sent with an address that is not the pod's")
+REASON(Options, "an IPv4 header with options")
+REASON(Extension, "IPv6 extension headers that are not understood, or too many")
+REASON(Fragment, "a fragment whose first one was not allowed, or one that cannot be judged")
+REASON(Protocol, "neither TCP nor UDP nor ICMP")
+REASON(IcmpType, "a kind of ICMP message that is not let through")
+REASON(Neighbour, "neighbour discovery or multicast listener message that is malformed or not from the link")
+REASON(SpoofedNeighbour, "neighbour discovery that claims what is not the pod's")
+REASON(Router, "a router advertisement or a redirect")
+REASON(Dhcp, "a DHCP server's answer sent by a pod")
+REASON(TcpFlags, "TCP flags that no connection has")
+REASON(Quote, "an ICMP error about a packet that its receiver did not send, or that cannot be read")
+REASON(NoFlow, "not part of a known connection, and not able to open one")
+REASON(Unknown, "the peer's address belongs to nobody who is known")
+REASON(Tenant, "the peer is another tenant's, and nothing allows it")
+REASON(Service, "the peer is a shared service, but not with this protocol and port")
