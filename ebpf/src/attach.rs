@@ -4,7 +4,7 @@
 //! carry no state that could be stale. Every operation can be repeated.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use crate::netlink::{Message, NetlinkError, Socket};
@@ -21,10 +21,11 @@ const EGRESS: u32 = 0xFFFF_FFF3;
 const PRIORITY: u32 = 1000;
 const HANDLE: u32 = 1;
 const NAME: &str = "joey-wire";
-pub(crate) const TCA_BPF_FD: u16 = 6;
-pub(crate) const TCA_BPF_NAME: u16 = 7;
-pub(crate) const TCA_BPF_FLAGS: u16 = 8;
-pub(crate) const ACT_DIRECT: u32 = 1;
+const TCA_BPF_CLASSID: u16 = 3;
+const TCA_BPF_FD: u16 = 6;
+const TCA_BPF_NAME: u16 = 7;
+const TCA_BPF_FLAGS: u16 = 8;
+const ACT_DIRECT: u32 = 1;
 /// Difference between the indices of two paired devices; `bpf/wire.bpf.c` has the same number.
 const PARTNER: u32 = 0x4000_0000;
 
@@ -43,15 +44,27 @@ pub fn open(bpf_dir: &Path) -> io::Result<OwnedFd> {
 /// [`carry`].
 #[must_use]
 pub fn attach(index: u32, program: &OwnedFd) -> Message {
+    run(format!("attach the wire to interface {index}"), index, program.as_fd(), NAME, None)
+}
+
+/// The request that has `program` run, and decide, on all that enters `index`. Of a classid the kernel hands it 16 bits.
+pub(crate) fn run(
+    step: String,
+    index: u32,
+    program: BorrowedFd<'_>,
+    name: &str,
+    classid: Option<u32>,
+) -> Message {
     let fd = program.as_raw_fd().unsigned_abs();
-    let step = format!("attach the wire to interface {index}");
     Message::new(step, libc::RTM_NEWTFILTER, libc::NLM_F_CREATE, &filter(index))
         .text(libc::TCA_KIND, "bpf")
         .nest(libc::TCA_OPTIONS, |options| {
-            options
-                .number(TCA_BPF_FD, fd)
-                .text(TCA_BPF_NAME, NAME)
-                .number(TCA_BPF_FLAGS, ACT_DIRECT)
+            let options = options.number(TCA_BPF_FD, fd).text(TCA_BPF_NAME, name);
+            let options = match classid {
+                Some(classid) => options.number(TCA_BPF_CLASSID, classid),
+                None => options,
+            };
+            options.number(TCA_BPF_FLAGS, ACT_DIRECT)
         })
 }
 
@@ -97,7 +110,7 @@ fn ignore(result: Result<(), NetlinkError>, fine: &[i32]) -> Result<(), NetlinkE
 }
 
 /// The header of a request about Joey's filter of what enters a device.
-pub(crate) fn filter(index: u32) -> [u8; TCMSG] {
+fn filter(index: u32) -> [u8; TCMSG] {
     let protocol = (libc::ETH_P_ALL as u16).to_be();
     tcmsg(index, HANDLE, INGRESS, PRIORITY << 16 | u32::from(protocol))
 }

@@ -1,6 +1,8 @@
 //! What every test gets and how it says what it found.
 
+use std::ffi::OsStr;
 use std::fmt::Debug;
+use std::process::{Command, Output};
 
 use anyhow::{Result, bail};
 use joey_tests::node::Node;
@@ -27,6 +29,13 @@ impl<'a> Context<'a> {
     /// Runs a pod with the handler under test.
     pub fn pod(&self, name: &str) -> Result<Pod<'a>> {
         Pod::run(self.node, self.handler, name)
+    }
+
+    /// Runs a program in the node's namespaces to its end.
+    pub fn inside(&self, program: &str, args: &[impl AsRef<OsStr>]) -> Result<Output> {
+        let mut command = Command::new(program);
+        command.args(args);
+        self.node.run_inside(command)
     }
 
     /// Leaves the test if the promise is Joey's alone.

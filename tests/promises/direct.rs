@@ -84,15 +84,10 @@ fn is_the_guests_to_mount(ctx: &Context<'_>) -> Result<()> {
     let target = pods.join("volume-subpaths").join(name).join("c/0");
     fs::create_dir_all(&target)?;
     fs::create_dir_all(folder.join("part"))?;
-    let inside = |program: &str, paths: &[&Path]| {
-        let mut command = Command::new(program);
-        command.args(paths);
-        ctx.node.run_inside(command)
-    };
-    inside("mount", &["--bind".as_ref(), &folder.join("part"), &target])?;
+    ctx.inside("mount", &[Path::new("--bind"), &folder.join("part"), &target])?;
     let part = mounted(pod::script("c", "cat /part/inside; ls /part"), "/part", &target, false);
     let part = pod.finish(&part);
-    inside("umount", &[&target])?;
+    ctx.inside("umount", &[&target])?;
     same("a part", part?.text(), "a partinside")?;
     first.remove(Duration::ZERO)?;
     same("outlives a container", second.sh("cat /other/shared")?.text(), "first")?;

@@ -141,18 +141,13 @@ fn read_only_all_the_way_down(ctx: &Context<'_>) -> Result<()> {
     let folder = directory(ctx)?;
     let below = folder.join("below");
     fs::create_dir(&below)?;
-    let inside = |args: &[&str]| {
-        let mut command = Command::new(args[0]);
-        command.args(&args[1..]);
-        ctx.node.run_inside(command)
-    };
     let below = below.display().to_string();
-    inside(&["mount", "-t", "tmpfs", "-o", "size=1m", "below", &below])?;
+    ctx.inside("mount", &["-t", "tmpfs", "-o", "size=1m", "below", &below])?;
     let pod = ctx.pod("down")?;
     let container = pod.start(&mounted(pod::script("c", "sleep 1000"), "/data", &folder, true))?;
     let written = container.sh("for f in /data/f /data/below/f; do echo x 2>&1 > $f; done")?.text();
     let done = pod.remove();
-    inside(&["umount", &below])?;
+    ctx.inside("umount", &[&below])?;
     same("writing", written.matches("Read-only file system").count(), 2)?;
     done
 }
@@ -222,14 +217,9 @@ fn later_mounts(ctx: &Context<'_>) -> Result<()> {
     let folder = directory(ctx)?;
     let below = folder.join("below");
     fs::create_dir(&below)?;
-    let inside = |program: &str, args: &[&str]| {
-        let mut command = Command::new(program);
-        command.args(args);
-        ctx.node.run_inside(command)
-    };
     let path = folder.display().to_string();
-    inside("mount", &["--bind", &path, &path])?;
-    inside("mount", &["--make-shared", &path])?;
+    ctx.inside("mount", &["--bind", &path, &path])?;
+    ctx.inside("mount", &["--make-shared", &path])?;
     let pod = ctx.pod("later")?;
     let mut config = mounted(pod::script("c", "sleep 1000"), "/data", &folder, false);
     for mount in &mut config.mounts {
@@ -237,15 +227,15 @@ fn later_mounts(ctx: &Context<'_>) -> Result<()> {
     }
     let container = pod.start(&config)?;
     let below = below.display().to_string();
-    inside("mount", &["-t", "tmpfs", "-o", "size=1m", "later", &below])?;
-    inside("sh", &["-c", &format!("echo later > {below}/f")])?;
+    ctx.inside("mount", &["-t", "tmpfs", "-o", "size=1m", "later", &below])?;
+    ctx.inside("sh", &["-c", &format!("echo later > {below}/f")])?;
     let seen = container.sh("cat /data/below/f")?.text();
     // A plain one finds it busy: the guest's kernel remembers what it has seen.
-    inside("umount", &["-l", &below])?;
+    ctx.inside("umount", &["-l", &below])?;
     same("seen", seen.as_str(), "later")?;
     same("gone", container.sh("ls /data/below")?.text(), "")?;
     let done = pod.remove();
-    inside("umount", &[&path])?;
+    ctx.inside("umount", &[&path])?;
     done
 }
 
@@ -359,15 +349,10 @@ fn sub_path_that_was_published_again(ctx: &Context<'_>) -> Result<()> {
     let pods = folder.ancestors().nth(3).context("the pod's folder")?.to_owned();
     let target = pods.join("volume-subpaths/all/c/0");
     fs::create_dir_all(&target)?;
-    let inside = |args: &[&str]| {
-        let mut command = Command::new(args[0]);
-        command.args(&args[1..]);
-        ctx.node.run_inside(command)
-    };
     let place = target.display().to_string();
     let bind = || -> Result<_> {
         let part = folder.join("..data/dir").canonicalize()?.display().to_string();
-        inside(&["mount", "--bind", &part, &place])
+        ctx.inside("mount", &["--bind", &part, &place])
     };
     let pod = ctx.pod("published")?;
     let script = "cd /part; for f in *; do echo $f $(cat $f); done";
@@ -378,10 +363,10 @@ fn sub_path_that_was_published_again(ctx: &Context<'_>) -> Result<()> {
     bind()?;
     same("at first", seen()?.as_str(), "a old\nb secret")?;
     publish(&folder, 2, &[("dir/a", "new"), ("dir/c", "more")])?;
-    inside(&["umount", &place])?;
+    ctx.inside("umount", &[&place])?;
     bind()?;
     let again = seen();
-    inside(&["umount", &place])?;
+    ctx.inside("umount", &[&place])?;
     same("again", again?.as_str(), "a new\nc more")?;
     pod.remove()
 }
@@ -399,14 +384,9 @@ fn sub_paths_of_the_host(ctx: &Context<'_>) -> Result<()> {
     fs::create_dir_all(&folder)?;
     fs::create_dir_all(file.parent().context("its folder")?)?;
     fs::write(&file, "")?;
-    let inside = |program: &str, paths: &[&std::path::Path]| {
-        let mut command = Command::new(program);
-        command.args(paths);
-        ctx.node.run_inside(command)
-    };
     let bind = std::path::Path::new("--bind");
-    inside("mount", &[bind, &host.join("a/b"), &folder])?;
-    inside("mount", &[bind, &settings.join("..data/key").canonicalize()?, &file])?;
+    ctx.inside("mount", &[bind, &host.join("a/b"), &folder])?;
+    ctx.inside("mount", &[bind, &settings.join("..data/key").canonicalize()?, &file])?;
     let pod = ctx.pod("subpaths")?;
     let config = mounted(pod::script("c", "sleep 1000"), "/part", &folder, false);
     let container = pod.start(&mounted(config, "/etc/key", &file, true))?;
@@ -420,8 +400,8 @@ fn sub_paths_of_the_host(ctx: &Context<'_>) -> Result<()> {
     std::thread::sleep(Duration::from_millis(500));
     same("as it was", container.sh("cat /etc/key")?.text(), "first")?;
     let done = pod.remove();
-    inside("umount", &[&folder])?;
-    inside("umount", &[&file])?;
+    ctx.inside("umount", &[&folder])?;
+    ctx.inside("umount", &[&file])?;
     done
 }
 
