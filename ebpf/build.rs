@@ -18,6 +18,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     for name in ["wire", "policy"] {
         compile(name, directory)?;
     }
+    // What the policy's maps hold: another version with the same layout goes on with them.
+    let mut layout = Sha256::new();
+    for header in ["bpf/policy.h", REASONS] {
+        layout.update(std::fs::read(header)?);
+    }
+    println!("cargo:rustc-env=JOEY_POLICY_LAYOUT={}", hex(&layout.finalize())?);
     std::fs::write(directory.join("reasons.rs"), reasons(&std::fs::read_to_string(REASONS)?)?)?;
     Ok(())
 }
@@ -47,14 +53,20 @@ fn compile(name: &str, directory: &Path) -> Result<(), Box<dyn Error>> {
         )
         .into());
     }
-    let mut digest = String::new();
-    for byte in Sha256::digest(std::fs::read(&object)?).iter().take(8) {
-        write!(digest, "{byte:02x}")?;
-    }
+    let digest = hex(&Sha256::digest(std::fs::read(&object)?))?;
     let name = name.to_uppercase();
     println!("cargo:rustc-env=JOEY_{name}_OBJECT={}", object.display());
     println!("cargo:rustc-env=JOEY_{name}_DIGEST={digest}");
     Ok(())
+}
+
+/// The first bytes of a digest.
+fn hex(digest: &[u8]) -> Result<String, Box<dyn Error>> {
+    let mut text = String::new();
+    for byte in digest.iter().take(8) {
+        write!(text, "{byte:02x}")?;
+    }
+    Ok(text)
 }
 
 /// The enum that `REASON(Name, "words")` lines stand for, numbered from 1 as the C enum is.

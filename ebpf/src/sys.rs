@@ -9,9 +9,13 @@ use std::path::Path;
 
 /// Of `enum bpf_cmd`.
 const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
+const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_MAP_GET_FD_BY_ID: libc::c_int = 14;
 const BPF_LINK_CREATE: libc::c_int = 28;
 /// `BPF_SK_LOOKUP` of `enum bpf_attach_type`.
 const SK_LOOKUP: u32 = 36;
@@ -36,7 +40,7 @@ struct MapAttributes {
     max_entries: u32,
 }
 
-/// As `BPF_MAP_UPDATE_ELEM` reads it.
+/// As the commands about an element of a map read it.
 #[repr(C)]
 struct ElementAttributes {
     map: u32,
@@ -89,6 +93,75 @@ unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_int
 
 fn number(descriptor: BorrowedFd<'_>) -> u32 {
     descriptor.as_raw_fd().unsigned_abs()
+}
+
+/// A command about the element `key` of a map. `value` is what the command reads or writes besides: the value,
+/// the next key, or nothing. `Ok(false)` if there is none such.
+///
+/// # Safety
+/// `key` (which may be null for the first key) and `value` point to as many bytes as the map's keys and
+/// values have, or what else the command takes.
+unsafe fn element(
+    command: libc::c_int,
+    map: BorrowedFd<'_>,
+    key: *const u8,
+    value: *mut u8,
+    flags: u64,
+) -> io::Result<bool> {
+    let (key, value) = (key as u64, value as u64);
+    let attributes = ElementAttributes { map: number(map), padding: 0, key, value, flags };
+    // SAFETY: as the caller says.
+    match unsafe { bpf(command, &attributes) } {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sizes of what is read and written are those of the map: [`crate::policy::maps`] checks them when it opens it.
+pub(crate) mod map {
+    use super::*;
+
+    /// Reads an element into `value`; `false` if there is none.
+    pub(crate) fn get(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+        // SAFETY: both are as long as the map has them.
+        unsafe { element(BPF_MAP_LOOKUP_ELEM, map, key.as_ptr(), value.as_mut_ptr(), 0) }
+    }
+
+    /// Writes an element.
+    pub(crate) fn put(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
+        let value = value.as_ptr().cast_mut();
+        // SAFETY: both are as long as the map has them; the kernel does not write to the value.
+        let found = unsafe { element(BPF_MAP_UPDATE_ELEM, map, key.as_ptr(), value, flags) }?;
+        if found { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
+    /// Removes an element; `false` if there is none.
+    pub(crate) fn remove(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
+        // SAFETY: the key is as long as the map has it; no value is looked at.
+        unsafe { element(BPF_MAP_DELETE_ELEM, map, key.as_ptr(), std::ptr::null_mut(), 0) }
+    }
+
+    /// The key after `key`, or the first; `false` if there is none. After a key that is gone comes the first.
+    pub(crate) fn next(
+        map: BorrowedFd<'_>,
+        key: Option<&[u8]>,
+        next: &mut [u8],
+    ) -> io::Result<bool> {
+        let key = key.map_or(std::ptr::null(), <[u8]>::as_ptr);
+        // SAFETY: both are as long as the map's keys.
+        unsafe { element(BPF_MAP_GET_NEXT_KEY, map, key, next.as_mut_ptr(), 0) }
+    }
+
+    /// Opens the map with this id, which is what user space reads of a map in a map.
+    pub(crate) fn by_id(id: u32) -> io::Result<OwnedFd> {
+        // As the command reads it: id, next id, flags.
+        let attributes = [id, 0, 0];
+        // SAFETY: plain numbers.
+        let map = unsafe { bpf(BPF_MAP_GET_FD_BY_ID, &attributes) }?;
+        // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(map) })
+    }
 }
 
 /// Makes a map of one socket, this one.

@@ -9,10 +9,11 @@ pub mod abi;
 pub mod attach;
 #[cfg(feature = "loader")]
 pub mod loader;
+pub mod maps;
 pub mod model;
-#[cfg(test)]
-#[cfg(feature = "loader")]
-mod tests;
+// #[cfg(test)]
+// #[cfg(feature = "loader")]
+// mod tests;
 
 include!(concat!(env!("OUT_DIR"), "/reasons.rs"));
 

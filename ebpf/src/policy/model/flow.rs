@@ -4,9 +4,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use super::packet::{ACK, FIN, ICMP, ICMP6, Packet, Piece, RST, SYN, TCP, UDP, field};
-use super::{Model, Sender, elapsed};
+use super::{Attempt, Model, Sender, elapsed};
 use crate::policy::Reason;
-use crate::policy::abi::{Allow, Flow, FlowKey, Identity, Service, Side, State};
+use crate::policy::abi::{Flow, FlowKey, Side, State};
 
 /// What a packet is to its flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,31 +42,9 @@ impl Model {
             (_, Side::Vm) => key.remote_port,
             (_, Side::Peer) => key.local_port,
         };
-        let own = sender.config.tenant;
-        let Identity { tenant: peer, service: class } =
-            self.identity(key.remote).ok_or(Reason::Unknown)?;
-        if peer != 0 && peer == own {
-            return Ok(());
-        }
-        let proto = key.proto;
-        let shared = |port| self.services.contains(&Service { class, proto, port, opener });
-        if class != 0 && (shared(port) || shared(0)) {
-            return Ok(());
-        }
-        let (from, to) = if opener == Side::Vm { (own, peer) } else { (peer, own) };
-        let allowed = |port| self.allows.contains(&Allow { from, to, proto, port });
-        match (peer, class) {
-            (0, 0) => Err(Reason::Unknown),
-            (0, _) => Err(Reason::Service),
-            _ if own != 0 && (allowed(port) || allowed(0)) => Ok(()),
-            _ => Err(Reason::Tenant),
-        }
-    }
-
-    /// The most specific identity of an address.
-    fn identity(&self, ip: IpAddr) -> Option<Identity> {
-        let matching = self.identities.iter().filter(|(prefix, _)| prefix.contains(ip));
-        matching.max_by_key(|(prefix, _)| prefix.bits).map(|(_, identity)| *identity)
+        let FlowKey { local, remote, proto, .. } = *key;
+        let attempt = Attempt { local, remote, proto, port, opener };
+        self.tables.verdict(&sender.config, &attempt).map(drop)
     }
 
     /// A packet of the flow `key`. While a flow is known, the policy about its opener decides, for both
@@ -89,7 +67,17 @@ impl Model {
             (None, _) if !opens => return Err(Reason::NoFlow),
             (None, _) => {
                 let (opener, state) = (sender.side, State::New);
-                Flow { seen, opener, state, finished: 0, generation: 0 }
+                let (packets, bytes) = ([0; 2], [0; 2]);
+                Flow {
+                    seen,
+                    begun: seen,
+                    packets,
+                    bytes,
+                    opener,
+                    state,
+                    finished: 0,
+                    generation: 0,
+                }
             }
             (Some(flow), Role::Segment(flags)) => {
                 Flow { seen, ..connection(flow, flags, sender.side).ok_or(Reason::NoFlow)? }

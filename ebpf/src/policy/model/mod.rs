@@ -19,6 +19,9 @@
 mod flow;
 mod neighbour;
 mod packet;
+mod tables;
+
+pub use tables::{Attempt, Peer, Tables};
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
@@ -27,9 +30,7 @@ use std::time::Duration;
 use self::flow::Role;
 use self::packet::{Frame, ICMP, ICMP6, Packet, Piece, Ports, TCP, UDP, field, tcp, udp};
 use super::Reason;
-use super::abi::{
-    Allow, Counters, Flow, FlowKey, FragmentKey, Identity, Pod, PodId, Prefix, Service, Side,
-};
+use super::abi::{Counters, Flow, FlowKey, FragmentKey, Pod, PodId, Side};
 
 /// How long later fragments may follow their first one.
 const FRAGMENTS: Duration = Duration::from_secs(30);
@@ -46,12 +47,8 @@ pub struct Model {
     pub pods: HashMap<PodId, Pod>,
     /// Which addresses are whose.
     pub addresses: HashSet<(PodId, IpAddr)>,
-    /// Whose the addresses are that pods speak with.
-    pub identities: HashMap<Prefix, Identity>,
-    /// What is shared with all tenants.
-    pub services: HashSet<Service>,
-    /// What is allowed across tenants.
-    pub allows: HashSet<Allow>,
+    /// What the policy says of addresses.
+    pub tables: Tables,
     /// What was opened.
     pub flows: HashMap<FlowKey, Flow>,
     /// When first fragments were let through.

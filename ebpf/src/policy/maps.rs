@@ -1,0 +1,526 @@
+//! The policy's maps as the node reads and writes them: pinned, by the kernel's calls alone, so that a pod's
+//! start pays for nothing else.
+//!
+//! Whoever changes `pods`, `locals`, `names` or what belongs to an epoch holds the [`Lock`]: numbers are
+//! given and generations counted under it. Readers need none.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::abi::{
+    Active, Counters, Denied, Flow, FlowKey, FragmentKey, Identity, Limit, Local, Pod, PodId,
+    Prefix, Rule, TABLES, Tenant, address_key, local_address, local_key, pod_key, space_key,
+};
+use crate::sys;
+
+/// `BPF_NOEXIST`, a flag of map updates.
+const NO_EXIST: u64 = 1;
+/// Names that maps can have; the kernel's is as long.
+const NAME: usize = 256;
+
+/// A map could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("the policy's map {name}: {step}: {source}")]
+pub struct MapError {
+    /// Which.
+    pub name: &'static str,
+    /// What was being done.
+    pub step: &'static str,
+    /// Why it failed.
+    pub source: io::Error,
+}
+
+/// Keeps others from changing the maps of a node.
+#[derive(Debug)]
+pub struct Lock {
+    _directory: Flock<File>,
+}
+
+impl Lock {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// The policy is not loaded, or the kernel refuses.
+    pub fn take(bpf_dir: &Path) -> io::Result<Self> {
+        // A BPF file system has no plain files, so the directory itself is what is locked.
+        let directory = File::open(directory(bpf_dir))?;
+        let lock = Flock::lock(directory, FlockArg::LockExclusive);
+        Ok(Self { _directory: lock.map_err(|(_, error)| error)? })
+    }
+}
+
+/// Where the maps and programs are pinned below `bpf_dir`. The name holds the digest of their layout: another
+/// version with the same one goes on with them, one with another pins beside.
+#[must_use]
+pub fn directory(bpf_dir: &Path) -> PathBuf {
+    bpf_dir.join(concat!("policy-", env!("JOEY_POLICY_LAYOUT")))
+}
+
+/// A map with keys of `K` bytes and values of `V`.
+#[derive(Debug)]
+struct Map<const K: usize, const V: usize> {
+    name: &'static str,
+    fd: OwnedFd,
+}
+
+impl<const K: usize, const V: usize> Map<K, V> {
+    fn fail(&self, step: &'static str) -> impl FnOnce(io::Error) -> MapError {
+        let name = self.name;
+        move |source| MapError { name, step, source }
+    }
+
+    fn get(&self, key: &[u8; K]) -> Result<Option<[u8; V]>, MapError> {
+        let mut value = [0; V];
+        let found = sys::map::get(self.fd.as_fd(), key, &mut value).map_err(self.fail("read"))?;
+        Ok(found.then_some(value))
+    }
+
+    fn put(&self, key: &[u8; K], value: &[u8; V]) -> Result<(), MapError> {
+        sys::map::put(self.fd.as_fd(), key, value, 0).map_err(self.fail("write"))
+    }
+
+    fn remove(&self, key: &[u8; K]) -> Result<bool, MapError> {
+        sys::map::remove(self.fd.as_fd(), key).map_err(self.fail("remove"))
+    }
+
+    /// The keys. What changes meanwhile may end the list early or have it hold a key twice.
+    fn keys(&self) -> Result<Vec<[u8; K]>, MapError> {
+        let mut keys: Vec<[u8; K]> = Vec::new();
+        let mut next = [0; K];
+        loop {
+            let last = keys.last().map(|key| &key[..]);
+            let more = sys::map::next(self.fd.as_fd(), last, &mut next);
+            if !more.map_err(self.fail("list"))? {
+                return Ok(keys);
+            }
+            // The last key is gone, and the kernel begins again.
+            if keys.first() == Some(&next) {
+                return Ok(keys);
+            }
+            keys.push(next);
+        }
+    }
+
+    fn entries(&self) -> Result<Vec<([u8; K], [u8; V])>, MapError> {
+        let keys = self.keys()?;
+        let value = |key| self.get(&key).map(|value| value.map(|value| (key, value)));
+        keys.into_iter().filter_map(|key| value(key).transpose()).collect()
+    }
+}
+
+/// The maps.
+#[derive(Debug)]
+pub struct Maps {
+    pods: Map<4, 64>,
+    addresses: Map<24, 4>,
+    active: Map<4, 8>,
+    locals: Map<20, 16>,
+    identities: Map<28, 24>,
+    spaces: Map<8, 4>,
+    rules: Map<20, 4>,
+    flows: Map<4, 4>,
+    denials: Map<44, 32>,
+    limits: Map<4, 48>,
+    counters: Map<4, { Counters::SIZE }>,
+    totals: Map<4, { Counters::SIZE }>,
+    names: Map<NAME, 4>,
+    cpus: usize,
+}
+
+/// Names of the maps that user space reads or writes by key.
+pub const NAMES: [&str; 13] = [
+    "pods",
+    "addresses",
+    "active",
+    "locals",
+    "identities",
+    "spaces",
+    "rules",
+    "flows",
+    "denials",
+    "limits",
+    "counters",
+    "totals",
+    "names",
+];
+
+impl Maps {
+    /// The pinned ones.
+    ///
+    /// # Errors
+    /// `NotFound` if they are not loaded on this node yet, or what else the kernel says.
+    pub fn open(bpf_dir: &Path) -> io::Result<Self> {
+        let directory = directory(bpf_dir);
+        Self::with(|name| sys::open_pin(&directory.join(name)))
+    }
+
+    /// Those that `open` gives by name.
+    pub(super) fn with(open: impl Fn(&'static str) -> io::Result<OwnedFd>) -> io::Result<Self> {
+        fn map<const K: usize, const V: usize>(
+            name: &'static str,
+            open: &impl Fn(&'static str) -> io::Result<OwnedFd>,
+        ) -> io::Result<Map<K, V>> {
+            Ok(Map { name, fd: open(name)? })
+        }
+        Ok(Self {
+            pods: map("pods", &open)?,
+            addresses: map("addresses", &open)?,
+            active: map("active", &open)?,
+            locals: map("locals", &open)?,
+            identities: map("identities", &open)?,
+            spaces: map("spaces", &open)?,
+            rules: map("rules", &open)?,
+            flows: map("flows", &open)?,
+            denials: map("denials", &open)?,
+            limits: map("limits", &open)?,
+            counters: map("counters", &open)?,
+            totals: map("totals", &open)?,
+            names: map("names", &open)?,
+            cpus: possible_cpus()?,
+        })
+    }
+
+    /// What is in force.
+    pub fn active(&self) -> Result<Active, MapError> {
+        Ok(self.active.get(&[0; 4])?.map_or_else(Active::default, |bytes| Active::decode(&bytes)))
+    }
+
+    /// Puts an epoch in force whose entries are there, and has every flow be judged by it.
+    pub fn activate(&self, _lock: &Lock, epoch: u32) -> Result<(), MapError> {
+        let generation = self.active()?.generation.wrapping_add(1);
+        self.active.put(&[0; 4], &Active { epoch, generation }.encode())
+    }
+
+    /// Has flows be judged anew: what was changed before counts from now on.
+    fn changed(&self) -> Result<(), MapError> {
+        let Active { epoch, generation } = self.active()?;
+        let active = Active { epoch, generation: generation.wrapping_add(1) };
+        self.active.put(&[0; 4], &active.encode())
+    }
+
+    /// Makes or replaces a pod with these addresses, which are known as its own from now on. Its counters
+    /// begin at zero, or go on. A pod that is to have fewer addresses than before has to be removed first.
+    pub fn put_pod(
+        &self,
+        _lock: &Lock,
+        id: PodId,
+        pod: &Pod,
+        own: &[IpAddr],
+    ) -> Result<(), MapError> {
+        self.put_counters(id)?;
+        for address in own {
+            self.addresses.put(&address_key(id, *address), &1_u32.to_ne_bytes())?;
+            if !is_link_local(*address) {
+                let local = Local { name: pod.name, tenant: pod.tenant, pod: id };
+                self.locals.put(&local_key(*address), &local.encode())?;
+            }
+        }
+        self.pods.put(&pod_key(id).to_ne_bytes(), &pod.encode(own))?;
+        self.changed()
+    }
+
+    /// Removes a pod with these addresses: from now on all of its packets are dropped. What it has counted
+    /// is added to its tenant's totals. Fine when it is not there.
+    pub fn remove_pod(&self, _lock: &Lock, id: PodId, own: &[IpAddr]) -> Result<(), MapError> {
+        let key = pod_key(id).to_ne_bytes();
+        let pod = self.pods.get(&key)?.map(|bytes| Pod::decode(&bytes));
+        self.pods.remove(&key)?;
+        for address in own {
+            self.addresses.remove(&address_key(id, *address))?;
+            let key = local_key(*address);
+            let local = self.locals.get(&key)?.map(|bytes| Local::decode(&bytes));
+            if local.is_some_and(|local| local.pod == id) {
+                self.locals.remove(&key)?;
+            }
+        }
+        self.limits.remove(&key)?;
+        if let (Some(pod), Some(counted)) = (pod, self.counters(id)?) {
+            let key = pod.tenant.to_ne_bytes();
+            let mut total = counted.encode();
+            if let Some(before) = self.totals.get(&key)? {
+                let mut sum = Counters::default();
+                sum.add(&before);
+                sum.add(&total);
+                total = sum.encode();
+            }
+            self.totals.put(&key, &total)?;
+        }
+        self.counters.remove(&key)?;
+        self.changed()
+    }
+
+    /// A pod.
+    pub fn pod(&self, id: PodId) -> Result<Option<Pod>, MapError> {
+        let pod = self.pods.get(&pod_key(id).to_ne_bytes())?;
+        Ok(pod.map(|bytes| Pod::decode(&bytes)))
+    }
+
+    /// All pods.
+    pub fn pods(&self) -> Result<HashMap<PodId, Pod>, MapError> {
+        let entries = self.pods.entries()?.into_iter();
+        let id = |key| PodId::try_from(u32::from_ne_bytes(key)).unwrap_or(0);
+        Ok(entries.map(|(key, bytes)| (id(key), Pod::decode(&bytes))).collect())
+    }
+
+    /// A number that no pod has, and the table for a new pod of this tenant: an empty one, or else one
+    /// that this tenant has for itself, or else the one with the fewest pods.
+    pub fn vacancy(&self, _lock: &Lock, tenant: Tenant) -> Result<(PodId, u32), MapError> {
+        let pods = self.pods()?;
+        let full = || MapError {
+            name: "pods",
+            step: "find a free number",
+            source: io::Error::other("as many pods as the node can have"),
+        };
+        let id = (1..PodId::MAX).find(|id| !pods.contains_key(id)).ok_or_else(full)?;
+        let mut tables = vec![(false, 0_u32); TABLES as usize];
+        for pod in pods.values() {
+            if let Some((strangers, count)) = tables.get_mut(pod.table as usize) {
+                *strangers |= pod.tenant != tenant;
+                *count += 1;
+            }
+        }
+        let table = (0..TABLES).min_by_key(|table| {
+            let (strangers, count) = tables[*table as usize];
+            (count > 0, strangers, count)
+        });
+        Ok((id, table.unwrap_or(0)))
+    }
+
+    /// What is known of the node's own addresses and those of its pods.
+    pub fn locals(&self) -> Result<HashMap<IpAddr, Local>, MapError> {
+        let entries = self.locals.entries()?.into_iter();
+        Ok(entries.map(|(key, bytes)| (local_address(&key), Local::decode(&bytes))).collect())
+    }
+
+    /// Adds addresses of the node itself that are not known as such. One that a pod has stays the pod's.
+    pub fn put_node_addresses(&self, _lock: &Lock, addresses: &[IpAddr]) -> Result<(), MapError> {
+        let node = Local { name: 0, tenant: 0, pod: 0 }.encode();
+        let mut changed = false;
+        for address in addresses {
+            let key = local_key(*address);
+            match sys::map::put(self.locals.fd.as_fd(), &key, &node, NO_EXIST) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                other => {
+                    other.map_err(self.locals.fail("add the node's address"))?;
+                    changed = true;
+                }
+            }
+        }
+        if changed { self.changed() } else { Ok(()) }
+    }
+
+    /// Forgets addresses that are not the node's any more.
+    pub fn remove_node_addresses(&self, _lock: &Lock, gone: &[IpAddr]) -> Result<(), MapError> {
+        let mut changed = false;
+        for address in gone {
+            let key = local_key(*address);
+            let local = self.locals.get(&key)?.map(|bytes| Local::decode(&bytes));
+            if local.is_some_and(|local| local.pod == 0) {
+                changed |= self.locals.remove(&key)?;
+            }
+        }
+        if changed { self.changed() } else { Ok(()) }
+    }
+
+    /// Says, in an epoch, whose the addresses of a prefix are.
+    pub fn put_identity(
+        &self,
+        epoch: u32,
+        prefix: Prefix,
+        identity: Identity,
+    ) -> Result<(), MapError> {
+        self.identities.put(&prefix.encode(epoch), &identity.encode())
+    }
+
+    /// Says, in an epoch, which policy pods of a namespace have whose labels are not known.
+    pub fn put_space(&self, epoch: u32, space: u32, policy: u32) -> Result<(), MapError> {
+        self.spaces.put(&space_key(epoch, space), &policy.to_ne_bytes())
+    }
+
+    /// Allows something in an epoch.
+    pub fn put_rule(&self, epoch: u32, rule: &Rule) -> Result<(), MapError> {
+        self.rules.put(&rule.encode(epoch), &1_u32.to_ne_bytes())
+    }
+
+    /// Forbids it again: for tests; a policy is replaced by another epoch.
+    pub fn remove_rule(&self, epoch: u32, rule: &Rule) -> Result<(), MapError> {
+        self.rules.remove(&rule.encode(epoch))?;
+        self.changed()
+    }
+
+    /// Removes all entries of other epochs than this one.
+    pub fn keep_only(&self, _lock: &Lock, epoch: u32) -> Result<(), MapError> {
+        let is = |bytes: &[u8]| bytes == epoch.to_ne_bytes();
+        for key in self.identities.keys()?.iter().filter(|key| !is(&key[4..8])) {
+            self.identities.remove(key)?;
+        }
+        for key in self.rules.keys()?.iter().filter(|key| !is(&key[4..8])) {
+            self.rules.remove(key)?;
+        }
+        for key in self.spaces.keys()?.iter().filter(|key| !is(&key[..4])) {
+            self.spaces.remove(key)?;
+        }
+        Ok(())
+    }
+
+    /// The number of a tenant or namespace, which it has from now on. 0 for no name.
+    pub fn number_of(&self, _lock: &Lock, name: &str) -> Result<u32, MapError> {
+        if name.is_empty() {
+            return Ok(0);
+        }
+        let mut key = [0; NAME];
+        let too_long = || MapError {
+            name: "names",
+            step: "number a name",
+            source: io::Error::other(format!("{name:?} is longer than {} bytes", NAME - 1)),
+        };
+        key[..NAME - 1]
+            .get_mut(..name.len())
+            .ok_or_else(too_long)?
+            .copy_from_slice(name.as_bytes());
+        if let Some(number) = self.names.get(&key)? {
+            return Ok(u32::from_ne_bytes(number));
+        }
+        // The nameless entry has the last number that was given.
+        let last = self.names.get(&[0; NAME])?.map_or(0, u32::from_ne_bytes);
+        let number = last + 1;
+        self.names.put(&[0; NAME], &number.to_ne_bytes())?;
+        self.names.put(&key, &number.to_ne_bytes())?;
+        Ok(number)
+    }
+
+    /// Names by their numbers.
+    pub fn names(&self) -> Result<HashMap<u32, String>, MapError> {
+        let entries = self.names.entries()?.into_iter().map(|(key, number)| {
+            let end = key.iter().position(|byte| *byte == 0).unwrap_or(NAME);
+            (u32::from_ne_bytes(number), String::from_utf8_lossy(&key[..end]).into_owned())
+        });
+        Ok(entries.filter(|(_, name)| !name.is_empty()).collect())
+    }
+
+    /// Limits a pod's packets. Its entry in `pods` says whether it is limited at all.
+    pub fn put_limit(&self, id: PodId, limit: Limit) -> Result<(), MapError> {
+        self.limits.put(&pod_key(id).to_ne_bytes(), &limit.encode())
+    }
+
+    fn table(&self, table: u32) -> Result<Option<Map<44, 56>>, MapError> {
+        let Some(id) = self.flows.get(&table.to_ne_bytes())? else { return Ok(None) };
+        let fd = sys::map::by_id(u32::from_ne_bytes(id));
+        Ok(Some(Map { name: "flows", fd: fd.map_err(self.flows.fail("open a table"))? }))
+    }
+
+    /// Flows in a table, those whose time is over among them.
+    pub fn flows(&self, table: u32) -> Result<Vec<(FlowKey, Flow)>, MapError> {
+        let Some(table) = self.table(table)? else { return Ok(Vec::new()) };
+        let entries = table.entries()?.into_iter();
+        Ok(entries
+            .filter_map(|(key, flow)| FlowKey::decode(&key).zip(Flow::decode(&flow)))
+            .collect())
+    }
+
+    /// What is known of a flow.
+    pub fn flow(&self, table: u32, key: &FlowKey) -> Result<Option<Flow>, MapError> {
+        let Some(table) = self.table(table)? else { return Ok(None) };
+        Ok(table.get(&key.encode())?.and_then(|flow| Flow::decode(&flow)))
+    }
+
+    /// Writes down a flow.
+    pub fn put_flow(&self, table: u32, key: &FlowKey, flow: &Flow) -> Result<(), MapError> {
+        let Some(table) = self.table(table)? else { return Ok(()) };
+        table.put(&key.encode(), &flow.encode())
+    }
+
+    /// Forgets a flow.
+    pub fn remove_flow(&self, table: u32, key: &FlowKey) -> Result<(), MapError> {
+        let Some(table) = self.table(table)? else { return Ok(()) };
+        table.remove(&key.encode()).map(drop)
+    }
+
+    /// Writes down when a first fragment was let through.
+    pub fn put_fragment(&self, table: u32, key: &FragmentKey, flow: &Flow) -> Result<(), MapError> {
+        let Some(table) = self.table(table)? else { return Ok(()) };
+        table.put(&key.encode(), &flow.encode())
+    }
+
+    /// Forgets a first fragment.
+    pub fn remove_fragment(&self, table: u32, key: &FragmentKey) -> Result<(), MapError> {
+        let Some(table) = self.table(table)? else { return Ok(()) };
+        table.remove(&key.encode()).map(drop)
+    }
+
+    /// Attempts that were refused.
+    pub fn denials(&self) -> Result<Vec<(FlowKey, Denied)>, MapError> {
+        let entries = self.denials.entries()?.into_iter();
+        Ok(entries
+            .filter_map(|(key, denied)| FlowKey::decode(&key).zip(Denied::decode(&denied)))
+            .collect())
+    }
+
+    /// Forgets a refused attempt; the next one is an event again.
+    pub fn remove_denied(&self, key: &FlowKey) -> Result<(), MapError> {
+        self.denials.remove(&key.encode()).map(drop)
+    }
+
+    fn put_counters(&self, id: PodId) -> Result<(), MapError> {
+        let zero = vec![0; Counters::SIZE * self.cpus];
+        let key = pod_key(id).to_ne_bytes();
+        match sys::map::put(self.counters.fd.as_fd(), &key, &zero, NO_EXIST) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            other => other.map_err(self.counters.fail("write")),
+        }
+    }
+
+    /// Makes what counts for no pod.
+    pub fn put_strays(&self) -> Result<(), MapError> {
+        self.put_counters(0)
+    }
+
+    /// What was counted for a pod on all CPUs; pod 0 has what belongs to no pod.
+    pub fn counters(&self, id: PodId) -> Result<Option<Counters>, MapError> {
+        let mut bytes = vec![0; Counters::SIZE * self.cpus];
+        let key = pod_key(id).to_ne_bytes();
+        let found = sys::map::get(self.counters.fd.as_fd(), &key, &mut bytes);
+        if !found.map_err(self.counters.fail("read"))? {
+            return Ok(None);
+        }
+        let mut sum = Counters::default();
+        for bytes in bytes.as_chunks().0 {
+            sum.add(bytes);
+        }
+        Ok(Some(sum))
+    }
+
+    /// What pods that are gone had counted, by tenant.
+    pub fn totals(&self) -> Result<HashMap<Tenant, Counters>, MapError> {
+        let entries = self.totals.entries()?.into_iter().map(|(key, bytes)| {
+            let mut counters = Counters::default();
+            counters.add(&bytes);
+            (u32::from_ne_bytes(key), counters)
+        });
+        Ok(entries.collect())
+    }
+}
+
+/// Whether an address is known on one link only, so that it names nobody.
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}
+
+/// How many values an element of a per-CPU map has: one for each CPU that there could be.
+fn possible_cpus() -> io::Result<usize> {
+    let path = "/sys/devices/system/cpu/possible";
+    let text = fs::read_to_string(path)?;
+    let last = text.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<usize>().ok());
+    last.map(|last| last + 1).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("{path}: {:?}", text.trim()))
+    })
+}
