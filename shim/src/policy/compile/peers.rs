@@ -84,7 +84,7 @@ impl<'a> Peers<'a> {
                     spaces.entry(name).or_default().peers.push((id as PeerId, pods));
                 }
                 Spaces::Matching(selector) => {
-                    for (name, labels) in namespaces.iter().filter(|(_, it)| selector.matches(it)) {
+                    for (name, _) in namespaces.iter().filter(|(_, it)| selector.matches(it)) {
                         spaces.entry(name).or_default().peers.push((id as PeerId, pods));
                     }
                 }
