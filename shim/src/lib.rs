@@ -9,6 +9,7 @@ pub mod failpoint;
 pub mod guest;
 pub mod host;
 pub mod log;
+pub mod net_limits;
 pub mod rootfs;
 pub mod sandbox;
 pub mod serve;
