@@ -62,6 +62,9 @@ pub fn directory(bpf_dir: &Path) -> PathBuf {
     bpf_dir.join(concat!("policy-", env!("JOEY_POLICY_LAYOUT")))
 }
 
+/// A key and its value.
+type Entry<const K: usize, const V: usize> = ([u8; K], [u8; V]);
+
 /// A map with keys of `K` bytes and values of `V`.
 #[derive(Debug)]
 struct Map<const K: usize, const V: usize> {
@@ -107,7 +110,7 @@ impl<const K: usize, const V: usize> Map<K, V> {
         }
     }
 
-    fn entries(&self) -> Result<Vec<([u8; K], [u8; V])>, MapError> {
+    fn entries(&self) -> Result<Vec<Entry<K, V>>, MapError> {
         let keys = self.keys()?;
         let value = |key| self.get(&key).map(|value| value.map(|value| (key, value)));
         keys.into_iter().filter_map(|key| value(key).transpose()).collect()
