@@ -287,7 +287,9 @@ impl Handle {
             NetLimits::default().annotated(&wanted.annotations).map_err(|error| refuse(&error))?;
         let applicant = wanted.applicant(config);
         let record = |place: &PodNetwork| {
-            self.record(|record| record.network = Some(place.clone())).map_err(io::Error::other)
+            self.record(|record| record.network = Some(place.clone())).map_err(io::Error::other)?;
+            failpoint::hold(&config.run_dir, "start.admission");
+            Ok(())
         };
         let wire = netns
             .as_deref()
@@ -298,6 +300,7 @@ impl Handle {
             self.limit_network(limits)?;
         }
         self.0.timeline.host("wire", "", start);
+        failpoint::hold(&config.run_dir, "start.attached");
         Ok(Wired { wire, machine, sizing, disk_mib, cgroups })
     }
 

@@ -202,6 +202,17 @@ pub fn cni(dir: &Path) -> String {
     .to_string()
 }
 
+/// What all tenants of a test node may reach: the node itself, at the pods' router.
+pub const POLICY: &str = r#"apiVersion: joey.io/v1
+kind: NodePolicy
+metadata: {name: test-node}
+spec:
+  services:
+  - name: node
+    addresses: [10.88.0.1, "fd88::1"]
+    ports: [any]
+"#;
+
 /// Joey's configuration: every folder moved below the node's.
 pub fn joey(dir: &Path) -> String {
     let guest = paths::guest();
