@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use nix::libc;
 use nix::sched::{CloneFlags, setns};
 
 // linux/fs/ext4/ext4.h.
