@@ -115,7 +115,7 @@ fn filter(index: u32) -> [u8; TCMSG] {
     tcmsg(index, HANDLE, INGRESS, PRIORITY << 16 | u32::from(protocol))
 }
 
-fn tcmsg(index: u32, handle: u32, parent: u32, info: u32) -> [u8; TCMSG] {
+pub(crate) fn tcmsg(index: u32, handle: u32, parent: u32, info: u32) -> [u8; TCMSG] {
     let mut header = [0; TCMSG];
     for (place, value) in header.chunks_exact_mut(4).skip(1).zip([index, handle, parent, info]) {
         place.copy_from_slice(&value.to_ne_bytes());

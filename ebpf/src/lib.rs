@@ -12,6 +12,7 @@ pub mod lookup;
 pub mod netlink;
 pub mod policy;
 pub mod route;
+pub mod shape;
 mod sys;
 
 /// Where the wire's program is pinned below `bpf_dir`.

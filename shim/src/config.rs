@@ -12,12 +12,18 @@ use joey_protocol::limits::MAX_POD_DISK;
 use protobuf::CodedInputStream;
 use serde::Deserialize;
 
+use crate::sizing::TENANT;
+
 /// Where the file is when nobody says otherwise.
 pub const DEFAULT_FILE: &str = "/etc/joey/config.toml";
 
 /// Sizes that a writable disk can have: the smallest is that of the blank in the guest image, the largest
 /// what its tables have room for.
 pub const DISK_MIB: std::ops::RangeInclusive<u64> = 256..=MAX_POD_DISK >> 20;
+
+/// Annotation of the pods of a virtual cluster
+/// (`kubernetes-sigs/cluster-api-provider-nested`, `virtualcluster/pkg/syncer/constants`).
+const VIRTUAL_CLUSTER: &str = "tenancy.x-k8s.io/cluster";
 
 /// Environment variable that names another file.
 pub const CONFIG: &str = "JOEY_CONFIG";
@@ -78,8 +84,13 @@ pub struct Config {
     pub guest_dir: Option<PathBuf>,
     /// QEMU; `None`: searched for.
     pub qemu: Option<PathBuf>,
-    /// Where the wire's program is pinned.
+    /// Where the packet programs and their maps are pinned.
     pub bpf_dir: PathBuf,
+    /// Whether pods are kept from other tenants' (docs/network.md); if not, every packet passes.
+    pub isolation: bool,
+    /// Annotations that say whose a pod is, the first one that is there; else its namespace is. Whoever may
+    /// set them on a pod can make it another tenant's.
+    pub tenant_annotations: Vec<String>,
     /// The operator's tool; `None`: beside the running program, see [`Config::joey`].
     pub joey: Option<PathBuf>,
     /// First uid and gid of the VMMs' jails.
@@ -121,6 +132,8 @@ impl Default for Config {
             guest_dir: None,
             qemu: None,
             bpf_dir: "/sys/fs/bpf/joey".into(),
+            isolation: true,
+            tenant_annotations: vec![TENANT.to_owned(), VIRTUAL_CLUSTER.to_owned()],
             joey: None,
             jail_first_id: 1_900_000_000,
             jail_ids: 65_536,

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, DISK_MIB};
+use crate::net_limits::NET_LIMITS;
 use crate::vmm::DiskLimits;
 
 /// Annotation: vCPUs, a whole number.
@@ -27,8 +28,10 @@ pub const DISK_LIMITS: [&str; 4] = [
 ];
 /// Annotations: most bytes that an emptyDir on the pod's disk may hold, by the volume's name after it.
 pub const EMPTY_DIR: &str = "io.joey.empty-dir.";
+/// Annotation: whose the pod is, where `tenant_annotations` has it.
+pub const TENANT: &str = "io.joey.tenant";
 /// The others.
-const KNOWN: [&str; 3] = [VCPUS, MEMORY, DISK];
+const KNOWN: [&str; 4] = [VCPUS, MEMORY, DISK, TENANT];
 const PREFIX: &str = "io.joey.";
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -59,7 +62,7 @@ pub struct SizingError {
 /// Sizes a sandbox from its annotations.
 pub fn size(config: &Config, notes: &HashMap<String, String>) -> Result<Sizing, SizingError> {
     for (name, value) in notes {
-        let known = || KNOWN.iter().chain(&DISK_LIMITS);
+        let known = || KNOWN.iter().chain(&DISK_LIMITS).chain(&NET_LIMITS);
         let volumes = name.starts_with(EMPTY_DIR);
         if name.starts_with(PREFIX) && !volumes && !known().any(|known| known == name) {
             let known = known().copied().collect::<Vec<_>>().join(", ");

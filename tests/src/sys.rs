@@ -1,11 +1,14 @@
-//! All unsafe code of the harness: entering namespaces on the way to exec, and a file system without power.
+//! All unsafe code of the harness: entering namespaces on the way to exec, a file system without power, and what a
+//! packet capture has lost.
 #![allow(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::AsRawFd as _;
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use nix::libc;
 use nix::sched::{CloneFlags, setns};
 
 // linux/fs/ext4/ext4.h.
@@ -33,4 +36,25 @@ pub fn join_before_exec(command: &mut Command, namespaces: Vec<(File, CloneFlags
     unsafe {
         command.pre_exec(join);
     }
+}
+
+/// Frames that a packet socket could not keep since it was asked last.
+pub fn packet_losses(socket: &OwnedFd) -> io::Result<u64> {
+    // `struct tpacket_stats`: packets, drops.
+    let mut statistics = [0_u32; 2];
+    let mut length = size_of_val(&statistics) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to the numbers, which live until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            statistics.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(statistics[1].into())
 }

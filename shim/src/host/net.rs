@@ -1,14 +1,15 @@
-//! The wire between a pod's network interface and its VM: all frames, both ways, unchanged.
+//! The wire between a pod's network interface and its VM, and what the node's policy lets pass on it.
 //!
-//! CNI made an interface in the pod's network namespace; the VM has a tap there. A pinned eBPF program
-//! on both sends what enters one out of the other, so the host's stack is not involved and the guest
+//! CNI made an interface in the pod's network namespace; the VM has a tap there. Pinned eBPF programs
+//! on both send what enters one out of the other, so the host's stack is not involved and the guest
 //! owns the interface's addresses. `docs/network.md` follows a packet.
 //!
 //! Invariants: the namespace is entered only by short-lived threads of this module. The tap's index is
 //! derived from the interface's (`joey_ebpf::attach::partner`). The tap is not persistent: it dies with
 //! its last descriptor, the VMM's. It is down, and nothing passes, until the guest has its identity
-//! ([`Wire::open`]). What is left in the end are filters that drop, which [`Wire::unplug`]
-//! removes knowing nothing but the namespace.
+//! ([`Wire::open`]), and the programs are attached before that and before a VMM that is started for the pod
+//! gets it. What is left in the end are filters that drop, which [`Wire::unplug`] removes knowing nothing
+//! but the namespace, and the pod's place in the policy (`admission.rs`).
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -18,13 +19,19 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use joey_ebpf::netlink::{NetlinkError, Socket};
-use joey_ebpf::{attach, route};
+use joey_ebpf::policy::abi::PodId;
+use joey_ebpf::{attach, policy, route, shape};
 use joey_protocol::api::Network;
 use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::config::Config;
+use crate::net_limits::NetLimits;
+use crate::sandbox::record::PodNetwork;
 use crate::sys;
 
+pub use admission::{AdmissionError, Applicant};
+
+mod admission;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -73,11 +80,19 @@ pub enum NetError {
         /// Why it failed.
         source: io::Error,
     },
-    /// The program is not on the node and could not be brought there.
-    #[error("the wire's program {pin}: {reason}")]
+    /// The policy has no place for the pod.
+    #[error("network namespace {netns}: {source}")]
+    Admission {
+        /// Its path.
+        netns: PathBuf,
+        /// Why.
+        source: AdmissionError,
+    },
+    /// The programs are not on the node and could not be brought there.
+    #[error("the packet programs below {dir}: {reason}")]
     Program {
-        /// Where it should be pinned.
-        pin: PathBuf,
+        /// Where they should be pinned.
+        dir: PathBuf,
         /// Why it is not.
         reason: String,
     },
@@ -149,13 +164,16 @@ impl ParkedTap {
 }
 
 impl Wire {
-    /// Makes the tap, or takes the one that a waiting VM has, and joins it to the pod's interface. A
-    /// pod that has none gets a tap that leads nowhere, and an empty [`Network`]. Whatever an earlier
-    /// attempt left is replaced.
+    /// Makes the tap, or takes the one that a waiting VM has, and joins it to the pod's interface, under the
+    /// policy unless `isolation` is off; `record` writes down the place in it that is about to be taken. A
+    /// pod that has no interface gets a tap that leads nowhere, and an empty [`Network`]. Whatever an
+    /// earlier attempt left is replaced.
     pub fn plug(
         netns: &Path,
         config: &Config,
         parked: Option<ParkedTap>,
+        applicant: &Applicant,
+        record: impl FnOnce(&PodNetwork) -> io::Result<()> + Send,
     ) -> Result<Self, NetError> {
         if is_host_netns(netns) {
             let reason = "this is the host's own network, which a pod with a VM cannot share";
@@ -164,7 +182,12 @@ impl Wire {
                 reason: reason.to_owned(),
             });
         }
-        let program = program(config)?;
+        let programs = Programs::open(config)?;
+        let admission = |source| NetError::Admission { netns: netns.to_owned(), source };
+        let node = match programs {
+            Programs::Wire(_) => Vec::new(),
+            Programs::Policy(_) => admission::own_addresses().map_err(admission)?,
+        };
         inside(netns, |place, file| {
             let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
             let pod = read::pod(place, netns)?;
@@ -181,7 +204,15 @@ impl Wire {
             let Some(interface) = pod.interface else {
                 return Ok(Self { netns, tap, index, mac: NO_MAC, network: Network::new() });
             };
-            if let Err(error) = join(place, interface.index, interface.mtu, &program) {
+            let id = match programs {
+                Programs::Wire(_) => 0,
+                Programs::Policy(_) => {
+                    let (dir, own) = (&config.bpf_dir, read::own(&pod.network));
+                    admission::admit(dir, applicant, interface.mac, own, &node, record)
+                        .map_err(|source| NetError::Admission { netns: netns.clone(), source })?
+                }
+            };
+            if let Err(error) = programs.join(place, interface.index, interface.mtu, id) {
                 // The first error is the one to tell.
                 let _ = attach::detach(place, interface.index);
                 return Err(netlink(error));
@@ -198,6 +229,42 @@ impl Wire {
                 .request(route::link("set the tap up", libc::RTM_NEWLINK, index, true))
                 .map_err(|source| NetError::Netlink { netns: self.netns.clone(), source })
         })
+    }
+
+    /// Limits what passes, from now on. `place` is the pod's in the policy, without which packets cannot be
+    /// limited.
+    pub fn limit(
+        netns: &Path,
+        place: Option<&PodNetwork>,
+        limits: &NetLimits,
+    ) -> Result<(), NetError> {
+        if limits.limits_packets() && place.is_none() {
+            return Err(NetError::Unsupported {
+                netns: netns.to_owned(),
+                reason: "packets are limited by the node's policy, which does not have this pod: \
+                         isolation is off, or it has no network"
+                    .to_owned(),
+            });
+        }
+        if let Some(place) = place {
+            admission::limit_packets(place, limits)
+                .map_err(|source| NetError::Admission { netns: netns.to_owned(), source })?;
+        }
+        inside(netns, |place, _| {
+            let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
+            let links = read::links(place, netns)?;
+            let Some(tap) = links.iter().find(|link| link.name == TAP) else { return Ok(()) };
+            let interface = attach::partner(tap.index);
+            if links.iter().any(|link| link.index == interface) {
+                shape::shape(place, interface, limits.egress_bits).map_err(netlink)?;
+            }
+            shape::shape(place, tap.index, limits.ingress_bits).map_err(netlink)
+        })
+    }
+
+    /// Gives the pod's place in the policy back. Fine when it has none.
+    pub fn dismiss(place: &PodNetwork) -> Result<(), AdmissionError> {
+        admission::dismiss(place)
     }
 
     /// A descriptor of the tap, for the VMM.
@@ -231,6 +298,7 @@ impl Wire {
                     place.request(delete)
                 } else {
                     attach::detach(place, link.index)
+                        .and_then(|()| shape::unshape(place, link.index))
                 };
                 match result {
                     // Gone between the listing and now.
@@ -310,36 +378,67 @@ fn silence_tap() -> io::Result<()> {
     }
 }
 
-/// Filters on both.
-fn join(place: &mut Socket, index: u32, mtu: u32, program: &OwnedFd) -> Result<(), NetlinkError> {
-    let tap = attach::partner(index);
-    let size = route::link("set the tap's MTU", libc::RTM_NEWLINK, tap, false);
-    place.request(size.number(route::LINK_MTU, mtu))?;
-    for device in [tap, index] {
-        attach::carry(place, device)?;
-    }
-    place.batch([tap, index].map(|device| attach::attach(device, program)))
+/// The pinned programs that join a pod's two devices.
+#[derive(Debug)]
+enum Programs {
+    /// One for both, which lets everything pass.
+    Wire(OwnedFd),
+    /// Those that judge.
+    Policy(policy::attach::Programs),
 }
 
-/// The pinned program; loaded by Joey's tool when this node has not got it yet.
-fn program(config: &Config) -> Result<OwnedFd, NetError> {
-    let pin = joey_ebpf::pinned_path(&config.bpf_dir);
-    let fail = |reason: String| NetError::Program { pin: pin.clone(), reason };
-    match attach::open(&config.bpf_dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        other => return other.map_err(|error| fail(error.to_string())),
+impl Programs {
+    /// Opens them; Joey's tool loads them when this node has not got them yet.
+    fn open(config: &Config) -> Result<Self, NetError> {
+        let dir = &config.bpf_dir;
+        let fail = |reason: String| NetError::Program { dir: dir.clone(), reason };
+        let open = || match config.isolation {
+            true => policy::attach::open(dir).map(Self::Policy),
+            false => attach::open(dir).map(Self::Wire),
+        };
+        match open() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => return other.map_err(|error| fail(error.to_string())),
+        }
+        let joey = config.joey().map_err(|error| fail(format!("find the tool `joey`: {error}")))?;
+        let mut command = Command::new(&joey);
+        if let Some(file) = &config.file {
+            command.arg("--config").arg(file);
+        }
+        let output = command.args(["ebpf", "load", "--json"]).output();
+        let command = format!("{} ebpf load", joey.display());
+        let output = output.map_err(|error| fail(format!("run `{command}`: {error}")))?;
+        if !output.status.success() {
+            let words = String::from_utf8_lossy(&output.stderr);
+            return Err(fail(format!("`{command}` failed ({}): {}", output.status, words.trim())));
+        }
+        open().map_err(|error| {
+            fail(format!(
+                "not there after `{command}`, which may read another configuration: {error}"
+            ))
+        })
     }
-    let joey = config.joey().map_err(|error| fail(format!("find the tool `joey`: {error}")))?;
-    let command = format!("{} ebpf load", joey.display());
-    let output = Command::new(&joey)
-        .args(["ebpf", "load", "--json"])
-        .output()
-        .map_err(|error| fail(format!("run `{command}`: {error}")))?;
-    if !output.status.success() {
-        let words = String::from_utf8_lossy(&output.stderr);
-        return Err(fail(format!("`{command}` failed ({}): {}", output.status, words.trim())));
+
+    /// Puts them on a pod's interface and its tap.
+    fn join(
+        &self,
+        place: &mut Socket,
+        index: u32,
+        mtu: u32,
+        id: PodId,
+    ) -> Result<(), NetlinkError> {
+        let tap = attach::partner(index);
+        let size = route::link("set the tap's MTU", libc::RTM_NEWLINK, tap, false);
+        place.request(size.number(route::LINK_MTU, mtu))?;
+        for device in [tap, index] {
+            attach::carry(place, device)?;
+        }
+        place.batch(match self {
+            Self::Wire(program) => [tap, index].map(|device| attach::attach(device, program)),
+            Self::Policy(programs) => [
+                policy::attach::attach(tap, programs.from_vm.as_fd(), id),
+                policy::attach::attach(index, programs.to_vm.as_fd(), id),
+            ],
+        })
     }
-    attach::open(&config.bpf_dir).map_err(|error| {
-        fail(format!("not there after `{command}`, which may read another configuration: {error}"))
-    })
 }

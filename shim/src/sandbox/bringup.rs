@@ -9,6 +9,7 @@
 //! a failed start and a killed shim.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,15 +21,17 @@ use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::disks::Disks;
-use super::record::ProcessId;
+use super::record::{PodNetwork, ProcessId};
 use super::{
     Guest, Handle, LAST_WORDS, Opening, PodDisk, Progress, SandboxError, forward, identity, plan,
     teardown,
 };
+use crate::config::Config;
 use crate::failpoint;
 use crate::guest::{GuestChannel, GuestError};
-use crate::host::net::{self, Wire};
+use crate::host::net::{self, Applicant, Wire};
 use crate::host::{self, cgroup};
+use crate::net_limits::NetLimits;
 use crate::sizing::{self, Sizing};
 use crate::standby::{self, Standby};
 use crate::vmm::{self, Vm, VmSpec};
@@ -80,6 +83,24 @@ impl Wanted {
 
     fn annotation(&self, key: &str) -> Option<&str> {
         self.annotations.get(key).map(String::as_str)
+    }
+
+    /// Namespace and name, where CRI gave them.
+    fn pod(&self) -> Option<(String, String)> {
+        let part = |key: &str| self.annotation(key).map(str::to_owned);
+        Some((
+            part("io.kubernetes.cri.sandbox-namespace")?,
+            part("io.kubernetes.cri.sandbox-name")?,
+        ))
+    }
+
+    /// Who the pod is to the node's policy.
+    fn applicant(&self, config: &Config) -> Applicant {
+        let pod = self.pod();
+        let said = config.tenant_annotations.iter().find_map(|key| self.annotation(key));
+        let namespace = pod.as_ref().map(|(namespace, _)| namespace.as_str());
+        let tenant = said.or(namespace).unwrap_or_default().to_owned();
+        Applicant { tenant, pod }
     }
 }
 
@@ -239,7 +260,7 @@ impl Handle {
         let path = wanted.cgroups_path.clone().unwrap_or_else(|| format!("/joey/{id}"));
         let cgroups = cgroup::directories(&path).map_err(|error| refuse(&error))?;
         self.record(|record| {
-            record.pod = pod_name(wanted);
+            record.pod = wanted.pod().map(|(namespace, name)| format!("{namespace}/{name}"));
             record.vcpus = sizing.vcpus;
             record.memory_mib = sizing.memory_mib;
             record.netns.clone_from(&netns);
@@ -262,11 +283,24 @@ impl Handle {
         self.0.timeline.shim();
         failpoint::hold(&config.run_dir, "start.wire");
         let start = Instant::now();
-        let wire =
-            netns.as_deref().map(|netns| Wire::plug(netns, config, tap)).transpose().map_err(
-                |error| SandboxError::host(id, "join the pod's network to its VM", error),
-            )?;
+        let limits =
+            NetLimits::default().annotated(&wanted.annotations).map_err(|error| refuse(&error))?;
+        let applicant = wanted.applicant(config);
+        let record = |place: &PodNetwork| {
+            self.record(|record| record.network = Some(place.clone())).map_err(io::Error::other)?;
+            failpoint::hold(&config.run_dir, "start.admission");
+            Ok(())
+        };
+        let wire = netns
+            .as_deref()
+            .map(|netns| Wire::plug(netns, config, tap, &applicant, record))
+            .transpose()
+            .map_err(|error| SandboxError::host(id, "join the pod's network to its VM", error))?;
+        if limits != NetLimits::default() {
+            self.limit_network(limits)?;
+        }
         self.0.timeline.host("wire", "", start);
+        failpoint::hold(&config.run_dir, "start.attached");
         Ok(Wired { wire, machine, sizing, disk_mib, cgroups })
     }
 
@@ -399,11 +433,4 @@ impl Handle {
         self.watch(guest.clone(), channel.events, channel.lost);
         Ok(guest)
     }
-}
-
-/// `namespace/name`, where CRI gave them.
-fn pod_name(wanted: &Wanted) -> Option<String> {
-    let namespace = wanted.annotation("io.kubernetes.cri.sandbox-namespace")?;
-    let name = wanted.annotation("io.kubernetes.cri.sandbox-name")?;
-    Some(format!("{namespace}/{name}"))
 }

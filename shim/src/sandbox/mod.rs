@@ -52,6 +52,7 @@ pub use self::types::{
 };
 use crate::config::Config;
 use crate::guest::{Client, GuestChannel, Streams};
+use crate::net_limits::NetLimits;
 use crate::share::Shares;
 use crate::standby::Standby;
 use crate::vmm::{DiskLimits, Vm};
@@ -148,6 +149,8 @@ struct Sandbox {
     volumes: Volumes,
     /// What its disks may do at most.
     disk_limits: AsyncMutex<DiskLimits>,
+    /// What its network may do at most.
+    net_limits: Mutex<NetLimits>,
     /// Held while the sandbox's traces are removed.
     undoing: AsyncMutex<()>,
     /// Set when the shim is to leave.
@@ -197,6 +200,7 @@ impl Handle {
             direct: DirectVolumes::default(),
             volumes: Volumes::default(),
             disk_limits: AsyncMutex::default(),
+            net_limits: Mutex::default(),
             undoing: AsyncMutex::default(),
             leave: channel::Sender::new(false),
             boot,

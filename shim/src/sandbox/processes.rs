@@ -17,6 +17,8 @@ use super::{
 use crate::failpoint;
 use crate::guest::GuestError;
 use crate::host::cpus;
+use crate::host::net::Wire;
+use crate::net_limits::NetLimits;
 use crate::sizing;
 use crate::stdio::{Request, StdinEnd, Stdio};
 
@@ -382,6 +384,13 @@ impl Handle {
         self.check(id, None, Operation::Update)?;
         let guest = self.guest().await?;
         self.limit_disks(&guest, annotations).await?;
+        let before = *self.0.net_limits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let limits = before.annotated(annotations).map_err(|error| {
+            SandboxError::Refused(format!("sandbox {}: {error}", self.0.boot.id))
+        })?;
+        if limits != before {
+            self.limit_network(limits)?;
+        }
         let Some(resources) = resources.filter(|_| !self.is_pause(id)) else { return Ok(()) };
         let refuse = |reason| SandboxError::Refused(format!("container {id}: {reason}"));
         let mut limits: LinuxResources = serde_json::from_slice(&resources)
@@ -414,6 +423,26 @@ impl Handle {
             limited.map_err(|error| SandboxError::host(id, "limit the pod's disks", error))?;
             *limits = wanted;
         }
+        Ok(())
+    }
+
+    /// Sets the limits of the pod's network.
+    pub(super) fn limit_network(&self, limits: NetLimits) -> Result<(), SandboxError> {
+        let id = &self.0.boot.id;
+        // Held until it is done: one change after the other.
+        let mut now = self.0.net_limits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (netns, place) = {
+            let record = self.0.record.lock();
+            let record = record.unwrap_or_else(std::sync::PoisonError::into_inner);
+            (record.netns.clone(), record.network.clone())
+        };
+        let Some(netns) = netns else {
+            let reason = "it has no network whose use could be limited";
+            return Err(SandboxError::Refused(format!("sandbox {id}: {reason}")));
+        };
+        Wire::limit(&netns, place.as_ref(), &limits)
+            .map_err(|error| SandboxError::host(id, "limit the pod's network", error))?;
+        *now = limits;
         Ok(())
     }
 

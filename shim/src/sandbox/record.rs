@@ -4,6 +4,7 @@
 //! atomic (beside, then rename), so a reader sees one state or the next, never half of one.
 
 use std::io::{self, Write as _};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -58,6 +59,21 @@ pub struct Damage {
     pub block: u64,
 }
 
+/// What the node's policy knows of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodNetwork {
+    /// Where that policy is pinned.
+    pub bpf_dir: PathBuf,
+    /// Its number.
+    pub id: u16,
+    /// When it got that, in monotonic nanoseconds: tells it from others that had the number.
+    pub since: u64,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Whose it is.
+    pub tenant: String,
+}
+
 /// The record.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -77,6 +93,9 @@ pub struct Record {
     pub memory_mib: u32,
     /// Network namespace into which the wire is plugged.
     pub netns: Option<PathBuf>,
+    /// The pod in the node's policy, if it has a place there.
+    #[serde(default)]
+    pub network: Option<PodNetwork>,
     /// Control groups that were made.
     pub cgroups: Vec<PathBuf>,
     /// The VMM.

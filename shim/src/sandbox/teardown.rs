@@ -100,6 +100,12 @@ pub fn release(run_dir: &Path, record: &Record) -> Result<(), Incomplete> {
     {
         left.push(format!("wire in {}: {error}", netns.display()));
     }
+    failpoint::hold(run_dir, "teardown.policy");
+    if let Some(place) = &record.network
+        && let Err(error) = Wire::dismiss(place)
+    {
+        left.push(format!("place in the node's policy: {error}"));
+    }
     failpoint::hold(run_dir, "teardown.cgroups");
     if let Err(error) = cgroup::remove(&record.cgroups) {
         left.push(error.to_string());

@@ -176,6 +176,8 @@ pub(super) fn sandbox_start(ctx: &Context<'_>) -> Result<()> {
         &[
             (Step::Run, "bootstrap.named", &[(Shim, Error), (Containerd, Error)]),
             (Step::Run, "start.wire", &[(Shim, Error), (Containerd, Error)]),
+            (Step::Run, "start.admission", &[(Shim, Error)]),
+            (Step::Run, "start.attached", &[(Shim, Error)]),
             // It boots cold instead.
             (Step::Run, "vmm.spawned", &[(Shim, Error), (Vmm, Done), (Containerd, Error)]),
             (Step::Run, "start.identity", &[(Shim, Error), (Vmm, Error), (Containerd, Error)]),
@@ -236,6 +238,7 @@ pub(super) fn stop(ctx: &Context<'_>) -> Result<()> {
             (Step::StopPod, "stop.killed", &[(Shim, Any), (Containerd, Error)]),
             (Step::StopPod, "teardown.processes", &[(Shim, Any), (Containerd, Any)]),
             (Step::StopPod, "teardown.wire", &[(Shim, Any)]),
+            (Step::StopPod, "teardown.policy", &[(Shim, Any)]),
             (Step::StopPod, "teardown.cgroups", &[(Shim, Any)]),
             (Step::StopPod, "teardown.directory", &[(Shim, Any), (Containerd, Any)]),
         ],

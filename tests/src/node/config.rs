@@ -155,7 +155,7 @@ fn runtimes(section: &str, version: Version, dir: &str) -> String {
     let joey = |name: &str, more: &str| {
         format!(
             "[{section}.{name}]\nruntime_type = \"io.containerd.joey.v2\"\nruntime_path = \"{}\"\n\
-             pod_annotations = [\"io.joey.*\"]\n{more}",
+             pod_annotations = [\"io.joey.*\", \"tenancy.x-k8s.io/*\", \"kubernetes.io/*-bandwidth\"]\n{more}",
             shim.display()
         )
     };
@@ -201,6 +201,17 @@ pub fn cni(dir: &Path) -> String {
     })
     .to_string()
 }
+
+/// What all tenants of a test node may reach: the node itself, at the pods' router.
+pub const POLICY: &str = r#"apiVersion: joey.io/v1
+kind: NodePolicy
+metadata: {name: test-node}
+spec:
+  services:
+  - name: node
+    addresses: [10.88.0.1, "fd88::1"]
+    ports: [any]
+"#;
 
 /// Joey's configuration: every folder moved below the node's.
 pub fn joey(dir: &Path) -> String {

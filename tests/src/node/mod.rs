@@ -36,6 +36,7 @@ pub struct Node {
     holder_child: Mutex<Option<Child>>,
     containerd: Mutex<Option<Child>>,
     snapshotter: Mutex<Option<Child>>,
+    network: Mutex<Option<Child>>,
 }
 
 /// How a node is started.
@@ -66,6 +67,7 @@ impl Node {
         fs::write(dir.join("cni/10-joey.conflist"), config::cni(&dir))?;
         fs::write(dir.join("joey.toml"), config::joey(&dir))?;
         fs::write(dir.join("snapshotter.toml"), config::snapshotter(&dir))?;
+        fs::write(dir.join("policy.yaml"), config::POLICY)?;
         fs::write(dir.join("version"), options.version.name())?;
         let child = holder::spawn(options.tool, options.tied)?;
         fs::write(dir.join("holder"), child.id().to_string())?;
@@ -76,6 +78,7 @@ impl Node {
             holder_child: Mutex::new(Some(child)),
             containerd: Mutex::new(None),
             snapshotter: Mutex::new(None),
+            network: Mutex::new(None),
             dir,
         };
         fs::write(node.dir.join(config::LIMITS), config::limits(&node.ctr(&["oci", "spec"])?)?)?;
@@ -86,6 +89,8 @@ impl Node {
         }
         // Once per node; without them the first pods would wait for it or boot cold.
         node.joey(&["ebpf", "load"])?;
+        node.joey(&["policy", "apply", "-f", &node.dir.join("policy.yaml").to_string_lossy()])?;
+        node.start_network()?;
         node.joey(&["template", "build"])?;
         Ok(node)
     }
@@ -102,6 +107,7 @@ impl Node {
             holder_child: Mutex::new(None),
             containerd: Mutex::new(None),
             snapshotter: Mutex::new(None),
+            network: Mutex::new(None),
             dir,
         })
     }
@@ -129,32 +135,40 @@ impl Node {
 
     /// Starts joey-snapshotter (again) and waits until it serves.
     pub fn start_snapshotter(&self) -> Result<()> {
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.dir.join("snapshotter.log"))
-            .context("open the snapshotter's log")?;
-        let socket = self.dir.join("s.sock");
         let mut command = Command::new(paths::binaries().join("joey-snapshotter"));
-        command
-            .arg("--config")
-            .arg(self.dir.join("snapshotter.toml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
+        command.arg("--config").arg(self.dir.join("snapshotter.toml"));
+        let child = self.serve("snapshotter", command, &self.dir.join("s.sock"))?;
+        *lock(&self.snapshotter) = Some(child);
+        Ok(())
+    }
+
+    /// Starts `joey network serve` (again) and waits until it serves.
+    pub fn start_network(&self) -> Result<()> {
+        let mut command = Command::new(paths::joey());
+        command.args(["network", "serve"]).env("JOEY_CONFIG", self.dir.join("joey.toml"));
+        let child = self.serve("network", command, &self.dir.join("jrun/network.sock"))?;
+        *lock(&self.network) = Some(child);
+        Ok(())
+    }
+
+    /// Starts a daemon of the node, whose pid and log get its name, and waits until it listens.
+    fn serve(&self, name: &str, mut command: Command, socket: &Path) -> Result<Child> {
+        let path = self.dir.join(format!("{name}.log"));
+        let log = File::options().create(true).append(true).open(&path);
+        let log = log.with_context(|| format!("open {}", path.display()))?;
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut child = holder::spawn_inside(self.holder, command)?;
-        fs::write(self.dir.join("snapshotter"), child.id().to_string())?;
+        fs::write(self.dir.join(name), child.id().to_string())?;
         cgroups::count_cpu(&format!("{}/system", self.cgroup()), child.id())?;
         let end = Instant::now() + Duration::from_secs(10);
-        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+        while std::os::unix::net::UnixStream::connect(socket).is_err() {
             if child.try_wait()?.is_some() || Instant::now() > end {
-                let text = fs::read_to_string(self.dir.join("snapshotter.log"));
-                bail!("joey-snapshotter did not come up: {}", text.unwrap_or_default());
+                let text = fs::read_to_string(path);
+                bail!("{name} did not come up: {}", text.unwrap_or_default());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        *lock(&self.snapshotter) = Some(child);
-        Ok(())
+        Ok(child)
     }
 
     /// Starts containerd (again) and waits until it serves the runtime interface.
@@ -226,9 +240,18 @@ impl Node {
 
     /// Ends joey-snapshotter with SIGKILL, as a crash would.
     pub fn kill_snapshotter(&self) -> Result<()> {
-        let pid = fs::read_to_string(self.dir.join("snapshotter"))?.trim().parse()?;
+        self.kill_daemon("snapshotter", &self.snapshotter)
+    }
+
+    /// Ends `joey network serve` with SIGKILL.
+    pub fn kill_network(&self) -> Result<()> {
+        self.kill_daemon("network", &self.network)
+    }
+
+    fn kill_daemon(&self, name: &str, child: &Mutex<Option<Child>>) -> Result<()> {
+        let pid = fs::read_to_string(self.dir.join(name))?.trim().parse()?;
         crate::process::kill(pid)?;
-        if let Some(mut child) = lock(&self.snapshotter).take() {
+        if let Some(mut child) = lock(child).take() {
             child.wait()?;
         }
         Ok(())
@@ -372,10 +395,12 @@ impl Node {
         {
             crate::process::kill(pid)?;
         }
-        if let Ok(pid) = fs::read_to_string(self.dir.join("snapshotter")) {
-            crate::process::terminate(pid.trim().parse()?, Duration::from_secs(10))?;
+        for daemon in ["snapshotter", "network"] {
+            if let Ok(pid) = fs::read_to_string(self.dir.join(daemon)) {
+                crate::process::terminate(pid.trim().parse()?, Duration::from_secs(10))?;
+            }
         }
-        for child in [&self.containerd, &self.snapshotter] {
+        for child in [&self.containerd, &self.snapshotter, &self.network] {
             if let Some(mut child) = lock(child).take() {
                 child.wait()?;
             }

@@ -5,6 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use joey_ebpf::policy::maps::Maps;
+
 use super::cgroups;
 
 /// Names of everything a pod can leave behind.
@@ -76,6 +78,12 @@ impl Traces {
                 found.insert(format!("{standby}{what} file {name}"));
             }
         }
+        // A node that could not load its programs has none.
+        let pods = Maps::open(&root.join("sys/fs/bpf/joey"))
+            .and_then(|maps| maps.pods().map_err(|error| std::io::Error::other(error.to_string())));
+        for id in pods.unwrap_or_default().into_keys() {
+            found.insert(format!("pod {id} in the node's policy"));
+        }
         for path in cgroups::list(cgroup) {
             found.insert(format!("cgroup {}", path.display()));
         }
@@ -98,7 +106,8 @@ impl Traces {
 fn is_cached(name: &str) -> bool {
     let is_key = |text: &str| text.len() >= 24 && text.chars().all(|c| c.is_ascii_hexdigit());
     match name.split_once('/') {
-        None => ["templates", "images", "disks"].contains(&name),
+        None => ["templates", "images", "disks", "network"].contains(&name),
+        Some(("network", _)) => true,
         Some(("templates", name)) => {
             let (first, rest) = name.split_once('/').unwrap_or((name, ""));
             // A lock is a file that stays; which builder holds it is another matter.
@@ -120,8 +129,8 @@ fn is_of_the_node(name: &str) -> bool {
         "sandboxes" => true,
         // The folders of classes; the sockets in them are keepers'.
         "standby" => !rest.contains('/'),
-        "accelerator.json" | "qemu.json" | "orphans.lock" | "standby.lock" | "standby.log"
-        | "template-build.log" => true,
+        "network.sock" | "network.lock" | "accelerator.json" | "qemu.json" | "orphans.lock"
+        | "standby.lock" | "standby.log" | "template-build.log" => true,
         name => ["containerd-", "template-", "build-"].iter().any(|kind| name.starts_with(kind)),
     }
 }
@@ -144,6 +153,7 @@ pub fn waits(pid: u32, keepers: &[u32]) -> bool {
 fn is_daemon(command: &str) -> bool {
     let program = command.split(' ').next().unwrap_or_default();
     ["/containerd", "/joey-snapshotter"].iter().any(|daemon| program.ends_with(daemon))
+        || command.contains("/joey network serve")
 }
 
 /// Waits until nothing is left beyond `before`; returns what still is at the deadline.

@@ -1,4 +1,5 @@
-//! `joey limit`: what a running sandbox may ask of its disks, told to its shim as an update of its task.
+//! `joey limit`: how much a running sandbox may ask of its disks and its network, told to its shim as an update
+//! of its task.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use clap::Args;
 use containerd_shim::protos::api::UpdateTaskRequest;
 use containerd_shim::protos::shim_async::TaskClient;
 use joey_shim::config::Config;
+use joey_shim::net_limits::{NET_LIMITS, NetLimits};
 use joey_shim::sizing::{self, DISK_LIMITS};
 use joey_shim::vmm::DiskLimits;
 
@@ -30,18 +32,34 @@ pub(crate) struct Limit {
     /// Requests to write in a second
     #[arg(long)]
     write_operations: Option<String>,
+    /// Bits a second that leave the pod, as 10M; 0: no limit
+    #[arg(long)]
+    egress_bits: Option<String>,
+    /// Bits a second that reach the pod
+    #[arg(long)]
+    ingress_bits: Option<String>,
+    /// Packets a second that leave the pod
+    #[arg(long)]
+    egress_packets: Option<String>,
+    /// Packets a second that reach the pod
+    #[arg(long)]
+    ingress_packets: Option<String>,
 }
 
 pub(crate) fn run(config: &Config, limit: &Limit, json: bool) -> Result<()> {
-    let given =
+    let disks =
         [&limit.read_bytes, &limit.write_bytes, &limit.read_operations, &limit.write_operations];
+    let network =
+        [&limit.egress_bits, &limit.ingress_bits, &limit.egress_packets, &limit.ingress_packets];
     let annotations: HashMap<String, String> = DISK_LIMITS
         .into_iter()
-        .zip(given)
+        .zip(disks)
+        .chain(NET_LIMITS.into_iter().zip(network))
         .filter_map(|(name, value)| Some((name.to_owned(), value.clone()?)))
         .collect();
     ensure!(!annotations.is_empty(), "no limit is given; see `joey limit --help`");
     sizing::disk_limits(&annotations, DiskLimits::default())?;
+    NetLimits::default().annotated(&annotations)?;
     let record = super::sandboxes::find(config, &limit.id)?;
     let request = UpdateTaskRequest { id: record.id.clone(), annotations, ..Default::default() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -42,7 +42,7 @@ enum Task {
     /// The machines that wait for the next sandbox
     #[command(subcommand)]
     Standby(standby::Task),
-    /// The eBPF program that joins pods to their VMs
+    /// The eBPF programs that join pods to their VMs and keep tenants apart
     #[command(subcommand)]
     Ebpf(Ebpf),
     /// Who may reach whom
@@ -61,7 +61,7 @@ enum Task {
         /// Its id, or the beginning of it
         id: String,
     },
-    /// Change how much a running sandbox may ask of its disks in a second
+    /// Change how much a running sandbox may ask of its disks and its network in a second
     Limit(limit::Limit),
     /// Remove what is left of sandboxes whose shim is gone (the shims do so too, now and then)
     Clean,
@@ -77,7 +77,7 @@ enum Task {
 
 #[derive(Subcommand)]
 enum Ebpf {
-    /// Load and pin the program, unless it is there
+    /// Load and pin the programs and their maps, unless they are there
     Load,
 }
 

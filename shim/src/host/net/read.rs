@@ -47,6 +47,19 @@ pub(super) fn links(place: &mut Socket, netns: &Path) -> Result<Vec<Link>, NetEr
     Ok(links.iter().filter_map(link).collect())
 }
 
+/// All global addresses.
+pub(super) fn addresses(place: &mut Socket) -> Result<Vec<IpAddr>, NetlinkError> {
+    let addresses = place.dump(route::list("list addresses", libc::RTM_GETADDR))?;
+    let addresses = addresses.iter().filter_map(address);
+    Ok(addresses.filter_map(|(_, address)| IpAddr::try_from(Bytes(&address.ip)).ok()).collect())
+}
+
+/// The addresses of an interface.
+pub(super) fn own(network: &Network) -> Vec<IpAddr> {
+    let addresses = network.interfaces.iter().flat_map(|interface| &interface.addresses);
+    addresses.filter_map(|address| IpAddr::try_from(Bytes(&address.ip)).ok()).collect()
+}
+
 /// The interface with its addresses, routes and neighbours.
 pub(super) fn pod(place: &mut Socket, netns: &Path) -> Result<Pod, NetError> {
     let unsupported = |reason| NetError::Unsupported { netns: netns.to_owned(), reason };

@@ -31,6 +31,10 @@ fn run(command: &str) -> String {
     try_run(command).unwrap()
 }
 
+fn plug(netns: &Path, config: &Config) -> Result<Wire, NetError> {
+    Wire::plug(netns, config, None, &Applicant::default(), |_| Ok(()))
+}
+
 /// Namespaces `<tag>n` (node), `<tag>p` (pod), `<tag>g` (guest), and a BPF file system.
 struct Lab {
     tag: String,
@@ -50,7 +54,8 @@ impl Lab {
         let tag = format!("jy{}x{number}", std::process::id());
         let bpf = tempfile::tempdir().unwrap();
         run(&format!("mount -t bpf bpf {}", bpf.path().display()));
-        let config = Config { bpf_dir: bpf.path().join("joey"), ..Config::default() };
+        let bpf_dir = bpf.path().join("joey");
+        let config = Config { bpf_dir, isolation: false, ..Config::default() };
         joey_ebpf::loader::load(&config.bpf_dir).unwrap();
         for role in ["n", "p", "g"] {
             run(&format!("ip netns add {tag}{role}"));
@@ -91,7 +96,7 @@ impl Lab {
     }
 
     fn plug(&self) -> Result<Wire, NetError> {
-        let wire = Wire::plug(&self.path("p"), &self.config, None)?;
+        let wire = plug(&self.path("p"), &self.config)?;
         assert!(!self.ip("p", "-o link show").contains("joey0: <BROADCAST,MULTICAST,UP"));
         wire.open().map(|()| wire)
     }
@@ -260,7 +265,7 @@ fn interfaces_that_a_guest_cannot_have_are_refused() {
     let error = lab.plug().unwrap_err().to_string();
     assert!(error.contains("eth0, net1"), "{error}");
     assert!(matches!(
-        Wire::plug(Path::new("/proc/self/ns/net"), &lab.config, None),
+        plug(Path::new("/proc/self/ns/net"), &lab.config),
         Err(NetError::Unsupported { .. })
     ));
     assert!(is_host_netns(Path::new("/proc/self/ns/net")) && !is_host_netns(&lab.path("p")));
