@@ -18,3 +18,6 @@ mod selector;
 
 pub use change::{Change, Request};
 pub use entry::{Entry, Namespace};
+
+#[cfg(test)]
+mod tests;
