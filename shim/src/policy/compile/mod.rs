@@ -26,6 +26,7 @@ use super::selector::Labels;
 
 use self::peers::{Facts, Peers};
 use self::prefixes::Cuts;
+use self::rules::Tenancy;
 pub(super) use self::rules::{Class, Group, Way, allowed};
 
 /// Most identities and most rules: half of what the maps hold, as while one policy takes another's place both
@@ -145,6 +146,7 @@ pub fn compile(
     // Number 0 of each is nothing.
     groups.of(Group::default());
     classes.of(Class::default());
+    let mut tenancy = Tenancy::default();
     let mut identities: Vec<(Prefix, Identity)> = Vec::new();
     let mut values: Vec<Identity> = Vec::new();
     for (prefix, holds, outer) in cuts.resolve() {
@@ -178,6 +180,13 @@ pub fn compile(
             group.fronts = facts.fronts.filter(|_| !facts.peers.is_empty());
         }
         identity.group = groups.of(group);
+        if service != 0 {
+            Tenancy::note(&mut tenancy.groups, identity.group, 0);
+        }
+        if identity.tenant != 0 {
+            Tenancy::note(&mut tenancy.groups, identity.group, identity.tenant);
+            Tenancy::note(&mut tenancy.classes, identity.policy >> 2, identity.tenant);
+        }
         values.push(identity);
         // A prefix that says what the one around it says is not needed.
         let around = outer.map_or_else(Identity::default, |at| values[at]);
@@ -189,19 +198,22 @@ pub fn compile(
 
     let mut rules = rules::Rules::new(MOST);
     node_rules(&mut rules, node, &services_of.all, number)?;
-    let numbered: Vec<(u32, &Class)> = (0..)
-        .zip(&classes.all)
-        .skip(1)
-        .map(|(at, class)| {
-            let networks = class.networks.iter().map(|at| &networks[*at]);
-            (at << 2 | rules::isolated(networks), class)
-        })
-        .collect();
-    rules::of_classes(&mut rules, networks, &peers, &numbered, &groups.all)?;
+    for allow in &node.allow {
+        tenancy.allow.insert((number(&allow.from)?, number(&allow.to)?));
+    }
+    let (classes, groups) = (classes.all, groups.all);
+    let numbered = rules::Numbered {
+        networks,
+        peers: &peers,
+        classes: &classes,
+        groups: &groups,
+        tenancy: &tenancy,
+    };
+    numbered.rules(&mut rules)?;
 
     let meaning = Meaning {
-        groups: groups.all,
-        classes: classes.all.into_iter().skip(1).collect(),
+        groups,
+        classes: classes.into_iter().skip(1).collect(),
         services: services_of.all,
         peers: peers.all().iter().map(|peer| (*peer).clone()).collect(),
     };
