@@ -68,7 +68,11 @@ impl Way {
 /// In what policies isolate.
 pub(super) fn isolated<'a>(networks: impl Iterator<Item = &'a NetworkPolicy>) -> u32 {
     let of = |network| {
-        Way::BOTH.iter().filter(|way| way.rules(network).is_some()).map(|way| way.isolated()).sum::<u32>()
+        Way::BOTH
+            .iter()
+            .filter(|way| way.rules(network).is_some())
+            .map(|way| way.isolated())
+            .sum::<u32>()
     };
     networks.fold(0, |so_far, network| so_far | of(network))
 }
@@ -137,7 +141,12 @@ impl Rules {
     }
 
     /// Adds what `of` allows.
-    pub(super) fn add(&mut self, scope: Scope, ports: &[Ports], of: &str) -> Result<(), PolicyError> {
+    pub(super) fn add(
+        &mut self,
+        scope: Scope,
+        ports: &[Ports],
+        of: &str,
+    ) -> Result<(), PolicyError> {
         let mut new: BTreeSet<Ports> = ports.iter().copied().collect();
         for wider in [Some(scope), with_anybody(scope)].into_iter().flatten() {
             if let Some(known) = self.found.get(&wider) {
@@ -164,7 +173,8 @@ impl Rules {
         if self.count > self.most {
             let largest = self.by.iter().max_by_key(|(name, count)| (**count, *name));
             let (count, most) = (self.count, self.most);
-            let largest = largest.map_or_else(String::new, |(name, count)| format!("{name} ({count})"));
+            let largest =
+                largest.map_or_else(String::new, |(name, count)| format!("{name} ({count})"));
             return Err(PolicyError::TooMany { what: "rules", count, most, largest });
         }
         Ok(())
@@ -253,7 +263,8 @@ impl Numbered<'_> {
             let mut matter: HashMap<&BTreeSet<Tenant>, Vec<bool>> = HashMap::new();
             for (number, class) in (0..).zip(self.classes).skip(1) {
                 let tenants = self.tenancy.classes.get(number as usize).unwrap_or(&nobody);
-                let matter = matter.entry(tenants).or_insert_with(|| self.tenancy.matter(way, tenants));
+                let matter =
+                    matter.entry(tenants).or_insert_with(|| self.tenancy.matter(way, tenants));
                 let networks = class.networks.iter().map(|at| &self.networks[*at]);
                 let policy = number << 2 | isolated(networks);
                 self.of_class(rules, (way, policy, class), &of_peer, &of_name, matter)?;
@@ -279,7 +290,10 @@ impl Numbered<'_> {
             rules.add(way.scope(policy, group), &ports, &network.label)
         };
         let networks = || class.networks.iter().map(|at| &self.networks[*at]);
-        let all = || networks().flat_map(|it| way.rules(it).into_iter().flatten().map(move |rule| (it, rule)));
+        let all = || {
+            networks()
+                .flat_map(|it| way.rules(it).into_iter().flatten().map(move |rule| (it, rule)))
+        };
         // What holds for anybody first: then it is not said again of each group.
         for (network, rule) in all().filter(|(_, rule)| rule.peers.is_none()) {
             add(0, network, None, rule)?;

@@ -42,26 +42,27 @@ pub(super) fn in_prefix(prefix: &str, ip: IpAddr) -> bool {
     let (address, bits) = prefix.split_once('/').unwrap_or((prefix, "128"));
     let bits: u32 = bits.parse().unwrap();
     match (address.parse().unwrap(), ip) {
-        (IpAddr::V4(a), IpAddr::V4(b)) => (0..bits.min(32)).all(|at| {
-            (a.to_bits() >> (31 - at)) & 1 == (b.to_bits() >> (31 - at)) & 1
-        }),
-        (IpAddr::V6(a), IpAddr::V6(b)) => (0..bits).all(|at| {
-            (a.to_bits() >> (127 - at)) & 1 == (b.to_bits() >> (127 - at)) & 1
-        }),
+        (IpAddr::V4(a), IpAddr::V4(b)) => (0..bits.min(32))
+            .all(|at| (a.to_bits() >> (31 - at)) & 1 == (b.to_bits() >> (31 - at)) & 1),
+        (IpAddr::V6(a), IpAddr::V6(b)) => {
+            (0..bits).all(|at| (a.to_bits() >> (127 - at)) & 1 == (b.to_bits() >> (127 - at)) & 1)
+        }
         _ => false,
     }
 }
 
 fn selects(selector: &Value, labels: &BTreeMap<String, String>) -> bool {
     let pairs = selector.get("matchLabels").and_then(Value::as_object);
-    let equal = pairs.into_iter().flatten().all(|(key, value)| {
-        labels.get(key).map(String::as_str) == value.as_str()
-    });
+    let equal = pairs
+        .into_iter()
+        .flatten()
+        .all(|(key, value)| labels.get(key).map(String::as_str) == value.as_str());
     equal
         && list(selector, "matchExpressions").iter().all(|expression| {
             let has = labels.get(text(expression, "key"));
             let listed = list(expression, "values").iter();
-            let listed = listed.filter_map(Value::as_str).any(|value| has.is_some_and(|it| it == value));
+            let listed =
+                listed.filter_map(Value::as_str).any(|value| has.is_some_and(|it| it == value));
             match text(expression, "operator") {
                 "In" => listed,
                 "NotIn" => !listed,
@@ -105,7 +106,14 @@ impl World {
     }
 
     /// Whether a pod of this node may be opened by `remote`, or (`opens`) may open it.
-    pub(super) fn allows(&self, pod: &Pod, remote: IpAddr, proto: u8, port: u16, opens: bool) -> bool {
+    pub(super) fn allows(
+        &self,
+        pod: &Pod,
+        remote: IpAddr,
+        proto: u8,
+        port: u16,
+        opens: bool,
+    ) -> bool {
         let node = self.node_addresses.contains(&remote);
         let here = self.here(remote);
         let said = self.said(remote);
@@ -137,7 +145,8 @@ impl World {
                     && words_allow(list(allow, "ports"), proto, port)
             })
         };
-        let tenancy = tenant == Some(&pod.tenant) || shared || by_node || tenant.is_some_and(across);
+        let tenancy =
+            tenant == Some(&pod.tenant) || shared || by_node || tenant.is_some_and(across);
         if !tenancy || node {
             return tenancy;
         }

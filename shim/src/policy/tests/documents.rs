@@ -97,7 +97,8 @@ fn lists_json_and_many_documents_are_read() {
     };
     let bare = |name: &str| format!(r#"{{"metadata":{{"name":"{name}"}},"spec":{{}}}}"#);
     let mut documents = Documents::default();
-    let list = format!(r#"{{"apiVersion":"v1","kind":"List","items":[{},{}]}}"#, one("a"), one("b"));
+    let list =
+        format!(r#"{{"apiVersion":"v1","kind":"List","items":[{},{}]}}"#, one("a"), one("b"));
     documents.read("list.json", &list).unwrap();
     let typed = format!(
         r#"{{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicyList","metadata":{{}},"items":[{}]}}"#,
@@ -105,7 +106,9 @@ fn lists_json_and_many_documents_are_read() {
     );
     documents.read("typed.json", &typed).unwrap();
     let space = "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, labels: {x: y}}\n";
-    documents.read("many.yaml", &format!("---\n{}\n---\n---\n# none\n---\n{space}", one("d"))).unwrap();
+    documents
+        .read("many.yaml", &format!("---\n{}\n---\n---\n# none\n---\n{space}", one("d")))
+        .unwrap();
     let checked = documents.check().unwrap();
     assert_eq!(checked.networks.len(), 4);
     assert_eq!(checked.namespaces.len(), 1);
@@ -129,9 +132,15 @@ fn refusals_name_document_field_value_and_what_would_be_right() {
         (rule("{from: [{ipBlock: {cidr: 10.0.0.0/8}, podSelector: {}}]}"), "peers of their own"),
         (rule("{from: [{ipBlock: {cidr: 10.0.0.1}}]}"), "prefix length"),
         (rule("{from: [{ipBlock: {cidr: 10.0.0.1/8}}]}"), "10.0.0.0/8 is the whole prefix"),
-        (rule("{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16]}}]}"), "ipBlock.except[0]"),
+        (
+            rule("{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16]}}]}"),
+            "ipBlock.except[0]",
+        ),
         (rule("{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.0.0.0/8]}}]}"), "not all of it"),
-        (rule("{ports: [{protocol: SCTP, port: 1}]}"), "ports[0].protocol = \"SCTP\": is not supported"),
+        (
+            rule("{ports: [{protocol: SCTP, port: 1}]}"),
+            "ports[0].protocol = \"SCTP\": is not supported",
+        ),
         (rule("{ports: [{protocol: tcp}]}"), "must be TCP or UDP"),
         (rule("{ports: [{port: 0}]}"), "must be 1 to 65535"),
         (rule("{ports: [{port: 65536}]}"), "spec.ingress[0].ports[0].port"),
@@ -142,13 +151,18 @@ fn refusals_name_document_field_value_and_what_would_be_right() {
         (rule("{ports: [{endPort: 80}]}"), "with port"),
         (rule("{ports: [{port: http, endPort: 80}]}"), "with a number"),
         (rule("{ports: [{port: 80, endPort: 79}]}"), "not be below"),
-        (network("{podSelector: {matchExpressions: [{key: a, operator: in, values: [b]}]}}"),
-         "spec.podSelector.matchExpressions[0].operator = \"in\""),
+        (
+            network("{podSelector: {matchExpressions: [{key: a, operator: in, values: [b]}]}}"),
+            "spec.podSelector.matchExpressions[0].operator = \"in\"",
+        ),
         (network("{podSelector: {}}").replace("name: n", "name: ''"), "metadata.name"),
         (network("null"), "spec"),
         ("apiVersion: v1\nkind: Pod\nmetadata: {name: p}".into(), "joey.io/v1 NodePolicy"),
-        ("apiVersion: networking.k8s.io/v1beta1\nkind: NetworkPolicy\nmetadata: {name: p}".into(),
-         "networking.k8s.io/v1beta1"),
+        (
+            "apiVersion: networking.k8s.io/v1beta1\nkind: NetworkPolicy\nmetadata: {name: p}"
+                .into(),
+            "networking.k8s.io/v1beta1",
+        ),
         ("just text".into(), "f.yaml"),
         ("[1, 2]".into(), "f.yaml"),
     ];
@@ -178,7 +192,10 @@ fn hostile_files_are_refused_in_time() {
         ("many documents", "---\na: 1\n".repeat(100_000)),
         ("many anchors", (0..5000).map(|at| format!("- &x{at} y\n")).collect()),
         ("a large file", " ".repeat(super::super::document::MOST_BYTES + 1)),
-        ("a key twice", "apiVersion: v1\nkind: Namespace\nkind: Namespace\nmetadata: {name: a}".to_owned()),
+        (
+            "a key twice",
+            "apiVersion: v1\nkind: Namespace\nkind: Namespace\nmetadata: {name: a}".to_owned(),
+        ),
         ("no UTF-8 there is", "\u{0}\u{1}".to_owned()),
         ("half JSON", "{\"a\": [1, 2".to_owned()),
     ];

@@ -80,7 +80,8 @@ fn the_newest_pod_has_the_address() {
         )
     };
     let of = |pods: [String; 2]| fed(&pods.join("\n")).0.remove(0).name;
-    let (old, new) = (pod("old", "2026-01-01T00:00:00Z", false), pod("new", "2026-01-02T00:00:00Z", false));
+    let (old, new) =
+        (pod("old", "2026-01-01T00:00:00Z", false), pod("new", "2026-01-02T00:00:00Z", false));
     assert_eq!(of([old.clone(), new.clone()]), "new");
     assert_eq!(of([new.clone(), old.clone()]), "new");
     // One that goes has lost it, however young it is.
@@ -93,7 +94,8 @@ fn the_newest_pod_has_the_address() {
 fn plain_lists_and_yaml_are_understood() {
     let plain = r#"[{"address":"fd00::7","tenant":"t"},{"address":"10.0.0.7","namespace":"n"}]"#;
     assert_eq!(fed(plain).0[1].tenant(), "n");
-    let object = format!(r#"{{"entries":{plain},"namespaces":[{{"name":"n","labels":{{"a":"b"}}}}]}}"#);
+    let object =
+        format!(r#"{{"entries":{plain},"namespaces":[{{"name":"n","labels":{{"a":"b"}}}}]}}"#);
     let (entries, namespaces) = fed(&object);
     assert_eq!((entries.len(), namespaces.len()), (2, 1));
     let yaml = "- address: fd00::7\n  tenant: t\n---\nkind: Pod\nmetadata: {name: p, namespace: y}\nspec: {}\n\
@@ -106,8 +108,10 @@ fn plain_lists_and_yaml_are_understood() {
 #[test]
 fn hostile_feeds_are_refused() {
     let cases = [
-        (r#"{"kind":"Pod","metadata":{"name":"p","namespace":"a"},"spec":{},"status":{"podIP":"10.0.0"}}"#,
-         "a/p: status.podIPs = \"10.0.0\""),
+        (
+            r#"{"kind":"Pod","metadata":{"name":"p","namespace":"a"},"spec":{},"status":{"podIP":"10.0.0"}}"#,
+            "a/p: status.podIPs = \"10.0.0\"",
+        ),
         (r#"{"kind":"Pod","metadata":{"labels":[]}}"#, "invalid type"),
         (r#"{"kind":"Pod","spec":{"containers":[{"ports":[{"containerPort":99999}]}]}}"#, "99999"),
         (r#"{"kind":"Pod""#, "EOF"),
@@ -121,7 +125,8 @@ fn hostile_feeds_are_refused() {
     for (text, words) in cases {
         let mut feed = Feed::default();
         let read = feed.read("feed", text);
-        let error = read.and_then(|()| feed.finish(&default_annotations())).unwrap_err().to_string();
+        let error =
+            read.and_then(|()| feed.finish(&default_annotations())).unwrap_err().to_string();
         assert!(error.contains(words), "{text}: {error}");
     }
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));

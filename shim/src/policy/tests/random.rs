@@ -176,7 +176,8 @@ fn node(random: &mut Random) -> Value {
     for at in 0..random.below(4) {
         let address = prefix(random);
         let except: Vec<_> = (0..random.below(3)).filter_map(|_| part(random, &address)).collect();
-        let mut service = json!({"name": format!("s{at}"), "addresses": [address], "except": except});
+        let mut service =
+            json!({"name": format!("s{at}"), "addresses": [address], "except": except});
         service["ports"] = words(random);
         if random.one_in(2) {
             service["opens"] = words(random);
@@ -262,7 +263,8 @@ fn examine(random: &mut Random, questions: usize) -> (usize, usize) {
     let document = |object: &Value| Document { source: "random".into(), object: object.clone() };
     let documents = Documents(objects.map(document).collect());
     let namespaces = world.namespaces.iter();
-    let namespaces = namespaces.map(|(name, labels)| Namespace { name: name.clone(), labels: labels.clone() });
+    let namespaces =
+        namespaces.map(|(name, labels)| Namespace { name: name.clone(), labels: labels.clone() });
     let namespaces: Vec<_> = namespaces.collect();
     let (compiled, mut names) = compiled(&documents, &namespaces, &entries(&world)).unwrap();
     let mut tables = tables(&compiled);

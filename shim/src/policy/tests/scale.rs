@@ -80,8 +80,10 @@ fn what_does_not_fit_is_refused_with_who_it_is_of() {
     // Every pod its own ports, every port a rule of its own: what no group can hold together.
     let ports: Vec<_> = (0..300).map(|at| json!({"port": 2 * at + 1})).collect();
     let peers: Vec<_> = (0..20_000)
-        .map(|at| json!({"podSelector": {"matchLabels": {
-            "statefulset.kubernetes.io/pod-name": format!("pod-{at}")}}}))
+        .map(|at| {
+            json!({"podSelector": {"matchLabels": {
+            "statefulset.kubernetes.io/pod-name": format!("pod-{at}")}}})
+        })
         .collect();
     networks.0[0].object["spec"]["ingress"] = json!([{"from": peers, "ports": ports}]);
     let error = compiled(&networks, &[], &pods).unwrap_err();

@@ -56,7 +56,11 @@ fn a_service_is_the_pods_behind_it() {
     let pods = "to: [{podSelector: {matchLabels: {app: web}}}]";
     let cases: [(String, &[(&str, u16)], &[bool]); 8] = [
         // All ports of all pods: all of the Service; one without pods is nobody.
-        (format!("{{{pods}}}"), &[(web, 80), (web, 90), (empty, 80), (outside, 80)], &[true, true, false, false]),
+        (
+            format!("{{{pods}}}"),
+            &[(web, 80), (web, 90), (empty, 80), (outside, 80)],
+            &[true, true, false, false],
+        ),
         // By the name: 8080 of one pod, 8081 of the other.
         (
             format!("{{{pods}, ports: [{{port: http}}]}}"),
@@ -64,7 +68,11 @@ fn a_service_is_the_pods_behind_it() {
             &[true, false, true, false, true],
         ),
         // A number has to hold for every pod behind.
-        (format!("{{{pods}, ports: [{{port: 8080}}]}}"), &[(web, 80), (web, 8080)], &[false, false]),
+        (
+            format!("{{{pods}, ports: [{{port: 8080}}]}}"),
+            &[(web, 80), (web, 8080)],
+            &[false, false],
+        ),
         (format!("{{{pods}, ports: [{{port: 8080, endPort: 8081}}]}}"), &[(web, 80)], &[true]),
         (format!("{{{pods}, ports: [{{port: 9090}}]}}"), &[(web, 90), (web, 80)], &[true, false]),
         // One version only: the Service may lead to the other.
@@ -89,9 +97,8 @@ fn a_service_is_the_pods_behind_it() {
 #[test]
 fn identities_that_say_nothing_or_too_much_are_refused() {
     let entry = |json: &str| -> Entry { serde_json::from_str(json).unwrap() };
-    let refused = |entries: &[Entry]| {
-        compiled(&documents(""), &[], entries).unwrap_err().to_string()
-    };
+    let refused =
+        |entries: &[Entry]| compiled(&documents(""), &[], entries).unwrap_err().to_string();
     let a = entry(r#"{"address":"10.0.0.1","namespace":"a","name":"x"}"#);
     let b = entry(r#"{"address":"10.0.0.1","namespace":"b","name":"y"}"#);
     assert!(refused(&[a, b]).contains("a/x has this address, too"));
