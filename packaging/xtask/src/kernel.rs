@@ -22,7 +22,7 @@ const PACKETS: &str = "2000";
 const ENDED: &str = "the packet programs' tests ended with";
 const INIT: &str = "#!/bin/busybox sh
 export PATH=/bin
-busybox --install -s /bin
+/bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
