@@ -9,6 +9,7 @@ pub mod failpoint;
 pub mod guest;
 pub mod host;
 pub mod log;
+pub mod policy;
 pub mod net_limits;
 pub mod rootfs;
 pub mod sandbox;

@@ -4,7 +4,9 @@
 
 mod check;
 mod console;
+mod identity;
 mod limit;
+mod policy;
 mod sandboxes;
 mod standby;
 mod templates;
@@ -43,6 +45,12 @@ enum Task {
     /// The eBPF programs that join pods to their VMs and keep tenants apart
     #[command(subcommand)]
     Ebpf(Ebpf),
+    /// Who may reach whom
+    #[command(subcommand)]
+    Policy(policy::Task),
+    /// Who has which address in the cluster
+    #[command(subcommand)]
+    Identity(identity::Task),
     /// Images made of the node's snapshots
     #[command(subcommand)]
     Image(Image),
@@ -138,6 +146,8 @@ fn run(cli: &Cli) -> Result<bool> {
                 println!("{} images removed", removed.len());
             }
         }
+        Task::Policy(task) => return policy::run(&config, task, cli.json),
+        Task::Identity(task) => identity::run(&config, task, cli.json)?,
         Task::Ps => sandboxes::list(&config, cli.json)?,
         Task::Inspect { id } => sandboxes::inspect(&config, id, cli.json)?,
         Task::Limit(limit) => limit::run(&config, limit, cli.json)?,
