@@ -7,7 +7,8 @@ use joey_ebpf::policy::abi::Prefix;
 /// Reads `10.0.0.0/8`, `fd00::/64`, or an address for itself. Bits behind the prefix must be zero: who
 /// wrote them meant something else.
 pub(super) fn parse(text: &str) -> Result<Prefix, String> {
-    let wrong = || "must be an address, or one with a prefix length: 10.0.0.0/8, fd00::/64".to_owned();
+    let wrong =
+        || "must be an address, or one with a prefix length: 10.0.0.0/8, fd00::/64".to_owned();
     let (address, bits) = match text.split_once('/') {
         Some((address, bits)) => (address, Some(bits)),
         None => (text, None),
@@ -91,9 +92,22 @@ mod tests {
     #[test]
     fn what_is_no_prefix_is_refused() {
         let wrong = [
-            "", "/", "10.0.0.0/", "10.0.0.0/33", "fd00::/129", "10.0.0.0/-1", "10.0.0.0/+8",
-            "10.0.0.0/08", "10.0.0/8", "10.0.0.0/8/8", " 10.0.0.0/8", "010.0.0.1", "fe80::1%eth0",
-            "host", "10.0.0.0/999999999999999999999", "０.0.0.0/0",
+            "",
+            "/",
+            "10.0.0.0/",
+            "10.0.0.0/33",
+            "fd00::/129",
+            "10.0.0.0/-1",
+            "10.0.0.0/+8",
+            "10.0.0.0/08",
+            "10.0.0/8",
+            "10.0.0.0/8/8",
+            " 10.0.0.0/8",
+            "010.0.0.1",
+            "fe80::1%eth0",
+            "host",
+            "10.0.0.0/999999999999999999999",
+            "０.0.0.0/0",
         ];
         for text in wrong {
             assert!(parse(text).is_err(), "{text:?}");

@@ -174,7 +174,10 @@ impl Checked {
         let text = |field: &str| object.get(field).and_then(Value::as_str).unwrap_or_default();
         let (version, kind) = (text("apiVersion"), text("kind"));
         let inner = |field: &str| {
-            object.pointer(&format!("/metadata/{field}")).and_then(Value::as_str).unwrap_or_default()
+            object
+                .pointer(&format!("/metadata/{field}"))
+                .and_then(Value::as_str)
+                .unwrap_or_default()
         };
         let (space, name) = (inner("namespace"), inner("name"));
         let joint = if space.is_empty() { "" } else { "/" };

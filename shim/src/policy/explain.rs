@@ -232,7 +232,10 @@ impl Oracle {
             return format!("{address}, the node itself");
         }
         let name = match self.entry(address) {
-            Some(entry) if peer.pod == 0 || name_digest(&entry.namespace, &entry.name) == peer.identity.name => {
+            Some(entry)
+                if peer.pod == 0
+                    || name_digest(&entry.namespace, &entry.name) == peer.identity.name =>
+            {
                 let kind = if entry.kind == Kind::Service { "Service " } else { "" };
                 format!("{kind}{}/{} ({address})", entry.namespace, entry.name)
             }
@@ -244,7 +247,9 @@ impl Oracle {
             (0, true) => format!("{name}, of no tenant"),
             (0, false) => format!("{name}, shared service {}", services.join(", ")),
             (_, true) => format!("{name} of tenant {tenant}"),
-            (_, false) => format!("{name} of tenant {tenant}, shared service {}", services.join(", ")),
+            (_, false) => {
+                format!("{name} of tenant {tenant}, shared service {}", services.join(", "))
+            }
         }
     }
 
@@ -310,7 +315,9 @@ impl Oracle {
                 return format!("{label}: spec.allow[{at}]: {from} may open {ports} of {to}");
             }
         }
-        format!("tenant {from} may not open it to tenant {to}: no spec.allow lists it, and {shared}")
+        format!(
+            "tenant {from} may not open it to tenant {to}: no spec.allow lists it, and {shared}"
+        )
     }
 
     /// What NetworkPolicies say where tenancy allows.
@@ -341,7 +348,9 @@ impl Oracle {
             for (at, rule) in rules.iter().enumerate() {
                 let listed: Vec<(Option<usize>, Option<&Listed>)> = match &rule.peers {
                     None => vec![(None, None)],
-                    Some(peers) => peers.iter().enumerate().map(|(n, it)| (Some(n), Some(it))).collect(),
+                    Some(peers) => {
+                        peers.iter().enumerate().map(|(n, it)| (Some(n), Some(it))).collect()
+                    }
                 };
                 for (number, it) in listed {
                     let is = it.is_none_or(|it| {
@@ -353,7 +362,10 @@ impl Oracle {
                         let side = if way == Way::Egress { "to" } else { "from" };
                         let peer = number.map_or_else(String::new, |n| format!(".{side}[{n}]"));
                         let who = it.map_or_else(|| "anybody".to_owned(), describe);
-                        return format!("{}: spec.{field}[{at}]{peer}: {ports} with {who}", network.label);
+                        return format!(
+                            "{}: spec.{field}[{at}]{peer}: {ports} with {who}",
+                            network.label
+                        );
                     }
                 }
             }
@@ -375,7 +387,9 @@ fn describe(peer: &Listed) -> String {
             format!("{} without {}", super::cidr::show(*cidr), except.join(", "))
         }
         Listed::Pods(Spaces::Own(space), pods) => format!("pods of {space}: {pods}"),
-        Listed::Pods(Spaces::Matching(spaces), pods) => format!("namespaces: {spaces}; pods: {pods}"),
+        Listed::Pods(Spaces::Matching(spaces), pods) => {
+            format!("namespaces: {spaces}; pods: {pods}")
+        }
     }
 }
 

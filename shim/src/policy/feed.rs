@@ -221,21 +221,28 @@ impl Feed {
         let ports = containers.filter_map(|container| container.ports.as_ref()).flatten();
         let ports = ports.filter_map(|port| {
             let name = port.name.clone().filter(|name| !name.is_empty())?;
-            Some(NamedPort { name, protocol: port.protocol.unwrap_or_default(), port: port.container_port })
+            Some(NamedPort {
+                name,
+                protocol: port.protocol.unwrap_or_default(),
+                port: port.container_port,
+            })
         });
         let ports: Vec<NamedPort> = ports.collect();
         for text in addresses {
             let address = parse(&object.metadata, "status.podIPs", text)?;
-            self.put(&object.metadata, Entry {
-                address,
-                tenant: self.tenant(&object.metadata, keys),
-                namespace: object.metadata.namespace.clone(),
-                name: object.metadata.name.clone(),
-                kind: Kind::Pod,
-                labels: object.metadata.labels.clone().unwrap_or_default(),
-                ports: ports.clone(),
-                targets: Vec::new(),
-            });
+            self.put(
+                &object.metadata,
+                Entry {
+                    address,
+                    tenant: self.tenant(&object.metadata, keys),
+                    namespace: object.metadata.namespace.clone(),
+                    name: object.metadata.name.clone(),
+                    kind: Kind::Pod,
+                    labels: object.metadata.labels.clone().unwrap_or_default(),
+                    ports: ports.clone(),
+                    targets: Vec::new(),
+                },
+            );
         }
         Ok(())
     }
@@ -247,9 +254,10 @@ impl Feed {
         addresses.retain(|address| !address.is_empty() && *address != "None");
         addresses.sort();
         addresses.dedup();
-        let labels = spec.selector.as_ref().map(|selector| {
-            document::typed(&who("Service", &object.metadata), selector)
-        });
+        let labels = spec
+            .selector
+            .as_ref()
+            .map(|selector| document::typed(&who("Service", &object.metadata), selector));
         let labels: BTreeMap<String, String> = labels.transpose()?.unwrap_or_default();
         let targets = spec.ports.iter().flatten().map(|port| ServicePort {
             port: port.port,
@@ -259,16 +267,19 @@ impl Feed {
         let targets: Vec<ServicePort> = targets.collect();
         for text in addresses {
             let address = parse(&object.metadata, "spec.clusterIPs", text)?;
-            self.put(&object.metadata, Entry {
-                address,
-                tenant: self.tenant(&object.metadata, keys),
-                namespace: object.metadata.namespace.clone(),
-                name: object.metadata.name.clone(),
-                kind: Kind::Service,
-                labels: labels.clone(),
-                ports: Vec::new(),
-                targets: targets.clone(),
-            });
+            self.put(
+                &object.metadata,
+                Entry {
+                    address,
+                    tenant: self.tenant(&object.metadata, keys),
+                    namespace: object.metadata.namespace.clone(),
+                    name: object.metadata.name.clone(),
+                    kind: Kind::Service,
+                    labels: labels.clone(),
+                    ports: Vec::new(),
+                    targets: targets.clone(),
+                },
+            );
         }
         Ok(())
     }

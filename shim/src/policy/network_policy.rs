@@ -137,7 +137,8 @@ impl NetworkPolicy {
                 return Err(Fault::new(path, kind, "must be Ingress or Egress"));
             }
         }
-        let ingress = raw.ingress.unwrap_or_default().into_iter().map(|rule| (rule.from, rule.ports));
+        let ingress =
+            raw.ingress.unwrap_or_default().into_iter().map(|rule| (rule.from, rule.ports));
         let egress = raw.egress.unwrap_or_default().into_iter().map(|rule| (rule.to, rule.ports));
         let ingress = rules("ingress", "from", ingress, &namespace)?;
         let egress = rules("egress", "to", egress, &namespace)?;
@@ -247,7 +248,11 @@ impl RawPort {
         let which = match (self.port, self.end_port) {
             (None, None) => Which::All,
             (None, Some(end)) => {
-                return Err(Fault::new("endPort", end, "must be with port, the first of the range"));
+                return Err(Fault::new(
+                    "endPort",
+                    end,
+                    "must be with port, the first of the range",
+                ));
             }
             (Some(PortRef::Number(0)), _) => {
                 return Err(Fault::new("port", 0, "must be 1 to 65535"));
@@ -257,10 +262,18 @@ impl RawPort {
                 Which::Range(first, last)
             }
             (Some(PortRef::Number(first)), Some(last)) => {
-                return Err(Fault::new("endPort", last, format!("must not be below port, {first}")));
+                return Err(Fault::new(
+                    "endPort",
+                    last,
+                    format!("must not be below port, {first}"),
+                ));
             }
             (Some(PortRef::Name(name)), Some(_)) => {
-                return Err(Fault::new("endPort", name, "must be with a number as port, not a name"));
+                return Err(Fault::new(
+                    "endPort",
+                    name,
+                    "must be with a number as port, not a name",
+                ));
             }
             (Some(PortRef::Name(name)), None) => {
                 let fine = name.len() <= 15

@@ -99,10 +99,15 @@ impl NodePolicy {
             }
         }
         for (at, service) in raw.services.into_iter().flatten().enumerate() {
-            let service = service.check().map_err(|fault| fault.within(&format!("services[{at}]")))?;
+            let service =
+                service.check().map_err(|fault| fault.within(&format!("services[{at}]")))?;
             if policy.services.iter().any(|other| other.name == service.name) {
                 let path = format!("services[{at}].name");
-                return Err(Fault::new(path, service.name, "must be another than that of a service before"));
+                return Err(Fault::new(
+                    path,
+                    service.name,
+                    "must be another than that of a service before",
+                ));
             }
             policy.services.push(service);
         }
@@ -177,7 +182,11 @@ impl RawAllow {
     fn check(self) -> Result<Allow, Fault> {
         let (from, to) = (name("from", self.from)?, name("to", self.to)?);
         if from == to {
-            return Err(Fault::new("to", to, "is from, too: within a tenant everything is allowed"));
+            return Err(Fault::new(
+                "to",
+                to,
+                "is from, too: within a tenant everything is allowed",
+            ));
         }
         let ports = words("ports", self.ports)?;
         if ports.is_empty() {
@@ -219,21 +228,31 @@ mod tests {
     #[test]
     fn errors_name_document_field_value_and_what_would_be_right() {
         let cases = [
-            ("  services: [{name: x, addresses: [10.0.0.1/8], ports: [any]}]",
-             "spec.services[0].addresses[0] = \"10.0.0.1/8\": has bits behind its prefix; 10.0.0.0/8"),
+            (
+                "  services: [{name: x, addresses: [10.0.0.1/8], ports: [any]}]",
+                "spec.services[0].addresses[0] = \"10.0.0.1/8\": has bits behind its prefix; 10.0.0.0/8",
+            ),
             ("  services: [{name: x, addresses: [10.0.0.0/8], ports: [443]}]", "ports"),
             ("  services: [{name: x, addresses: [10.0.0.0/8], ports: ['443']}]", "443/tcp"),
             ("  services: [{name: x, addresses: [10.0.0.0/8]}]", "one of ports"),
             ("  services: [{name: x, addresses: [], ports: [any]}]", "at least one"),
             ("  services: [{name: '', addresses: [::], ports: [any]}]", "services[0].name"),
-            ("  services: [{name: x, addresses: [10.0.0.0/8], except: [11.0.0.0/9], ports: [any]}]",
-             "must be a part"),
-            ("  services: [{name: x, addresses: [10.0.0.0/8, 10.1.0.0/16], except: [10.0.0.0/9], ports: [any]}]",
-             "takes all of 10.1.0.0/16 away"),
-            ("  services: [{name: x, addresses: [10.0.0.0/8], except: [10.0.0.0/8], ports: [any]}]",
-             "takes all"),
-            ("  services:\n  - {name: x, addresses: [::], ports: [any]}\n  - {name: x, addresses: [::], ports: [any]}",
-             "services[1].name"),
+            (
+                "  services: [{name: x, addresses: [10.0.0.0/8], except: [11.0.0.0/9], ports: [any]}]",
+                "must be a part",
+            ),
+            (
+                "  services: [{name: x, addresses: [10.0.0.0/8, 10.1.0.0/16], except: [10.0.0.0/9], ports: [any]}]",
+                "takes all of 10.1.0.0/16 away",
+            ),
+            (
+                "  services: [{name: x, addresses: [10.0.0.0/8], except: [10.0.0.0/8], ports: [any]}]",
+                "takes all",
+            ),
+            (
+                "  services:\n  - {name: x, addresses: [::], ports: [any]}\n  - {name: x, addresses: [::], ports: [any]}",
+                "services[1].name",
+            ),
             ("  service: []", "unknown field `service`"),
             ("  allow: [{from: a, to: a, ports: [any]}]", "within a tenant"),
             ("  allow: [{from: a, to: b, ports: []}]", "allow[0].ports"),

@@ -23,7 +23,9 @@ pub(super) fn parse(text: &str) -> Result<Vec<Ports>, String> {
     let proto = match proto {
         "tcp" => TCP,
         "udp" => UDP,
-        "sctp" => return Err("SCTP passes no pod's wire: only tcp, udp and icmp can be allowed".into()),
+        "sctp" => {
+            return Err("SCTP passes no pod's wire: only tcp, udp and icmp can be allowed".into());
+        }
         _ => return Err(WRONG.into()),
     };
     let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
@@ -53,7 +55,8 @@ pub(super) fn show(ports: &Ports) -> String {
         Ports::Protocol(number) => proto(number),
         Ports::Prefix { proto: number, port, bits } => {
             let last = u32::from(port) + (1 << (16 - u32::from(bits.min(16)))) - 1;
-            let range = if last == u32::from(port) { port.to_string() } else { format!("{port}-{last}") };
+            let range =
+                if last == u32::from(port) { port.to_string() } else { format!("{port}-{last}") };
             format!("{range}/{}", proto(number))
         }
     }
@@ -80,8 +83,25 @@ mod tests {
     #[test]
     fn what_says_nothing_is_refused() {
         let wrong = [
-            "", "/", "tcp/443", "443", "443/", "/tcp", "0/tcp", "65536/tcp", "-1/tcp", "+1/tcp",
-            "1-/tcp", "2-1/tcp", "1-2-3/tcp", "443/TCP", "443/sctp", "ANY", "*", "443 /tcp", "٣/tcp",
+            "",
+            "/",
+            "tcp/443",
+            "443",
+            "443/",
+            "/tcp",
+            "0/tcp",
+            "65536/tcp",
+            "-1/tcp",
+            "+1/tcp",
+            "1-/tcp",
+            "2-1/tcp",
+            "1-2-3/tcp",
+            "443/TCP",
+            "443/sctp",
+            "ANY",
+            "*",
+            "443 /tcp",
+            "٣/tcp",
         ];
         for text in wrong {
             assert!(parse(text).is_err(), "{text:?}");

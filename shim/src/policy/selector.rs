@@ -145,9 +145,18 @@ mod tests {
             (r#"{"matchLabels": {"app": "web"}}"#, true),
             (r#"{"matchLabels": {"app": "web", "x": "y"}}"#, false),
             (r#"{"matchLabels": {"tier": ""}}"#, true),
-            (r#"{"matchExpressions": [{"key": "app", "operator": "In", "values": ["db", "web"]}]}"#, true),
-            (r#"{"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["web"]}]}"#, false),
-            (r#"{"matchExpressions": [{"key": "no", "operator": "NotIn", "values": ["web"]}]}"#, true),
+            (
+                r#"{"matchExpressions": [{"key": "app", "operator": "In", "values": ["db", "web"]}]}"#,
+                true,
+            ),
+            (
+                r#"{"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["web"]}]}"#,
+                false,
+            ),
+            (
+                r#"{"matchExpressions": [{"key": "no", "operator": "NotIn", "values": ["web"]}]}"#,
+                true,
+            ),
             (r#"{"matchExpressions": [{"key": "no", "operator": "In", "values": [""]}]}"#, false),
             (r#"{"matchExpressions": [{"key": "tier", "operator": "Exists"}]}"#, true),
             (r#"{"matchExpressions": [{"key": "tier", "operator": "DoesNotExist"}]}"#, false),

@@ -9,11 +9,11 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, Subcommand};
 use joey_ebpf::policy::maps::Maps;
 use joey_shim::config::Config;
+use joey_shim::policy::Change;
 use joey_shim::policy::apply::{Applied, apply, rehearse};
 use joey_shim::policy::document::{Documents, MOST_BYTES};
 use joey_shim::policy::explain::{Oracle, Question, parse_port};
 use joey_shim::policy::state::Store;
-use joey_shim::policy::Change;
 
 /// Bytes that files of identities may have.
 pub(super) const MOST_IDENTITIES: usize = 512 << 20;
@@ -62,7 +62,10 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<bool> {
                 documents.read(&name, &text)?;
             }
             let count = documents.0.len();
-            ensure!(count > 0, "there are no documents in the files; one with spec: {{}} is a policy");
+            ensure!(
+                count > 0,
+                "there are no documents in the files; one with spec: {{}} is a policy"
+            );
             let change = Change::Policy(documents);
             let applied = if *dry_run { rehearse(config, change)? } else { apply(config, change)? };
             told(&applied, &format!("{count} documents"), *dry_run, json);
@@ -85,7 +88,10 @@ pub(super) fn read(files: &[PathBuf], most: usize) -> Result<Vec<(String, String
             let file = std::fs::File::open(path).with_context(|| format!("read {name}"))?;
             file.take(bound).read_to_string(&mut text).with_context(|| format!("read {name}"))?;
         }
-        ensure!(text.len() <= most, "{name} has more than {most} bytes, more than any such file needs");
+        ensure!(
+            text.len() <= most,
+            "{name} has more than {most} bytes, more than any such file needs"
+        );
         Ok((name, text))
     };
     files.iter().map(one).collect()
@@ -156,7 +162,9 @@ fn show(config: &Config, json: bool) -> Result<()> {
             "Epoch {} is in force, but {read} was written down: a step was interrupted. The next puts it in force.",
             active.epoch
         ),
-        Some(active) => println!("Epoch {} is in force (generation {}).", active.epoch, active.generation),
+        Some(active) => {
+            println!("Epoch {} is in force (generation {}).", active.epoch, active.generation)
+        }
     }
     println!("policy      applied {}", ago(policy.at));
     for (kind, count) in kinds {
@@ -240,7 +248,9 @@ fn ask(config: &Config, test: &Test, json: bool) -> Result<bool> {
         return Ok(allowed);
     }
     if oracle.is_stale() {
-        println!("What was written down last is not in force yet: a step was interrupted. This is of it.");
+        println!(
+            "What was written down last is not in force yet: a step was interrupted. This is of it."
+        );
     }
     println!("{from} opens {} of {to}: {}", test.port, if allowed { "allowed" } else { "refused" });
     for judged in judged {

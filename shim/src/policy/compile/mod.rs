@@ -234,7 +234,11 @@ fn check_entries(entries: &[Entry]) -> Result<HashMap<std::net::IpAddr, &Entry>,
         if let Some(other) = by_address.insert(entry.address, entry) {
             let other = format!("{}/{}", other.namespace, other.name);
             let value = format!("{}/{}", entry.namespace, entry.name);
-            return Err(wrong("name", &value, &format!("{other} has this address, too; one must go")));
+            return Err(wrong(
+                "name",
+                &value,
+                &format!("{other} has this address, too; one must go"),
+            ));
         }
     }
     Ok(by_address)
@@ -340,7 +344,12 @@ fn spaces(
     if by.len() > MOST_SPACES {
         let (count, most) = (by.len(), MOST_SPACES);
         let largest = "one NetworkPolicy each".to_owned();
-        return Err(PolicyError::TooMany { what: "namespaces with policies", count, most, largest });
+        return Err(PolicyError::TooMany {
+            what: "namespaces with policies",
+            count,
+            most,
+            largest,
+        });
     }
     by.into_iter().map(|(name, isolated)| Ok((number(name)?, isolated))).collect()
 }

@@ -67,7 +67,8 @@ impl<'a> Peers<'a> {
     ) -> Self {
         let mut ids = HashMap::new();
         let mut all: Vec<&Peer> = Vec::new();
-        for peer in networks.iter().flat_map(rules).filter_map(|rule| rule.peers.as_ref()).flatten() {
+        for peer in networks.iter().flat_map(rules).filter_map(|rule| rule.peers.as_ref()).flatten()
+        {
             ids.entry(peer).or_insert_with(|| {
                 all.push(peer);
                 all.len() as PeerId - 1

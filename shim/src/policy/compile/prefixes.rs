@@ -96,7 +96,8 @@ mod tests {
         cuts.cut(prefix("10.1.0.1"));
         cuts.cut(prefix("9.9.9.9"));
         cuts.begin(prefix("::/0"), 4);
-        let found: Vec<_> = cuts.resolve().into_iter().map(|(at, holds, _)| (at, holds.to_vec())).collect();
+        let found: Vec<_> =
+            cuts.resolve().into_iter().map(|(at, holds, _)| (at, holds.to_vec())).collect();
         let expected: [(&str, &[u32]); 8] = [
             ("0.0.0.0/0", &[1]),
             ("9.9.9.9", &[1]),

@@ -66,7 +66,11 @@ impl Way {
 /// In what policies isolate.
 pub(super) fn isolated<'a>(networks: impl Iterator<Item = &'a NetworkPolicy>) -> u32 {
     let of = |network| {
-        Way::BOTH.iter().filter(|way| way.rules(network).is_some()).map(|way| way.isolated()).sum::<u32>()
+        Way::BOTH
+            .iter()
+            .filter(|way| way.rules(network).is_some())
+            .map(|way| way.isolated())
+            .sum::<u32>()
     };
     networks.fold(0, |so_far, network| so_far | of(network))
 }
@@ -135,7 +139,12 @@ impl Rules {
     }
 
     /// Adds what `of` allows.
-    pub(super) fn add(&mut self, scope: Scope, ports: &[Ports], of: &str) -> Result<(), PolicyError> {
+    pub(super) fn add(
+        &mut self,
+        scope: Scope,
+        ports: &[Ports],
+        of: &str,
+    ) -> Result<(), PolicyError> {
         if ports.is_empty() {
             return Ok(());
         }
@@ -160,7 +169,8 @@ impl Rules {
         if self.count > self.most {
             let largest = self.by.iter().max_by_key(|(name, count)| (**count, *name));
             let (count, most) = (self.count, self.most);
-            let largest = largest.map_or_else(String::new, |(name, count)| format!("{name} ({count})"));
+            let largest =
+                largest.map_or_else(String::new, |(name, count)| format!("{name} ({count})"));
             return Err(PolicyError::TooMany { what: "rules", count, most, largest });
         }
         Ok(())
@@ -201,7 +211,9 @@ pub(super) fn of_classes(
         rules.add(way.scope(policy, group), &ports, &networks[network].label)
     };
     for (policy, class) in classes {
-        for (way, at) in Way::BOTH.iter().flat_map(|way| class.networks.iter().map(|at| (*way, *at))) {
+        for (way, at) in
+            Way::BOTH.iter().flat_map(|way| class.networks.iter().map(|at| (*way, *at)))
+        {
             for rule in way.rules(&networks[at]).unwrap_or_default() {
                 let Some(listed) = &rule.peers else {
                     add(way, *policy, 0, class, at, None, rule)?;
