@@ -4,6 +4,7 @@
 
 mod check;
 mod console;
+mod ebpf;
 mod identity;
 mod limit;
 mod policy;
@@ -126,7 +127,7 @@ fn run(cli: &Cli) -> Result<bool> {
         Task::Template(task) => templates::run(&config, task, cli.json)?,
         Task::Standby(task) => return standby::run(&config, task, cli.json),
         Task::Ebpf(Ebpf::Load) => {
-            let path = joey_ebpf::loader::load(&config.bpf_dir)?;
+            let path = ebpf::load(&config)?;
             if cli.json {
                 println!("{}", serde_json::json!({ "pinned": path }));
             } else {
