@@ -135,9 +135,9 @@ impl<'a, T: Copy + Ord> Index<'a, T> {
 
     /// Whose selectors select these labels: sorted.
     pub(super) fn matching(&self, labels: &Labels) -> Vec<T> {
-        let by_label = labels.iter().filter_map(|(key, value)| {
-            self.by_label.get(&(key.as_str(), value.as_str()))
-        });
+        let by_label = labels
+            .iter()
+            .filter_map(|(key, value)| self.by_label.get(&(key.as_str(), value.as_str())));
         let candidates = by_label.flatten().chain(&self.others);
         let matching = candidates.filter(|(selector, _)| selector.matches(labels));
         let mut matching: Vec<T> = matching.map(|(_, what)| *what).collect();

@@ -140,7 +140,8 @@ impl<'a> Peers<'a> {
         }
         let space = self.spaces.get(entry.namespace.as_str());
         let peers = space.map(|space| space.peers.matching(&entry.labels)).unwrap_or_default();
-        let networks = space.map(|space| space.networks.matching(&entry.labels)).unwrap_or_default();
+        let networks =
+            space.map(|space| space.networks.matching(&entry.labels)).unwrap_or_default();
         let found: (Rc<[_]>, Rc<[_]>) = (peers.into(), networks.into());
         self.known.insert(key, found.clone());
         found

@@ -1,6 +1,5 @@
 //! Policies on the kernel's own maps: in force whole or not at all, whatever fails, and whoever is killed.
 
-use std::cell::RefCell;
 use std::io::Write as _;
 use std::path::Path;
 
@@ -149,28 +148,70 @@ fn whoever_is_killed_leaves_one_policy_in_force_and_the_next_cleans_up() {
     let _ = std::panic::take_hook();
 }
 
+/// An Ethernet frame with a TCP SYN from 10.0.0.1 to another address.
+fn syn(to: [u8; 4], port: u16) -> Vec<u8> {
+    let mut frame = vec![2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 1, 8, 0];
+    let mut header = vec![0x45, 0, 0, 40, 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1];
+    header.extend(to);
+    let words = header.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
+    let sum: u32 = words.sum();
+    let sum = !((sum & 0xFFFF) + (sum >> 16)) as u16;
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    frame.extend(header);
+    frame.extend(40_000_u16.to_be_bytes());
+    frame.extend(port.to_be_bytes());
+    frame.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 0xFF, 0xFF, 0, 0, 0, 0]);
+    frame
+}
+
 #[test]
-fn the_kernel_decides_by_what_was_applied() {
-    let Some(node_) = Node::new("packets under a policy that is applied") else { return };
+fn the_programs_decide_by_what_was_applied() {
+    let Some(mut node_) = Node::new("packets under a policy that is applied") else { return };
+    node_.policy = Policy::load_to_run().unwrap();
+    node_
+        .apply(replace(&[entry("10.0.0.1", "a"), entry("10.0.0.2", "b"), entry("10.0.0.3", "a")]))
+        .unwrap();
     let maps = &node_.policy.maps;
-    let seen = RefCell::new(Vec::new());
-    let at = |point: &str| seen.borrow_mut().push(point.to_owned());
-    let change = replace(&[entry("10.0.0.1", "a"), entry("10.0.0.2", "b")]);
-    on(maps, &node_.lock, node_.state(), change, &at).unwrap();
-    assert_eq!(*seen.borrow(), ["policy-written", "policy-persisted", "policy-active"]);
-    let (a, b) =
-        (maps.number_of(&node_.lock, "a").unwrap(), maps.number_of(&node_.lock, "b").unwrap());
-    assert!(a != b && a != 0 && b != 0);
-    let pod = Pod {
-        since: 0,
-        name: name_digest("a", "10.0.0.1"),
-        tenant: a,
-        space: a,
-        table: 0,
-        limited: false,
-        mac: [2; 6],
-    };
+    let a = maps.number_of(&node_.lock, "a").unwrap();
+    let name = name_digest("a", "10.0.0.1");
+    let mac = [2, 0, 0, 0, 0, 1];
+    let pod = Pod { since: 0, name, tenant: a, space: a, table: 0, limited: false, mac };
     maps.put_pod(&node_.lock, 1, &pod, &[ip("10.0.0.1")]).unwrap();
-    assert_eq!(maps.pod(1).unwrap().unwrap().tenant, a);
-    assert_eq!(Side::Vm.other(), Side::Peer);
+    let deny = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: deny, namespace: a}
+spec: {podSelector: {}, policyTypes: [Egress], egress: [{ports: [{port: 80, endPort: 81}]}]}
+---
+apiVersion: joey.io/v1
+kind: NodePolicy
+metadata: {name: n}
+spec:
+  services:
+  - {name: s, addresses: [10.9.0.0/16], except: [10.9.1.0/24], ports: [any]}
+  allow:
+  - {from: a, to: b, ports: [81/tcp]}
+";
+    let services = documents(deny).0.split_off(1);
+    let asked = [
+        ([10, 0, 0, 2], 80),
+        ([10, 0, 0, 2], 81),
+        ([10, 0, 0, 3], 80),
+        ([10, 0, 0, 3], 82),
+        ([10, 9, 0, 1], 80),
+        ([10, 9, 0, 1], 443),
+        ([10, 9, 1, 1], 80),
+        ([10, 8, 0, 1], 80),
+    ];
+    let both = [false, true, true, false, true, false, false, false];
+    let without = [false, true, true, true, true, true, false, false];
+    for (change, expected) in
+        [(documents(deny), both), (Documents(services), without), (documents(deny), both)]
+    {
+        node_.apply(Change::Policy(change)).unwrap();
+        for ((to, port), allowed) in asked.into_iter().zip(expected) {
+            let outcome = node_.policy.run(Side::Vm, 1, &syn(to, port), 1).unwrap();
+            assert_eq!(outcome.decision.is_ok(), allowed, "{to:?} {port}: {outcome:?}");
+        }
+    }
 }
