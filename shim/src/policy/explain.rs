@@ -308,8 +308,7 @@ impl Oracle {
         };
         let (from, to) = (self.name(from), self.name(to));
         for (at, allow) in node.allow.iter().enumerate() {
-            if allow.from == from
-                && allow.to == to
+            if allow.is_about(&from, &to)
                 && let Some(ports) = find(&allow.ports, attempt)
             {
                 return format!("{label}: spec.allow[{at}]: {from} may open {ports} of {to}");

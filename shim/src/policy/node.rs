@@ -63,6 +63,9 @@ pub(super) struct Service {
     pub(super) shared: Shared,
 }
 
+/// In `allow`: every tenant that has an address in the identity table.
+pub(super) const EVERY: &str = "*";
+
 /// What a tenant may open to another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Allow {
@@ -178,9 +181,21 @@ impl RawService {
     }
 }
 
+impl Allow {
+    /// Whether it is about these two.
+    pub(super) fn is_about(&self, from: &str, to: &str) -> bool {
+        let is = |said: &str, name: &str| said == EVERY || said == name;
+        is(&self.from, from) && is(&self.to, to)
+    }
+}
+
 impl RawAllow {
     fn check(self) -> Result<Allow, Fault> {
         let (from, to) = (name("from", self.from)?, name("to", self.to)?);
+        if from == EVERY && to == EVERY {
+            let reason = "must be a tenant where from is every one: there would be no tenants";
+            return Err(Fault::new("to", to, reason));
+        }
         if from == to {
             return Err(Fault::new(
                 "to",
@@ -255,6 +270,7 @@ mod tests {
             ),
             ("  service: []", "unknown field `service`"),
             ("  allow: [{from: a, to: a, ports: [any]}]", "within a tenant"),
+            ("  allow: [{from: '*', to: '*', ports: [any]}]", "no tenants"),
             ("  allow: [{from: a, to: b, ports: []}]", "allow[0].ports"),
             ("  allow: [{from: a, to: ' b', ports: [any]}]", "allow[0].to"),
             ("  allow: [{from: a, to: b, ports: [any], ports: [any]}]", "node.yaml"),

@@ -21,7 +21,7 @@ use super::document::Checked;
 use super::entry::{Entry, Kind, Namespace};
 use super::error::PolicyError;
 use super::network_policy::{NetworkPolicy, Peer, Which};
-use super::node::NodePolicy;
+use super::node::{EVERY, NodePolicy};
 use super::selector::Labels;
 
 use self::peers::{Facts, Peers};
@@ -197,10 +197,8 @@ pub fn compile(
     bound_identities(identities.len(), input.entries)?;
 
     let mut rules = rules::Rules::new(MOST);
-    node_rules(&mut rules, node, &services_of.all, number)?;
-    for allow in &node.allow {
-        tenancy.allow.insert((number(&allow.from)?, number(&allow.to)?));
-    }
+    node_rules(&mut rules, node, &services_of.all)?;
+    tenancy.allow = across_tenants(&mut rules, node, &mut tenants, number)?;
     let (classes, groups) = (classes.all, groups.all);
     let numbered = rules::Numbered {
         networks,
@@ -318,12 +316,11 @@ fn bound_identities(count: usize, entries: &[Entry]) -> Result<(), PolicyError> 
     Err(PolicyError::TooMany { what: "identities", count, most: MOST, largest })
 }
 
-/// The rules of the node policy.
+/// The rules about what is shared.
 fn node_rules(
     rules: &mut rules::Rules,
     node: &NodePolicy,
     services_of: &[Vec<usize>],
-    number: &mut dyn FnMut(&str) -> Result<u32, PolicyError>,
 ) -> Result<(), PolicyError> {
     let label = &node.label;
     let mut share = |class, shared: &super::node::Shared| {
@@ -336,11 +333,39 @@ fn node_rules(
             share(class, &node.services[*at].shared)?;
         }
     }
-    for allow in &node.allow {
-        let (from, to) = (number(&allow.from)?, number(&allow.to)?);
-        rules.add(Scope::Tenants { from, to }, &allow.ports, label)?;
-    }
     Ok(())
+}
+
+/// The rules across tenants; who may open anything to whom.
+fn across_tenants<'a>(
+    rules: &mut rules::Rules,
+    node: &'a NodePolicy,
+    tenants: &mut HashMap<&'a str, u32>,
+    number: &mut dyn FnMut(&str) -> Result<u32, PolicyError>,
+) -> Result<BTreeSet<(u32, u32)>, PolicyError> {
+    let known: BTreeSet<u32> = tenants.values().copied().filter(|tenant| *tenant != 0).collect();
+    let mut who = |name: &'a str| -> Result<BTreeSet<u32>, PolicyError> {
+        if name == EVERY {
+            return Ok(known.clone());
+        }
+        let given = match tenants.get(name) {
+            Some(given) => *given,
+            None => number(name)?,
+        };
+        tenants.insert(name, given);
+        Ok([given].into())
+    };
+    let mut all = BTreeSet::new();
+    for allow in &node.allow {
+        let (openers, opened) = (who(&allow.from)?, who(&allow.to)?);
+        for from in &openers {
+            for to in opened.iter().filter(|to| *to != from) {
+                rules.add(Scope::Tenants { from: *from, to: *to }, &allow.ports, &node.label)?;
+                all.insert((*from, *to));
+            }
+        }
+    }
+    Ok(all)
 }
 
 /// What pods whose labels are not known have: they are isolated as if all policies of their namespace

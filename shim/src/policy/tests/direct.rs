@@ -140,8 +140,12 @@ impl World {
         let across = |other: &String| {
             let (from, to) = if opens { (&pod.tenant, other) } else { (other, &pod.tenant) };
             list(self.node_spec(), "allow").iter().any(|allow| {
-                text(allow, "from") == from
-                    && text(allow, "to") == to
+                let is = |said: &str, name: &str| {
+                    let known = || self.pods.iter().any(|pod| pod.fed && pod.tenant == name);
+                    said == name || (said == "*" && known())
+                };
+                is(text(allow, "from"), from)
+                    && is(text(allow, "to"), to)
                     && words_allow(list(allow, "ports"), proto, port)
             })
         };

@@ -187,7 +187,8 @@ fn node(random: &mut Random) -> Value {
     spec["services"] = json!(services);
     let mut allow = Vec::new();
     for _ in 0..random.below(3) {
-        let (from, to) = (*random.pick(&TENANTS), *random.pick(&TENANTS));
+        let who = [TENANTS[0], TENANTS[1], TENANTS[2], "*"];
+        let (from, to) = (*random.pick(&who), *random.pick(&who));
         if from != to {
             allow.push(json!({"from": from, "to": to, "ports": words(random)}));
         }
