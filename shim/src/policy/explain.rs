@@ -69,12 +69,12 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// What was applied last, with the pods that are on this node now.
+    /// What would be in force after a change, with the pods that are on this node now.
     ///
     /// # Errors
-    /// It cannot be read.
-    pub fn open(config: &Config) -> Result<Self, PolicyError> {
-        let merged = Merged::new(&Store::new(&config.state_dir), Change::Restore)?;
+    /// What was applied before cannot be read, or the change is refused.
+    pub fn open(config: &Config, change: Change) -> Result<Self, PolicyError> {
+        let merged = Merged::new(&Store::new(&config.state_dir), change)?;
         let (mut pods, mut locals, mut known) = (HashMap::new(), HashMap::new(), HashMap::new());
         let mut epochs = None;
         match Maps::open(&config.bpf_dir) {

@@ -49,6 +49,9 @@ pub(crate) struct Test {
     /// What is opened: 443/tcp, 53/udp, icmp
     #[arg(long)]
     port: String,
+    /// Ask these documents and not those in force; may be repeated
+    #[arg(short, long = "filename")]
+    files: Vec<PathBuf>,
     /// The other side opens, on the pod's port
     #[arg(long, requires = "pod")]
     inbound: bool,
@@ -57,10 +60,7 @@ pub(crate) struct Test {
 pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<bool> {
     match task {
         Task::Apply { files, dry_run } => {
-            let mut documents = Documents::default();
-            for (name, text) in read(files, MOST_BYTES)? {
-                documents.read(&name, &text)?;
-            }
+            let documents = documents(files)?;
             let count = documents.0.len();
             ensure!(
                 count > 0,
@@ -74,6 +74,19 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<bool> {
         Task::Test(test) => return ask(config, test, json),
     }
     Ok(true)
+}
+
+/// The documents of the files.
+fn documents(files: &[PathBuf]) -> Result<Documents> {
+    let mut documents = Documents::default();
+    for (name, text) in read(files, MOST_BYTES)? {
+        documents.read(&name, &text)?;
+    }
+    ensure!(
+        !documents.0.is_empty(),
+        "there are no documents in the files; one of kind NodePolicy with spec: {{}} is a policy"
+    );
+    Ok(documents)
 }
 
 /// The files' names and contents.
@@ -218,7 +231,11 @@ fn addresses(oracle: &Oracle, side: &str) -> Result<Vec<IpAddr>> {
 
 fn ask(config: &Config, test: &Test, json: bool) -> Result<bool> {
     let (mut proto, port) = parse_port(&test.port).map_err(anyhow::Error::msg)?;
-    let oracle = Oracle::open(config)?;
+    let change = match test.files.is_empty() {
+        true => Change::Restore,
+        false => Change::Policy(documents(&test.files)?),
+    };
+    let oracle = Oracle::open(config, change)?;
     let one = test.pod.as_deref().or(test.from.as_deref()).unwrap_or_default();
     let (one, other) = (addresses(&oracle, one)?, addresses(&oracle, &test.to)?);
     let family = |a: &IpAddr, b: &IpAddr| a.is_ipv4() == b.is_ipv4();

@@ -207,3 +207,20 @@ fn hostile_files_are_refused_in_time() {
         assert!(begun.elapsed().as_secs() < 10, "{what}: {:?}", begun.elapsed());
     }
 }
+
+#[test]
+fn the_examples_are_policies() {
+    let mut documents = Documents::default();
+    for (name, text) in [
+        ("node.yaml", include_str!("../../../../docs/examples/policy/node.yaml")),
+        (
+            "network-policies.yaml",
+            include_str!("../../../../docs/examples/policy/network-policies.yaml"),
+        ),
+    ] {
+        documents.read(name, text).unwrap();
+    }
+    let checked = documents.check().unwrap();
+    assert_eq!(checked.node.unwrap().services.len(), 4);
+    assert_eq!(checked.networks.len(), 4);
+}
