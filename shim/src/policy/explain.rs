@@ -84,9 +84,9 @@ impl Oracle {
                 epochs = Some((maps.active()?.epoch, merged.epoch()));
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => {
+            Err(cause) => {
                 let (path, step) = (config.bpf_dir.clone(), "open its maps");
-                return Err(PolicyError::NotLoaded { path, step, source });
+                return Err(PolicyError::NotLoaded { path, step, cause });
             }
         }
         Self::new(merged, pods, locals, known, epochs)

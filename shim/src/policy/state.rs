@@ -85,7 +85,7 @@ impl Store {
 
     fn fail(&self, step: &'static str, name: &str) -> impl FnOnce(io::Error) -> PolicyError {
         let path = self.directory.join(name);
-        move |source| PolicyError::State { step, path, source }
+        move |cause| PolicyError::State { step, path, cause }
     }
 
     fn read<T: DeserializeOwned + Default>(&self, name: &str) -> Result<Applied<T>, PolicyError> {
