@@ -185,6 +185,18 @@ impl Feed {
             self.namespaces.push(Namespace { name: name.clone(), labels });
         }
         for object in &objects {
+            // Who can annotate a pod must not be able to stop the feed: its address is nobody's instead.
+            let tenant = tenant_of(&object.metadata, keys);
+            if let Some(Err(fault)) = tenant.map(|tenant| super::node::name("tenant", tenant)) {
+                let (who, tenant) = (who(&object.kind, &object.metadata), fault.value);
+                tracing::warn!(
+                    who,
+                    tenant,
+                    "its tenant {}: passed over, so it reaches nobody",
+                    fault.reason
+                );
+                continue;
+            }
             match object.kind.as_str() {
                 "Pod" => self.pod(object, keys)?,
                 "Service" => self.service(object, keys)?,

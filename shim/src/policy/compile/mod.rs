@@ -122,71 +122,16 @@ pub fn compile(
     let networks = &input.documents.networks[..];
     let by_address = check_entries(input.entries)?;
     let namespaces = namespaces(&input, networks);
-    let mut peers = Peers::new(networks, &namespaces, input.entries);
+    let peers = Peers::new(networks, &namespaces, input.entries);
+    let cuts = cuts(node, peers.all(), input.entries);
 
-    // What may hold of addresses: services first, then blocks of addresses.
-    let mut cuts = Cuts::default();
-    let services = node.services.len() as u32;
-    for (at, service) in (0..).zip(&node.services) {
-        service.addresses.iter().for_each(|prefix| cuts.begin(*prefix, at));
-        service.except.iter().for_each(|prefix| cuts.end(*prefix, at));
-    }
-    for (id, peer) in (services..).zip(peers.all()) {
-        if let Peer::Block { cidr, except } = peer {
-            cuts.begin(*cidr, id);
-            except.iter().for_each(|prefix| cuts.end(*prefix, id));
-        }
-    }
-    input.entries.iter().for_each(|entry| cuts.cut(cidr::host(entry.address)));
-
-    let mut tenants: HashMap<&str, u32> = HashMap::new();
-    let mut classes = Numbers::new();
-    let mut groups = Numbers::new();
-    let mut services_of = Numbers::new();
-    // Number 0 of each is nothing.
-    groups.of(Group::default());
-    classes.of(Class::default());
-    let mut tenancy = Tenancy::default();
+    let mut namer = Namer::new(networks, node.services.len() as u32, peers);
     let mut identities: Vec<(Prefix, Identity)> = Vec::new();
     let mut values: Vec<Identity> = Vec::new();
     for (prefix, holds, outer) in cuts.resolve() {
-        let split = holds.partition_point(|what| *what < services);
-        let covering: Vec<usize> = holds[..split].iter().map(|at| *at as usize).collect();
-        let service = if covering.is_empty() { 0 } else { FIRST_CLASS + services_of.of(covering) };
-        let mut group = Group::default();
-        group.peers.extend(holds[split..].iter().map(|what| what - services));
-        let mut identity = Identity { service, ..Identity::default() };
         let is_host = prefix == cidr::host(prefix.address);
-        if let Some(entry) = by_address.get(&prefix.address).filter(|_| is_host) {
-            let tenant = entry.tenant();
-            identity.tenant = match tenants.get(tenant) {
-                Some(number) => *number,
-                None => {
-                    let given = if tenant.is_empty() { 0 } else { number(tenant)? };
-                    *tenants.entry(tenant).or_insert(given)
-                }
-            };
-            let facts = peers.facts(entry);
-            if entry.kind == Kind::Pod {
-                group.named = peers.named(entry);
-                identity.policy = policy(&mut classes, networks, entry, &facts);
-                if !entry.name.is_empty() {
-                    identity.name = name_digest(&entry.namespace, &entry.name);
-                }
-            }
-            group.peers.extend(&*facts.peers);
-            group.peers.sort_unstable();
-            // What a Service's ports are matters to those only who speak of pods.
-            group.fronts = facts.fronts.filter(|_| !facts.peers.is_empty());
-        }
-        identity.group = groups.of(group);
-        if service != 0 {
-            Tenancy::note(&mut tenancy.groups, identity.group, 0);
-        }
-        if identity.tenant != 0 {
-            Tenancy::note(&mut tenancy.groups, identity.group, identity.tenant);
-            Tenancy::note(&mut tenancy.classes, identity.policy >> 2, identity.tenant);
-        }
+        let entry = by_address.get(&prefix.address).filter(|_| is_host);
+        let identity = namer.identity(&holds, entry.copied(), number)?;
         values.push(identity);
         // A prefix that says what the one around it says is not needed.
         let around = outer.map_or_else(Identity::default, |at| values[at]);
@@ -196,6 +141,7 @@ pub fn compile(
     }
     bound_identities(identities.len(), input.entries)?;
 
+    let Namer { peers, mut tenants, classes, groups, services_of, mut tenancy, .. } = namer;
     let mut rules = rules::Rules::new(MOST);
     node_rules(&mut rules, node, &services_of.all)?;
     tenancy.allow = across_tenants(&mut rules, node, &mut tenants, number)?;
@@ -217,6 +163,104 @@ pub fn compile(
     };
     let spaces = spaces(networks, number)?;
     Ok(Compiled { identities, spaces, rules: rules.finish(), meaning })
+}
+
+/// Where what is said of addresses changes. What may hold of them is a number: that of a service, or behind
+/// those that of a peer that is a block of addresses.
+fn cuts(node: &NodePolicy, peers: &[&Peer], entries: &[Entry]) -> Cuts {
+    let mut cuts = Cuts::default();
+    for (at, service) in (0..).zip(&node.services) {
+        service.addresses.iter().for_each(|prefix| cuts.begin(*prefix, at));
+        service.except.iter().for_each(|prefix| cuts.end(*prefix, at));
+    }
+    for (at, peer) in (node.services.len() as u32..).zip(peers) {
+        if let Peer::Block { cidr, except } = peer {
+            cuts.begin(*cidr, at);
+            except.iter().for_each(|prefix| cuts.end(*prefix, at));
+        }
+    }
+    entries.iter().for_each(|entry| cuts.cut(cidr::host(entry.address)));
+    cuts
+}
+
+/// Gives identities their numbers.
+struct Namer<'a> {
+    networks: &'a [NetworkPolicy],
+    /// How many services there are.
+    services: u32,
+    peers: Peers<'a>,
+    tenants: HashMap<&'a str, u32>,
+    /// Number 0 is none.
+    classes: Numbers<Class>,
+    /// Number 0 is none.
+    groups: Numbers<Group>,
+    services_of: Numbers<Vec<usize>>,
+    tenancy: Tenancy,
+}
+
+impl<'a> Namer<'a> {
+    fn new(networks: &'a [NetworkPolicy], services: u32, peers: Peers<'a>) -> Self {
+        let (mut classes, mut groups) = (Numbers::new(), Numbers::new());
+        groups.of(Group::default());
+        classes.of(Class::default());
+        let (tenants, services_of) = (HashMap::new(), Numbers::new());
+        let tenancy = Tenancy::default();
+        Self { networks, services, peers, tenants, classes, groups, services_of, tenancy }
+    }
+
+    /// The identity of addresses of which this holds, or of the one that an entry is about.
+    fn identity(
+        &mut self,
+        holds: &[u32],
+        entry: Option<&'a Entry>,
+        number: &mut dyn FnMut(&str) -> Result<u32, PolicyError>,
+    ) -> Result<Identity, PolicyError> {
+        let (covering, blocks) = holds.split_at(holds.partition_point(|it| *it < self.services));
+        let mut identity = Identity::default();
+        if !covering.is_empty() {
+            let covering = covering.iter().map(|at| *at as usize).collect();
+            identity.service = FIRST_CLASS + self.services_of.of(covering);
+        }
+        let mut group = Group::default();
+        group.peers.extend(blocks.iter().map(|it| it - self.services));
+        if let Some(entry) = entry {
+            identity.tenant = self.tenant(entry.tenant(), number)?;
+            let facts = self.peers.facts(entry);
+            if entry.kind == Kind::Pod {
+                group.named = self.peers.named(entry);
+                identity.policy = policy(&mut self.classes, self.networks, entry, &facts);
+                if !entry.name.is_empty() {
+                    identity.name = name_digest(&entry.namespace, &entry.name);
+                }
+            }
+            group.peers.extend(&*facts.peers);
+            group.peers.sort_unstable();
+            // What a Service's ports are matters to those only who speak of pods.
+            group.fronts = facts.fronts.filter(|_| !facts.peers.is_empty());
+        }
+        identity.group = self.groups.of(group);
+        if identity.service != 0 {
+            Tenancy::note(&mut self.tenancy.groups, identity.group, 0);
+        }
+        if identity.tenant != 0 {
+            Tenancy::note(&mut self.tenancy.groups, identity.group, identity.tenant);
+            Tenancy::note(&mut self.tenancy.classes, identity.policy >> 2, identity.tenant);
+        }
+        Ok(identity)
+    }
+
+    fn tenant(
+        &mut self,
+        name: &'a str,
+        number: &mut dyn FnMut(&str) -> Result<u32, PolicyError>,
+    ) -> Result<u32, PolicyError> {
+        if let Some(known) = self.tenants.get(name) {
+            return Ok(*known);
+        }
+        let given = number(name)?;
+        self.tenants.insert(name, given);
+        Ok(given)
+    }
 }
 
 /// The entries by address. Refuses what is ambiguous or belongs to nobody.

@@ -71,6 +71,21 @@ fn annotations_that_are_not_trusted_say_nothing() {
 }
 
 #[test]
+fn a_tenant_that_cannot_be_one_stops_nobody_else() {
+    let pod = |at: u8, tenant: &str| {
+        let annotations = serde_json::json!({"io.joey.tenant": tenant});
+        serde_json::json!({
+            "kind": "Pod", "metadata": {"name": "p", "namespace": "a", "annotations": annotations},
+            "spec": {}, "status": {"phase": "Running", "podIP": format!("10.0.0.{at}")},
+        })
+    };
+    let pods = [pod(1, " "), pod(2, &"x".repeat(300)), pod(3, "a\nb"), pod(4, "fine")];
+    let (entries, _) = fed(&pods.map(|pod| pod.to_string()).join("\n"));
+    assert_eq!(entries.len(), 1);
+    assert_eq!(entries[0].tenant(), "fine");
+}
+
+#[test]
 fn the_newest_pod_has_the_address() {
     let pod = |name: &str, made: &str, going: bool| {
         let going = if going { r#","deletionTimestamp":"2026-02-01T00:00:00Z""# } else { "" };
