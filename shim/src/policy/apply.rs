@@ -68,6 +68,13 @@ impl Merged {
                 update(&mut table.content, put, &remove, namespaces);
             }
         }
+        Self::of(documents, table)
+    }
+
+    pub(super) fn of(
+        documents: Stored<Documents>,
+        table: Stored<Table>,
+    ) -> Result<Self, PolicyError> {
         let checked = documents.content.check()?;
         Ok(Self { documents, table, checked })
     }

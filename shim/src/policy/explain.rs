@@ -92,7 +92,7 @@ impl Oracle {
         Self::new(merged, pods, locals, known, epochs)
     }
 
-    fn new(
+    pub(super) fn new(
         merged: Merged,
         pods: HashMap<PodId, Pod>,
         locals: HashMap<IpAddr, Local>,
@@ -307,8 +307,10 @@ impl Oracle {
             Side::Peer => (tenant, pod.tenant),
         };
         let (from, to) = (self.name(from), self.name(to));
+        let entries = self.merged.input().entries;
+        let known = |name: &str| entries.iter().any(|entry| entry.tenant() == name);
         for (at, allow) in node.allow.iter().enumerate() {
-            if allow.is_about(&from, &to)
+            if allow.is_about(&from, &to, known)
                 && let Some(ports) = find(&allow.ports, attempt)
             {
                 return format!("{label}: spec.allow[{at}]: {from} may open {ports} of {to}");

@@ -182,9 +182,9 @@ impl RawService {
 }
 
 impl Allow {
-    /// Whether it is about these two.
-    pub(super) fn is_about(&self, from: &str, to: &str) -> bool {
-        let is = |said: &str, name: &str| said == EVERY || said == name;
+    /// Whether it is about these two. `known` says which tenants every one is.
+    pub(super) fn is_about(&self, from: &str, to: &str, known: impl Fn(&str) -> bool) -> bool {
+        let is = |said: &str, name: &str| said == name || (said == EVERY && known(name));
         is(&self.from, from) && is(&self.to, to)
     }
 }

@@ -24,7 +24,7 @@ const VERSION: u32 = 1;
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Applied<T> {
-    version: u32,
+    pub(super) version: u32,
     /// With which epoch.
     pub epoch: u32,
     /// When, in seconds since 1970.

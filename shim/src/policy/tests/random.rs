@@ -7,8 +7,11 @@ use joey_ebpf::policy::abi::{Local, Pod as MapPod, Side, name_digest};
 use joey_ebpf::policy::model::Attempt;
 use serde_json::{Value, json};
 
+use super::super::apply::Merged;
 use super::super::document::{Document, Documents};
 use super::super::entry::{Entry, Kind, NamedPort, Namespace, Protocol};
+use super::super::explain::{Oracle, Question};
+use super::super::state::{Applied, Table};
 use super::direct::{Pod, World};
 use super::{Random, compiled, tables};
 
@@ -257,6 +260,10 @@ fn entries(world: &World) -> Vec<Entry> {
     .collect()
 }
 
+fn stored<T: Default>(content: T) -> Applied<T> {
+    Applied { content, ..Applied::default() }
+}
+
 /// Questions about one world that were allowed, and refused.
 fn examine(random: &mut Random, questions: usize) -> (usize, usize) {
     let world = world(random);
@@ -285,6 +292,10 @@ fn examine(random: &mut Random, questions: usize) -> (usize, usize) {
     for address in &world.node_addresses {
         tables.locals.insert(*address, Local { name: 0, tenant: 0, pod: 0 });
     }
+    let (documents, table) = (stored(documents), Table { entries: entries(&world), namespaces });
+    let merged = Merged::of(documents, stored(table)).unwrap();
+    let (locals, known) = (tables.locals.clone(), names.clone());
+    let oracle = Oracle::new(merged, pods.clone(), locals, known, None).unwrap();
     let here: Vec<(u16, &Pod)> = (1..).zip(&world.pods).filter(|(_, pod)| pod.here).collect();
     let (mut allowed, mut refused) = (0, 0);
     for _ in 0..questions {
@@ -310,7 +321,24 @@ fn examine(random: &mut Random, questions: usize) -> (usize, usize) {
         let found = tables.verdict(&pods[&id], &attempt);
         let expected = world.allows(pod, remote, proto, port, opens);
         assert_eq!(found.is_ok(), expected, "{attempt:?} of {pod:?}: {found:?} in {world:#?}");
-        if expected { allowed += 1 } else { refused += 1 }
+        if expected {
+            allowed += 1
+        } else {
+            refused += 1
+        }
+        let (from, to) = if opens { (pod.address, remote) } else { (remote, pod.address) };
+        let judged = oracle.ask(&Question { from, to, proto, port });
+        let way = if opens { "egress" } else { "ingress" };
+        let judged = judged.iter().find(|it| it.way == way && it.here).unwrap();
+        // What is said of the last step is what was decided.
+        let last = judged.why.last().unwrap();
+        let no = ["not list", "lists it", "nothing", "no shared service", "nobody said"];
+        let says_no = no.iter().any(|words| last.contains(words));
+        assert_eq!(
+            (judged.allowed, !says_no),
+            (expected, expected),
+            "{attempt:?}: {judged:?} in {world:#?}"
+        );
     }
     (allowed, refused)
 }
