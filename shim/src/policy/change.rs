@@ -94,7 +94,7 @@ mod tests {
             (r#"{"remove":["10.0.0.0/8"]}"#, "invalid IP"),
             (r#"{"puts":[]}"#, "unknown field"),
             (r#"{"put":[{"namespace":"a"}]}"#, "address"),
-            ("[]", "invalid"),
+            ("7", "invalid type"),
         ] {
             let error = change(json).unwrap_err();
             assert!(error.contains(words), "{json}: {error}");

@@ -148,6 +148,25 @@ fn whoever_is_killed_leaves_one_policy_in_force_and_the_next_cleans_up() {
     let _ = std::panic::take_hook();
 }
 
+#[test]
+fn a_large_cluster_is_applied_in_a_moment() {
+    let Some(node_) = Node::new("a large policy on maps") else { return };
+    let (pods, networks) = (super::scale::pods(10_000, 50), super::scale::networks(200, 50));
+    let first = node_.apply(replace(&pods)).unwrap();
+    let all = node_.apply(Change::Policy(networks)).unwrap();
+    let put = vec![pods[7].clone()];
+    let one = Change::Update { put, remove: Vec::new(), namespaces: Vec::new() };
+    let again = node_.apply(one).unwrap();
+    assert_eq!((all.identities, all.rules), (again.identities, again.rules));
+    let words = format!(
+        "10,000 identities applied in {:?}, with 200 NetworkPolicies ({} rules) in {:?}, one identity after that in {:?}\n",
+        first.took, all.rules, all.took, again.took
+    );
+    let _ = std::io::stdout().write_all(words.as_bytes());
+    // Generous: a debug build on a machine that does other things.
+    assert!(again.took.as_secs() < 30, "{words}");
+}
+
 /// An Ethernet frame with a TCP SYN from 10.0.0.1 to another address.
 fn syn(to: [u8; 4], port: u16) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 1, 8, 0];

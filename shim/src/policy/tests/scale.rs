@@ -10,7 +10,7 @@ use super::super::entry::{Entry, Kind, NamedPort, Protocol};
 use super::super::error::PolicyError;
 use super::compiled;
 
-fn pods(count: usize, spaces: usize) -> Vec<Entry> {
+pub(super) fn pods(count: usize, spaces: usize) -> Vec<Entry> {
     let pod = |at: usize| {
         let space = at % spaces;
         let labels = [
@@ -32,7 +32,7 @@ fn pods(count: usize, spaces: usize) -> Vec<Entry> {
     (1..=count).map(pod).collect()
 }
 
-fn networks(count: usize, spaces: usize) -> Documents {
+pub(super) fn networks(count: usize, spaces: usize) -> Documents {
     let network = |at: usize| {
         let space = format!("space-{}", at % spaces);
         let app = |n: usize| json!({"matchLabels": {"app": format!("app-{}", n % 20)}});
