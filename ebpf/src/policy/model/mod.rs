@@ -21,6 +21,7 @@ mod neighbour;
 mod packet;
 mod tables;
 
+pub use flow::lifetime;
 pub use tables::{Attempt, Peer, Tables};
 
 use std::collections::{HashMap, HashSet};
