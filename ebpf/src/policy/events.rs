@@ -12,8 +12,13 @@ use super::abi::Event;
 use super::maps::directory;
 
 /// The events that were not read yet.
-#[derive(Debug)]
 pub struct Events(RingBuf<MapData>);
+
+impl std::fmt::Debug for Events {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Events").field(&self.as_raw_fd()).finish()
+    }
+}
 
 impl Events {
     /// Opens the pinned ring.

@@ -1,0 +1,1 @@
+//! Tests with maps that are made up.
