@@ -3,7 +3,7 @@
 //! What is taken is gone for everybody else, so there must be one reader on a node.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::path::Path;
 
 use aya::maps::{Map, MapData, RingBuf};
@@ -16,7 +16,7 @@ pub struct Events(RingBuf<MapData>);
 
 impl std::fmt::Debug for Events {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Events").field(&self.as_raw_fd()).finish()
+        f.debug_tuple("Events").field(&self.as_fd().as_raw_fd()).finish()
     }
 }
 
@@ -26,7 +26,8 @@ impl Events {
     /// # Errors
     /// It is not pinned below `bpf_dir`, or cannot be mapped.
     pub fn open(bpf_dir: &Path) -> io::Result<Self> {
-        let data = MapData::from_pin(directory(bpf_dir).join("events")).map_err(io::Error::other)?;
+        let data =
+            MapData::from_pin(directory(bpf_dir).join("events")).map_err(io::Error::other)?;
         Ok(Self(RingBuf::try_from(Map::RingBuf(data)).map_err(io::Error::other)?))
     }
 
@@ -37,9 +38,9 @@ impl Events {
     }
 }
 
-impl AsRawFd for Events {
+impl AsFd for Events {
     /// It is readable while there are events.
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }

@@ -377,11 +377,14 @@ impl Book {
             .map(|(key, live)| {
                 let there = sweep.pods.get(&key.pod).is_some_and(|pod| live.seen >= pod.since);
                 let silent = age(live.seen, now) >= DENIAL_SILENCE;
-                (*key, match (there, silent) {
-                    (false, _) => Phase::Gone,
-                    (true, true) => Phase::TimedOut,
-                    (true, false) => Phase::Evicted,
-                })
+                (
+                    *key,
+                    match (there, silent) {
+                        (false, _) => Phase::Gone,
+                        (true, true) => Phase::TimedOut,
+                        (true, false) => Phase::Evicted,
+                    },
+                )
             })
             .collect();
         for (key, state) in silent {

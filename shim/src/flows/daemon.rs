@@ -17,11 +17,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::addresses;
 use super::book::{Book, Clock, PAST, Sweep};
 use super::metrics::{self, Sample, Told};
 use super::names::{Names, Places};
 use super::server::{Hub, MAX_LINE};
-use super::addresses;
 use crate::config::Config;
 use crate::policy::apply::apply;
 
@@ -107,16 +107,16 @@ pub async fn serve(config: Config, metrics: Option<&str>) -> Result<()> {
 
 async fn keep_addresses(bpf_dir: &Path) {
     loop {
-        if let Err(error) = addresses::keep(bpf_dir).await {
-            tracing::error!(%error, "the node's own addresses are not kept; again in 5 s");
-        }
+        let Err(error) = addresses::keep(bpf_dir).await;
+        tracing::error!(%error, "the node's own addresses are not kept; again in 5 s");
         tokio::time::sleep(Duration::from_secs(5)).await;
     }
 }
 
 /// Notes events as they come.
 async fn watch(events: Events, hub: Hub) -> io::Result<()> {
-    let mut events = AsyncFd::with_interest(events, tokio::io::Interest::READABLE)?;
+    let mut events = AsyncFd::register_with_interest(events, tokio::io::Interest::READABLE)
+        .map_err(io::Error::from)?;
     loop {
         let mut ready = events.readable_mut().await?;
         let now = monotonic()?;
@@ -133,11 +133,6 @@ async fn watch(events: Events, hub: Hub) -> io::Result<()> {
         });
         if emptied {
             ready.clear_ready();
-            // What came between the last look and now makes no edge of its own.
-            let more = ready.get_inner_mut().take();
-            if let Some(event) = more {
-                hub.with(|book| event.iter().for_each(|event| book.note(event, now)));
-            }
         }
         tokio::task::yield_now().await;
     }
@@ -161,7 +156,9 @@ async fn sweep(maps: Arc<Maps>, hub: Hub) {
         });
         match swept.await.map_err(anyhow::Error::from).and_then(|swept| swept) {
             Ok(()) => {}
-            Err(error) => tracing::warn!(error = %format!("{error:#}"), "the tables could not be read"),
+            Err(error) => {
+                tracing::warn!(error = %format!("{error:#}"), "the tables could not be read")
+            }
         }
     }
 }
@@ -170,9 +167,7 @@ async fn expose(address: &str, maps: &Arc<Maps>, hub: &Hub, seen: Arc<Told>) -> 
     let (maps, hub) = (Arc::clone(maps), hub.clone());
     let body = move || {
         let (maps, hub, seen) = (Arc::clone(&maps), hub.clone(), Arc::clone(&seen));
-        async move {
-            tokio::task::spawn_blocking(move || text(&maps, &hub, &seen)).await?
-        }
+        async move { tokio::task::spawn_blocking(move || text(&maps, &hub, &seen)).await? }
     };
     let failed = || format!("serve metrics at {address}: unix:PATH or HOST:PORT is wanted");
     if let Some(path) = address.strip_prefix("unix:") {
@@ -180,7 +175,8 @@ async fn expose(address: &str, maps: &Arc<Maps>, hub: &Hub, seen: Arc<Told>) -> 
         tokio::spawn(async move {
             loop {
                 if let Ok((stream, _)) = listener.accept().await {
-                    let _ = tokio::time::timeout(metrics::PATIENCE, metrics::answer(stream, &body)).await;
+                    let _ = tokio::time::timeout(metrics::PATIENCE, metrics::answer(stream, &body))
+                        .await;
                 } else {
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
@@ -191,7 +187,8 @@ async fn expose(address: &str, maps: &Arc<Maps>, hub: &Hub, seen: Arc<Told>) -> 
         tokio::spawn(async move {
             loop {
                 if let Ok((stream, _)) = listener.accept().await {
-                    let _ = tokio::time::timeout(metrics::PATIENCE, metrics::answer(stream, &body)).await;
+                    let _ = tokio::time::timeout(metrics::PATIENCE, metrics::answer(stream, &body))
+                        .await;
                 } else {
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }

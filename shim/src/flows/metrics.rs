@@ -151,8 +151,7 @@ pub fn text(sample: &Sample) -> String {
         .map(|(who, counters)| {
             let (namespace, pod) = who.name.split_once('/').unwrap_or(("", &who.name));
             let [tenant, namespace, pod] = [&who.tenant, namespace, pod].map(escaped);
-            let labels =
-                format!("tenant=\"{tenant}\",namespace=\"{namespace}\",pod=\"{pod}\"");
+            let labels = format!("tenant=\"{tenant}\",namespace=\"{namespace}\",pod=\"{pod}\"");
             (labels, counters)
         })
         .collect();

@@ -114,7 +114,13 @@ impl Hub {
             let parsed = serde_json::from_slice::<Line>(&line);
             drop(line);
             let answer = match parsed {
-                Ok(Line { flows: Some(filter), replace: None, put: None, remove: None, namespaces: None }) => {
+                Ok(Line {
+                    flows: Some(filter),
+                    replace: None,
+                    put: None,
+                    remove: None,
+                    namespaces: None,
+                }) => {
                     return self.flows(&filter, reader, writer).await;
                 }
                 Ok(Line { flows: Some(_), .. }) => Err("flows goes alone".to_owned()),
@@ -149,7 +155,7 @@ impl Hub {
         // Under one lock: nothing is told twice or not at all.
         let (past, mut records) = self.with(|book| (book.select(filter), self.records.subscribe()));
         for record in past {
-            say(&mut writer, &record).await?;
+            say(&mut writer, &*record).await?;
         }
         if !filter.follow {
             return writer.shutdown().await;
@@ -164,7 +170,7 @@ impl Hub {
                 },
             };
             match next {
-                Ok(record) if filter.fits(&record) => say(&mut writer, &record).await?,
+                Ok(record) if filter.fits(&record) => say(&mut writer, &*record).await?,
                 Ok(_) => {}
                 Err(RecvError::Lagged(lost)) => say(&mut writer, &json!({ "lost": lost })).await?,
                 Err(RecvError::Closed) => return Ok(()),

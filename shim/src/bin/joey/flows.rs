@@ -76,8 +76,8 @@ fn print(socket: UnixStream, json: bool) -> Result<()> {
     }
     for line in BufReader::new(socket).lines() {
         let line = line?;
-        let value: serde_json::Value = serde_json::from_str(&line)
-            .with_context(|| format!("the daemon said {line:?}"))?;
+        let value: serde_json::Value =
+            serde_json::from_str(&line).with_context(|| format!("the daemon said {line:?}"))?;
         if let Some(error) = value.get("error").and_then(serde_json::Value::as_str) {
             bail!("the daemon refused it: {error}");
         }

@@ -112,7 +112,15 @@ fn lines(sample: &Sample) -> String {
 fn table(sample: &Sample, before: Option<(Duration, &HashMap<String, [u64; 2]>)>) -> String {
     let head = format!(
         "{:<40} {:<16} {:>12} {:>12} {:>14} {:>14} {:>10} {:>10} {:>9} MAIN REASON",
-        "POD", "TENANT", "OUT bit/s", "IN bit/s", "OUT bytes", "IN bytes", "OUT pkts", "IN pkts", "DROPS"
+        "POD",
+        "TENANT",
+        "OUT bit/s",
+        "IN bit/s",
+        "OUT bytes",
+        "IN bytes",
+        "OUT pkts",
+        "IN pkts",
+        "DROPS"
     );
     let mut rows = vec![head];
     let mut row = |name: &str, tenant: &str, counted: &Counters, rates: [String; 2]| {
