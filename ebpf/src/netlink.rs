@@ -6,7 +6,7 @@
 //! any other.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use nix::sys::socket::sockopt::ReceiveTimeout;
@@ -363,6 +363,12 @@ impl Socket {
             rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         }
         Ok(())
+    }
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 }
 

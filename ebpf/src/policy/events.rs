@@ -3,7 +3,7 @@
 //! What is taken is gone for everybody else, so there must be one reader on a node.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 
 use aya::maps::{Map, MapData, RingBuf};
@@ -42,5 +42,11 @@ impl AsFd for Events {
     /// It is readable while there are events.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Events {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
