@@ -68,7 +68,11 @@ pub fn put(bpf_dir: &Path, own: &HashSet<IpAddr>) -> Result<usize, AddressError>
 /// Does so now, and whenever an address comes or goes. Ends only by an error.
 pub async fn keep(bpf_dir: &Path) -> Result<std::convert::Infallible, AddressError> {
     // Listens first: what changes while the list is made is told.
-    let mut changes = AsyncFd::register(Socket::addresses()?).map_err(io::Error::from)?;
+    #[allow(
+        deprecated,
+        reason = "the socket owns its descriptor, which the new one asks for, unsafely"
+    )]
+    let mut changes = AsyncFd::new(Socket::addresses()?)?;
     loop {
         let own = list()?;
         let directory = bpf_dir.to_owned();

@@ -115,8 +115,11 @@ async fn keep_addresses(bpf_dir: &Path) {
 
 /// Notes events as they come.
 async fn watch(events: Events, hub: Hub) -> io::Result<()> {
-    let mut events = AsyncFd::register_with_interest(events, tokio::io::Interest::READABLE)
-        .map_err(io::Error::from)?;
+    #[allow(
+        deprecated,
+        reason = "the ring owns its descriptor, which the new one asks for, unsafely"
+    )]
+    let mut events = AsyncFd::with_interest(events, tokio::io::Interest::READABLE)?;
     loop {
         let mut ready = events.readable_mut().await?;
         let now = monotonic()?;
