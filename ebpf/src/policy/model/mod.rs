@@ -24,6 +24,7 @@ mod neighbour;
 pub(super) mod packet;
 mod tables;
 
+pub use flow::lifetime;
 pub use tables::{Attempt, Peer, Tables};
 
 use std::collections::{HashMap, HashSet};
