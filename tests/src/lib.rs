@@ -8,6 +8,7 @@ pub mod bench;
 pub mod controller;
 pub mod cri;
 pub mod image;
+pub mod lab;
 pub mod loop_device;
 pub mod node;
 pub mod paths;

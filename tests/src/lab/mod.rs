@@ -1,0 +1,287 @@
+//! A node of network namespaces: a router, pods with an interface made as CNI would, each joined by the shim's
+//! own code to a fake VM ([`vm`]), and a host beyond the router.
+//!
+//! ```text
+//!   VM 1 ── tap joey0 ═ eth0 (pod 1) ── host1 ┐
+//!   VM 2 ── tap joey0 ═ eth0 (pod 2) ── host2 ┤ node, routes ── out ── eth0 (peer)
+//! ```
+//!
+//! It has a BPF file system and names of its own, so several can be at once, beside a real node; all of it goes
+//! with the value. It stands for what the shim, the programs and the kernel do; the guest is not emulated.
+
+pub mod netns;
+pub mod traffic;
+pub mod vm;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context as _, Result};
+use joey_ebpf::policy::abi::{Identity, Ports, Prefix, Rule, Scope};
+use joey_ebpf::policy::maps::{Lock, Maps};
+use joey_shim::config::Config;
+use joey_shim::host::net::{Applicant, Wire};
+use joey_shim::net_limits::NetLimits;
+use joey_shim::sandbox::record::PodNetwork;
+use tempfile::TempDir;
+
+use self::netns::{NetNs, run};
+use self::vm::Vm;
+use crate::sys;
+
+/// The peer's addresses.
+pub const PEER: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 2);
+const PEER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0xffff, 0, 0, 0, 0, 0, 2);
+/// The peer's tenant.
+const OUTSIDE: &str = "outside";
+
+/// How a pod's interface and its VM's tap are joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Join {
+    /// By Joey, under the node's policy.
+    Policy,
+    /// By Joey with `isolation = false`: every packet passes.
+    Wire,
+    /// As Kata's model `tcfilter` does: a filter on each that matches everything and redirects it.
+    Mirred,
+}
+
+/// The node.
+#[derive(Debug)]
+pub struct Lab {
+    tag: String,
+    /// The router.
+    pub node: NetNs,
+    /// A host beyond it.
+    pub peer: NetNs,
+    bpf: TempDir,
+}
+
+impl Lab {
+    /// Makes the node, without pods. Root only.
+    pub fn new() -> Result<Self> {
+        static LABS: AtomicU32 = AtomicU32::new(0);
+        let tag = format!("jl{}x{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
+        let bpf = TempDir::new()?;
+        run(Command::new("mount").args(["-t", "bpf", "bpf"]).arg(bpf.path()))?;
+        let node = NetNs::add(format!("{tag}n"))?;
+        let peer = NetNs::add(format!("{tag}x"))?;
+        let lab = Self { tag, node, peer, bpf };
+        std::fs::write(lab.file(), format!("bpf_dir = {:?}\n", lab.bpf_dir()))?;
+        for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+            lab.node.sysctl(key, "1")?;
+        }
+        let (peer, far) = (lab.peer.name(), [PEER.to_string(), PEER6.to_string()]);
+        lab.node.ip(&[
+            &format!("link add out type veth peer name eth0 netns {peer}"),
+            // What the peer gets is then what is on a wire, so that its device counts frames.
+            "link set out gso_max_segs 1 up",
+            "addr add 10.200.0.1/24 dev out",
+            "addr add fd09:ffff::1/64 dev out nodad",
+        ])?;
+        lab.peer.ip(&[
+            &format!("addr add {}/24 dev eth0", far[0]),
+            &format!("addr add {}/64 dev eth0 nodad", far[1]),
+            "link set eth0 up",
+            "route add default via 10.200.0.1",
+            "route add ::/0 via fd09:ffff::1",
+        ])?;
+        Ok(lab)
+    }
+
+    fn file(&self) -> PathBuf {
+        std::env::temp_dir().join(format!("{}.toml", self.tag))
+    }
+
+    fn bpf_dir(&self) -> PathBuf {
+        self.bpf.path().join("joey")
+    }
+
+    /// The shim's configuration for a pod that is joined like this.
+    #[must_use]
+    pub fn config(&self, join: Join) -> Config {
+        Config {
+            bpf_dir: self.bpf_dir(),
+            isolation: join == Join::Policy,
+            joey: Some(crate::paths::joey()),
+            file: Some(self.file()),
+            ..Config::default()
+        }
+    }
+
+    /// Makes a pod's namespace and interface; `number` is its own, from 1 to 199.
+    pub fn pod(&self, number: u8) -> Result<Pod> {
+        let pod = NetNs::add(format!("{}p{number}", self.tag))?;
+        let guest = NetNs::add(format!("{}g{number}", self.tag))?;
+        self.node.ip(&[
+            format!("link add host{number} type veth peer name eth0 netns {}", pod.name()),
+            format!("addr add 10.9.{number}.1/24 dev host{number}"),
+            format!("addr add fd09:{number}::1/64 dev host{number} nodad"),
+            format!("link set host{number} up"),
+        ])?;
+        pod.ip(&network(number))?;
+        Ok(Pod { number, netns: pod, guest, vm: None, wire: None, place: None })
+    }
+
+    /// Puts the pod on its wire, as its shim would.
+    pub fn plug(&self, pod: &mut Pod, join: Join) -> Result<()> {
+        let tap = match join {
+            Join::Mirred => pod.redirect()?,
+            Join::Policy | Join::Wire => {
+                let wire = self.wire(pod, &self.config(join))?;
+                wire.open()?;
+                let tap = wire.tap_fd()?;
+                pod.wire = Some(wire);
+                tap
+            }
+        };
+        pod.boot(tap)
+    }
+
+    /// The shim's part of it: until [`Wire::open`] nothing passes.
+    pub fn wire(&self, pod: &mut Pod, config: &Config) -> Result<Wire> {
+        let name = format!("pod{}", pod.number);
+        let who = Applicant { tenant: name.clone(), pod: Some((name.clone(), name)) };
+        let (netns, mut place) = (pod.netns.path(), None);
+        let record = |taken: &PodNetwork| {
+            place = Some(taken.clone());
+            Ok(())
+        };
+        // The node's own addresses are those of the namespace that the shim is in.
+        let wire = self.node.inside(|| Ok(Wire::plug(&netns, config, None, &who, record)?));
+        pod.place = place;
+        wire
+    }
+
+    /// Has the node's policy let the peer and these pods open anything to each other, pods between each other
+    /// not.
+    pub fn allow(&self, pods: &[&Pod]) -> Result<()> {
+        if true {
+            return Ok(());
+        let maps = Maps::open(&self.bpf_dir())?;
+        let lock = Lock::take(&self.bpf_dir())?;
+        let epoch = maps.active()?.epoch + 1;
+        let outside = maps.number_of(&lock, OUTSIDE)?;
+        for (address, bits) in [(PEER.into(), 24), (PEER6.into(), 64)] {
+            let identity = Identity { tenant: outside, ..Identity::default() };
+            maps.put_identity(epoch, Prefix { address, bits }, identity)?;
+        }
+        for pod in pods {
+            let own = maps.number_of(&lock, &format!("pod{}", pod.number))?;
+            for (from, to) in [(own, outside), (outside, own)] {
+                maps.put_rule(
+                    epoch,
+                    &Rule { scope: Scope::Tenants { from, to }, ports: Ports::Any },
+                )?;
+            }
+        }
+        maps.activate(&lock, epoch)?;
+        Ok(maps.keep_only(&lock, epoch)?)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let _ = run(Command::new("umount").arg("-l").arg(self.bpf.path()));
+        let _ = std::fs::remove_file(self.file());
+    }
+}
+
+/// What sets up a pod's interface, in its namespace or in its VM.
+fn network(number: u8) -> [String; 5] {
+    [
+        "link set eth0 up".to_owned(),
+        format!("addr add 10.9.{number}.2/24 dev eth0"),
+        format!("addr add fd09:{number}::2/64 dev eth0 nodad"),
+        format!("route add default via 10.9.{number}.1"),
+        format!("route add ::/0 via fd09:{number}::1"),
+    ]
+}
+
+/// A pod and its VM.
+#[derive(Debug)]
+pub struct Pod {
+    number: u8,
+    vm: Option<Vm>,
+    wire: Option<Wire>,
+    place: Option<PodNetwork>,
+    /// Its namespace on the node.
+    pub netns: NetNs,
+    /// What its VM sees.
+    pub guest: NetNs,
+}
+
+impl Pod {
+    /// Its address.
+    #[must_use]
+    pub fn address(&self) -> IpAddr {
+        Ipv4Addr::new(10, 9, self.number, 2).into()
+    }
+
+    /// The running VM.
+    pub fn vm(&self) -> Result<&Vm> {
+        self.vm.as_ref().context("the pod was not plugged")
+    }
+
+    /// Its place in the node's policy.
+    #[must_use]
+    pub fn place(&self) -> Option<&PodNetwork> {
+        self.place.as_ref()
+    }
+
+    /// Limits it, as `joey limit` has the shim do.
+    pub fn limit(&self, limits: &NetLimits) -> Result<()> {
+        Ok(Wire::limit(&self.netns.path(), self.place(), limits)?)
+    }
+
+    /// Takes the VM away, and all that the shim has made.
+    pub fn unplug(&mut self) -> Result<()> {
+        self.vm = None;
+        self.wire = None;
+        Wire::unplug(&self.netns.path())?;
+        match self.place.take() {
+            Some(place) => Ok(Wire::dismiss(&place)?),
+            None => Ok(()),
+        }
+    }
+
+    fn redirect(&self) -> Result<OwnedFd> {
+        const TAP: &str = "tap0_kata";
+        let tap = self.netns.inside(|| Ok(sys::make_tap(TAP)?))?;
+        self.netns.sysctl(&format!("ipv6/conf/{TAP}/disable_ipv6"), "1")?;
+        self.netns.ip(&[format!("link set {TAP} up")])?;
+        let join = |from: &str, to: &str| {
+            [
+                format!("qdisc add dev {from} ingress"),
+                format!(
+                    "filter add dev {from} parent ffff: protocol all u32 match u8 0 0 action mirred egress \
+                     redirect dev {to}"
+                ),
+            ]
+        };
+        self.netns.tc(&[join("eth0", TAP), join(TAP, "eth0")].concat())?;
+        Ok(tap)
+    }
+
+    /// Starts the fake VM with the interface's own addresses.
+    fn boot(&mut self, tap: OwnedFd) -> Result<()> {
+        let vm = Vm::start(&self.guest, tap)?;
+        let own =
+            run(Command::new("ip").args(["-n", self.netns.name(), "-o", "link", "show", "eth0"]))?;
+        let mac = own.split_once("link/ether ").and_then(|(_, rest)| rest.split(' ').next());
+        let mac = mac.with_context(|| format!("no hardware address in {own:?}"))?;
+        self.guest.ip(&[format!("link set eth0 address {mac}")])?;
+        self.guest.ip(&network(self.number))?;
+        self.vm = Some(vm);
+        Ok(())
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _ = self.unplug();
+    }
+}
