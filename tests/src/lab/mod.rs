@@ -74,6 +74,7 @@ impl Lab {
         for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
             lab.node.sysctl(key, "1")?;
         }
+        steady(&lab.peer);
         let (peer, far) = (lab.peer.name(), [PEER.to_string(), PEER6.to_string()]);
         lab.node.ip(&[
             &format!("link add out type veth peer name eth0 netns {peer}"),
@@ -188,6 +189,11 @@ impl Drop for Lab {
     }
 }
 
+/// Has streams be those of most Linux hosts, whatever this one prefers; fine where it has no others.
+fn steady(netns: &NetNs) {
+    let _ = netns.sysctl("ipv4/tcp_congestion_control", "cubic");
+}
+
 /// What sets up a pod's interface, in its namespace or in its VM.
 fn network(number: u8) -> [String; 5] {
     [
@@ -273,6 +279,7 @@ impl Pod {
         let mac = mac.with_context(|| format!("no hardware address in {own:?}"))?;
         self.guest.ip(&[format!("link set eth0 address {mac}")])?;
         self.guest.ip(&network(self.number))?;
+        steady(&self.guest);
         self.vm = Some(vm);
         Ok(())
     }

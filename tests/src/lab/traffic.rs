@@ -42,9 +42,13 @@ impl Load {
         let mut load = Self::new();
         let listener = to.inside(|| Ok(TcpListener::bind((address, 0))?))?;
         let address = listener.local_addr()?;
-        for _ in 0..flows {
-            let mut sender = from.inside(|| connect(address))?;
-            let (mut receiver, _) = listener.accept()?;
+        // All are there before the first one fills the way.
+        let connected = (0..flows).map(|_| {
+            let sender = from.inside(|| connect(address))?;
+            Ok((sender, listener.accept()?.0))
+        });
+        let connected: Vec<(TcpStream, TcpStream)> = connected.collect::<Result<_>>()?;
+        for (mut sender, mut receiver) in connected {
             load.streams.extend([sender.try_clone()?, receiver.try_clone()?]);
             let received = load.received.clone();
             load.threads.push(thread::spawn(move || {

@@ -53,7 +53,11 @@ pub(super) fn measure(
     lab.allow(&[&pod])?;
     // Each takes six seconds.
     let runs = runs.div_ceil(5);
-    for run in 1..=runs {
+    let mut add = |metric: &str, percent| {
+        progress(&format!("{metric}: {percent:.1} %"));
+        samples.add("joey", metric, "%", percent);
+    };
+    for _ in 0..runs {
         for (way, direction) in [(Way::Out, "out"), (Way::In, "in")] {
             for (limit, name) in BITS {
                 pod.limit(&match way {
@@ -67,7 +71,7 @@ pub(super) fn measure(
                     let load_of = || start(&lab, &pod, way, kind, LARGE, rate);
                     let (frames, time) = passed(&lab, &pod, way, load_of)?;
                     let percent = frames.bytes as f64 * 800.0 / time.as_secs_f64() / limit as f64;
-                    samples.add("joey", &format!("{direction}_{name}_{load}"), "%", percent);
+                    add(&format!("{direction}_{name}_{load}"), percent);
                 }
             }
             for (limit, name) in PACKETS {
@@ -78,11 +82,10 @@ pub(super) fn measure(
                 let load_of = || start(&lab, &pod, way, Kind::Udp, SMALL, limit * 3 / 2);
                 let (frames, time) = passed(&lab, &pod, way, load_of)?;
                 let percent = frames.packets as f64 * 100.0 / time.as_secs_f64() / limit as f64;
-                samples.add("joey", &format!("{direction}_{name}"), "%", percent);
+                add(&format!("{direction}_{name}"), percent);
             }
             pod.limit(&NetLimits::default())?;
         }
-        progress(&format!("{run} of {runs} runs"));
     }
     Ok(())
 }
