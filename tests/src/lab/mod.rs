@@ -9,6 +9,7 @@
 //! It has a BPF file system and names of its own, so several can be at once, beside a real node; all of it goes
 //! with the value. It stands for what the shim, the programs and the kernel do; the guest is not emulated.
 
+pub mod group;
 pub mod netns;
 pub mod traffic;
 pub mod vm;
@@ -28,6 +29,7 @@ use joey_shim::net_limits::NetLimits;
 use joey_shim::sandbox::record::PodNetwork;
 use tempfile::TempDir;
 
+use self::group::Group;
 use self::netns::{NetNs, run};
 use self::vm::Vm;
 use crate::sys;
@@ -124,7 +126,8 @@ impl Lab {
             format!("link set host{number} up"),
         ])?;
         pod.ip(&network(number))?;
-        Ok(Pod { number, netns: pod, guest, vm: None, wire: None, place: None })
+        let group = Group::add(&format!("{}p{number}", self.tag))?;
+        Ok(Pod { number, netns: pod, guest, vm: None, wire: None, place: None, group })
     }
 
     /// Puts the pod on its wire, as its shim would.
@@ -216,6 +219,8 @@ pub struct Pod {
     pub netns: NetNs,
     /// What its VM sees.
     pub guest: NetNs,
+    /// In which its VM runs.
+    pub group: Group,
 }
 
 impl Pod {
@@ -272,7 +277,7 @@ impl Pod {
 
     /// Starts the fake VM with the interface's own addresses.
     fn boot(&mut self, tap: OwnedFd) -> Result<()> {
-        let vm = Vm::start(&self.guest, tap)?;
+        let vm = Vm::start(&self.guest, tap, self.group.door())?;
         let own =
             run(Command::new("ip").args(["-n", self.netns.name(), "-o", "link", "show", "eth0"]))?;
         let mac = own.split_once("link/ether ").and_then(|(_, rest)| rest.split(' ').next());

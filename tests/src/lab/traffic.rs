@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 
+use super::group::Door;
 use super::netns::NetNs;
 
 /// What a stream reads and writes at once.
@@ -117,6 +118,48 @@ impl Load {
         Ok(load)
     }
 
+    /// Datagrams of `size` bytes, as many as one thread of the group behind `door` can send. Nobody reads them: the
+    /// receiver's kernel drops what its socket does not hold.
+    pub fn flood(
+        from: &NetNs,
+        to: &NetNs,
+        address: IpAddr,
+        size: usize,
+        door: Door,
+    ) -> Result<Self> {
+        let mut load = Self::new();
+        let sink = to.inside(|| Ok(UdpSocket::bind((address, 0))?))?;
+        let address = sink.local_addr()?;
+        let sender = from.inside(|| sender(address))?;
+        let stop = load.stop.clone();
+        load.threads.push(thread::spawn(move || {
+            door.enter();
+            let datagram = vec![0; size];
+            while !stop.load(Ordering::Relaxed) {
+                // One that cannot be sent is as lost as one on the way.
+                let _ = sender.send(&datagram);
+            }
+            drop(sink);
+            Ok(())
+        }));
+        Ok(load)
+    }
+
+    /// A thread of the group behind `door` that computes, and sends nothing.
+    #[must_use]
+    pub fn busy(door: Door) -> Self {
+        let mut load = Self::new();
+        let stop = load.stop.clone();
+        load.threads.push(thread::spawn(move || {
+            door.enter();
+            while !stop.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+            Ok(())
+        }));
+        load
+    }
+
     /// Bytes that arrived so far, without headers.
     #[must_use]
     pub fn received(&self) -> u64 {
@@ -160,11 +203,13 @@ pub struct RoundTrips {
     pub lost: usize,
 }
 
-/// Sends a datagram of 64 bytes and waits for its echo, for as long as `window`, `pause` after each.
+/// Sends a datagram of 64 bytes and waits for its echo, for as long as `window`, `pause` after each. The echo is in
+/// the group behind `door`.
 pub fn round_trips(
     from: &NetNs,
     to: &NetNs,
     address: IpAddr,
+    door: &Door,
     window: Duration,
     pause: Duration,
 ) -> Result<RoundTrips> {
@@ -176,6 +221,7 @@ pub fn round_trips(
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
+            door.enter();
             let mut datagram = [0; 64];
             while !stop.load(Ordering::Relaxed) {
                 if let Ok((length, who)) = echo.recv_from(&mut datagram) {

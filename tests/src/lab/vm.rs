@@ -14,6 +14,7 @@ use anyhow::Result;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::group::Door;
 use super::netns::{Frames, NetNs};
 use crate::sys;
 
@@ -44,8 +45,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Joins the wire's tap to a new device `eth0` in `guest`.
-    pub fn start(guest: &NetNs, wire: OwnedFd) -> Result<Self> {
+    /// Joins the wire's tap to a new device `eth0` in `guest`, in the group behind `door`.
+    pub fn start(guest: &NetNs, wire: OwnedFd, door: Door) -> Result<Self> {
         let own = guest.inside(|| Ok(sys::make_tap("eth0")?))?;
         let flags = OFlag::from_bits_truncate(fcntl(&wire, FcntlArg::F_GETFL)?);
         fcntl(&wire, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
@@ -54,9 +55,10 @@ impl Vm {
         let (end, stop) = nix::unistd::pipe()?;
         let counted = Arc::new(Counted::default());
         let counting = counted.clone();
-        let thread = thread::Builder::new()
-            .name("fake-vm".to_owned())
-            .spawn(move || splice(wire.into(), own.into(), &end, &counting))?;
+        let thread = thread::Builder::new().name("fake-vm".to_owned()).spawn(move || {
+            door.enter();
+            splice(wire.into(), own.into(), &end, &counting);
+        })?;
         Ok(Self { counted, stop: Some(stop), thread: Some(thread) })
     }
 

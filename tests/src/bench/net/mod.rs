@@ -71,6 +71,7 @@ pub fn net(
         ("joey", "kata-tcfilter"),
         ("joey+wire", "kata-tcfilter"),
         ("joey", "runc"),
+        ("joey+busy", "joey"),
         ("joey+flood", "joey"),
         ("joey+flood_limited", "joey"),
         ("joey+flooded", "joey"),

@@ -43,8 +43,8 @@ pub(super) fn measure(
             add("tcp_out", "Gb/s", gigabits(out)?);
             let into = Load::tcp(&lab.peer, &pod.guest, pod.address(), 1)?;
             add("tcp_in", "Gb/s", gigabits(into)?);
-            let address = pod.address();
-            let trips = round_trips(&lab.peer, &pod.guest, address, TRIPS, Duration::ZERO)?;
+            let (address, door) = (pod.address(), pod.group.door());
+            let trips = round_trips(&lab.peer, &pod.guest, address, &door, TRIPS, Duration::ZERO)?;
             for time in trips.times {
                 add("round_trip", "µs", time.as_secs_f64() * 1e6);
             }
