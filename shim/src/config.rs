@@ -12,7 +12,7 @@ use joey_protocol::limits::MAX_POD_DISK;
 use protobuf::CodedInputStream;
 use serde::Deserialize;
 
-use crate::sizing::TENANT;
+use crate::policy::tenant;
 
 /// Where the file is when nobody says otherwise.
 pub const DEFAULT_FILE: &str = "/etc/joey/config.toml";
@@ -20,10 +20,6 @@ pub const DEFAULT_FILE: &str = "/etc/joey/config.toml";
 /// Sizes that a writable disk can have: the smallest is that of the blank in the guest image, the largest
 /// what its tables have room for.
 pub const DISK_MIB: std::ops::RangeInclusive<u64> = 256..=MAX_POD_DISK >> 20;
-
-/// Annotation of the pods of a virtual cluster
-/// (`kubernetes-sigs/cluster-api-provider-nested`, `virtualcluster/pkg/syncer/constants`).
-const VIRTUAL_CLUSTER: &str = "tenancy.x-k8s.io/cluster";
 
 /// Environment variable that names another file.
 pub const CONFIG: &str = "JOEY_CONFIG";
@@ -133,7 +129,7 @@ impl Default for Config {
             qemu: None,
             bpf_dir: "/sys/fs/bpf/joey".into(),
             isolation: true,
-            tenant_annotations: vec![TENANT.to_owned(), VIRTUAL_CLUSTER.to_owned()],
+            tenant_annotations: tenant::default_annotations(),
             joey: None,
             jail_first_id: 1_900_000_000,
             jail_ids: 65_536,

@@ -10,6 +10,7 @@ pub mod guest;
 pub mod host;
 pub mod log;
 pub mod net_limits;
+pub mod policy;
 pub mod rootfs;
 pub mod sandbox;
 pub mod serve;

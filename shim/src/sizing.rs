@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, DISK_MIB};
 use crate::net_limits::NET_LIMITS;
+use crate::policy::tenant;
 use crate::vmm::DiskLimits;
 
 /// Annotation: vCPUs, a whole number.
@@ -28,10 +29,8 @@ pub const DISK_LIMITS: [&str; 4] = [
 ];
 /// Annotations: most bytes that an emptyDir on the pod's disk may hold, by the volume's name after it.
 pub const EMPTY_DIR: &str = "io.joey.empty-dir.";
-/// Annotation: whose the pod is, where `tenant_annotations` has it.
-pub const TENANT: &str = "io.joey.tenant";
 /// The others.
-const KNOWN: [&str; 4] = [VCPUS, MEMORY, DISK, TENANT];
+const KNOWN: [&str; 4] = [VCPUS, MEMORY, DISK, tenant::ANNOTATION];
 const PREFIX: &str = "io.joey.";
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";

@@ -30,6 +30,7 @@ mod statistics;
 mod storage;
 mod tasks;
 mod templates;
+mod tenants;
 mod unit;
 mod volumes;
 
@@ -115,6 +116,7 @@ fn tests() -> Vec<Test> {
         events::TESTS,
         standby::TESTS,
         templates::TESTS,
+        tenants::TESTS,
         unit::TESTS,
     ]
     .concat()

@@ -5,6 +5,7 @@
 //! through the public interfaces only, the way a kubelet and an operator use Joey.
 
 pub mod bench;
+pub mod capture;
 pub mod controller;
 pub mod cri;
 pub mod image;

@@ -1,4 +1,5 @@
-//! All unsafe code of the harness: entering namespaces on the way to exec, a file system without power, and taps.
+//! All unsafe code of the harness: entering namespaces on the way to exec, a file system without power, what a packet
+//! capture has lost, and taps.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -64,4 +65,25 @@ pub(crate) fn make_tap(name: &str) -> io::Result<OwnedFd> {
 pub(crate) fn offload(tap: impl AsFd) -> nix::Result<()> {
     // SAFETY: the argument is a number.
     unsafe { tun_set_offload(tap.as_fd().as_raw_fd(), OFFLOADS) }.map(drop)
+}
+
+/// Frames that a packet socket could not keep since it was asked last.
+pub fn packet_losses(socket: &OwnedFd) -> io::Result<u64> {
+    // `struct tpacket_stats`: packets, drops.
+    let mut statistics = [0_u32; 2];
+    let mut length = size_of_val(&statistics) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to the numbers, which live until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            statistics.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(statistics[1].into())
 }

@@ -209,6 +209,9 @@ impl Maps {
 
     /// Makes or replaces a pod with these addresses, which are known as its own from now on. Its counters
     /// begin at zero, or go on. A pod that is to have fewer addresses than before has to be removed first.
+    ///
+    /// Its entry in `pods` comes first and goes last: while it is there the number is taken, and what a
+    /// killed process left of the rest is found by it.
     pub fn put_pod(
         &self,
         _lock: &Lock,
@@ -216,6 +219,7 @@ impl Maps {
         pod: &Pod,
         own: &[IpAddr],
     ) -> Result<(), MapError> {
+        self.pods.put(&pod_key(id).to_ne_bytes(), &pod.encode(own))?;
         self.put_counters(id)?;
         for address in own {
             self.addresses.put(&address_key(id, *address), &1_u32.to_ne_bytes())?;
@@ -224,16 +228,14 @@ impl Maps {
                 self.locals.put(&local_key(*address), &local.encode())?;
             }
         }
-        self.pods.put(&pod_key(id).to_ne_bytes(), &pod.encode(own))?;
         self.changed()
     }
 
     /// Removes a pod with these addresses: from now on all of its packets are dropped. What it has counted
-    /// is added to its tenant's totals. Fine when it is not there.
+    /// is added to its tenant's totals, or lost if this process is killed just then. Fine when it is not
+    /// there.
     pub fn remove_pod(&self, _lock: &Lock, id: PodId, own: &[IpAddr]) -> Result<(), MapError> {
         let key = pod_key(id).to_ne_bytes();
-        let pod = self.pods.get(&key)?.map(|bytes| Pod::decode(&bytes));
-        self.pods.remove(&key)?;
         for address in own {
             self.addresses.remove(&address_key(id, *address))?;
             let key = local_key(*address);
@@ -243,19 +245,23 @@ impl Maps {
             }
         }
         self.limits.remove(&key)?;
-        if let (Some(pod), Some(counted)) = (pod, self.counters(id)?) {
-            let key = pod.tenant.to_ne_bytes();
-            let mut total = counted.encode();
-            if let Some(before) = self.totals.get(&key)? {
-                let mut sum = Counters::default();
-                sum.add(&before);
-                sum.add(&total);
-                total = sum.encode();
-            }
-            self.totals.put(&key, &total)?;
-        }
+        let counted = self.counters(id)?;
         self.counters.remove(&key)?;
+        if let (Some(pod), Some(counted)) = (self.pod(id)?, counted) {
+            self.add_to_total(pod.tenant, counted)?;
+        }
+        self.pods.remove(&key)?;
         self.changed()
+    }
+
+    fn add_to_total(&self, tenant: Tenant, counted: Counters) -> Result<(), MapError> {
+        let key = tenant.to_ne_bytes();
+        let mut sum = Counters::default();
+        sum.add(&counted.encode());
+        if let Some(before) = self.totals.get(&key)? {
+            sum.add(&before);
+        }
+        self.totals.put(&key, &sum.encode())
     }
 
     /// A pod.

@@ -6,7 +6,6 @@
 //! every template's key.
 
 use std::fs;
-use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
@@ -15,16 +14,16 @@ use nix::unistd::{Whence, lseek};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use crate::command::{command, output, repository, run, target};
-use crate::deps;
+use crate::command::{command, repository, run, target};
+use crate::cpio::Cpio;
+use crate::kernel::{self, Kernel};
 
-/// Kernel package and the Debian release that carries it.
+/// The Debian release that carries the kernel.
 const RELEASE: &str = "bookworm-backports";
-const METAPACKAGE: &str = "linux-image-cloud-amd64";
 /// Oldest kernel that serves: EROFS on file-backed mounts, cgroup v2 as the agent uses it.
 const OLDEST: (u32, u32) = (6, 12);
 /// What the agent's static build runs on.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+pub const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Modules that the guest needs; what they depend on is found.
 const MODULES: &[&str] = &[
     "virtio_mmio",
@@ -104,76 +103,28 @@ fn build_agent() -> Result<PathBuf> {
     Ok(stripped)
 }
 
-/// A program that needs no libraries, with nothing of this machine's paths in it.
-pub fn build_static(package: &str) -> Result<PathBuf> {
-    let mut build =
-        command("cargo", &["build", "--quiet", "--release", "-p", package, "--target", TARGET]);
+/// Has the compiler make programs that need no libraries, with nothing of this machine's paths in them.
+pub fn static_flags() -> String {
     let remap = format!("--remap-path-prefix={}=joey", repository().display());
     let cargo_home = std::env::var("CARGO_HOME")
         .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))
         .unwrap_or_default();
-    let crates = format!("--remap-path-prefix={cargo_home}=cargo");
-    run(build.env("RUSTFLAGS", format!("-C target-feature=+crt-static {remap} {crates}")))?;
+    format!("-C target-feature=+crt-static {remap} --remap-path-prefix={cargo_home}=cargo")
+}
+
+/// A program that needs no libraries, with nothing of this machine's paths in it.
+pub fn build_static(package: &str) -> Result<PathBuf> {
+    let mut build =
+        command("cargo", &["build", "--quiet", "--release", "-p", package, "--target", TARGET]);
+    run(build.env("RUSTFLAGS", static_flags()))?;
     Ok(target().join(TARGET).join("release").join(package))
 }
 
-struct Kernel {
-    package: String,
-    version: String,
-    vmlinuz: PathBuf,
-    tree: PathBuf,
-}
-
-/// Downloads and unpacks the kernel's package once; a newer one is fetched when the folder is gone.
+/// The guest's kernel.
 fn unpack_kernel() -> Result<Kernel> {
-    let unpacked = deps::folder().join("kernel");
-    if !unpacked.join("root").exists() {
-        eprintln!("guest: fetching the kernel from {RELEASE}");
-        let config = deps::private_apt("kernel", &[RELEASE])?;
-        let depends = apt_cache(&config, &["depends", METAPACKAGE])?;
-        let package = depends
-            .split_whitespace()
-            .find(|word| word.starts_with("linux-image-") && *word != METAPACKAGE)
-            .with_context(|| format!("{METAPACKAGE} depends on no kernel"))?
-            .to_owned();
-        let work = deps::folder().join("kernel.new");
-        let _ = fs::remove_dir_all(&work);
-        fs::create_dir_all(&work)?;
-        run(deps::apt(Some(&config), &["download", "-qq", &package]).current_dir(&work))?;
-        let deb = fs::read_dir(&work)?
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-            .context("no kernel package was downloaded")?;
-        run(command("dpkg", &["-x"]).arg(&deb).arg(work.join("root")))?;
-        let version = output(command("dpkg-deb", &["-f"]).arg(&deb).arg("Version"))?;
-        fs::write(work.join("version"), format!("{package}\n{}\n", version.trim()))?;
-        fs::remove_file(deb)?;
-        let _ = fs::remove_dir_all(&unpacked);
-        fs::rename(&work, &unpacked)?;
-    }
-    let named = fs::read_to_string(unpacked.join("version"))?;
-    let (package, version) = named.trim().split_once('\n').context("kernel: no version noted")?;
-    check_age(version)?;
-    let boot = unpacked.join("root/boot");
-    let vmlinuz = fs::read_dir(&boot)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-")))
-        .with_context(|| format!("no kernel in {}", boot.display()))?;
-    let lib = ["root/lib/modules", "root/usr/lib/modules"].map(|below| unpacked.join(below));
-    let modules = lib.iter().find(|path| path.is_dir()).context("kernel package has no modules")?;
-    let tree = fs::read_dir(modules)?.flatten().next().context("kernel package has no modules")?;
-    Ok(Kernel {
-        package: package.to_owned(),
-        version: version.to_owned(),
-        vmlinuz,
-        tree: tree.path(),
-    })
-}
-
-fn apt_cache(config: &Path, arguments: &[&str]) -> Result<String> {
-    output(command("apt-cache", arguments).env("APT_CONFIG", config))
+    let kernel = kernel::unpack("kernel", RELEASE)?;
+    check_age(&kernel.version)?;
+    Ok(kernel)
 }
 
 fn check_age(version: &str) -> Result<()> {
@@ -263,7 +214,7 @@ fn depends(module: &[u8]) -> Vec<String> {
 
 /// The initramfs: directories, the agent as /init, modules and the order they are loaded in.
 fn archive(agent: &Path, modules: &Modules, blank: &[u8]) -> Result<Vec<u8>> {
-    let mut archive = Cpio { out: Vec::new(), inode: 0 };
+    let mut archive = Cpio::default();
     for folder in ["dev", "lib", "lib/modules", "proc", "run", "sys"] {
         archive.entry(folder, 0o040_755, &[])?;
     }
@@ -274,8 +225,7 @@ fn archive(agent: &Path, modules: &Modules, blank: &[u8]) -> Result<Vec<u8>> {
     for (name, data) in &modules.files {
         archive.entry(&format!("lib/modules/{name}"), 0o100_644, data)?;
     }
-    archive.entry("TRAILER!!!", 0, &[])?;
-    Ok(archive.out)
+    archive.finish()
 }
 
 /// The disk of the container that a waiting machine runs before it is anybody's, and its description:
@@ -358,47 +308,6 @@ fn append_hash_tree(disk: &mut Vec<u8>) -> String {
     let root_hash = levels.last().map(|top| hex(top)).unwrap_or_default();
     disk.extend(levels.into_iter().rev().flatten());
     root_hash
-}
-
-/// Writer of the kernel's `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
-struct Cpio {
-    out: Vec<u8>,
-    inode: u32,
-}
-
-impl Cpio {
-    fn entry(&mut self, name: &str, mode: u32, data: &[u8]) -> Result<()> {
-        self.inode += 1;
-        let fields = [
-            self.inode,
-            mode,
-            0, // uid
-            0, // gid
-            1, // links
-            0, // mtime
-            u32::try_from(data.len()).context("file too large for an initramfs")?,
-            0, // device of the file, major and minor
-            0,
-            0, // device that the file is, major and minor
-            0,
-            u32::try_from(name.len() + 1)?,
-            0, // checksum, unused in this format
-        ];
-        write!(self.out, "070701")?;
-        for field in fields {
-            write!(self.out, "{field:08X}")?;
-        }
-        self.out.extend_from_slice(name.as_bytes());
-        self.out.push(0);
-        self.pad();
-        self.out.extend_from_slice(data);
-        self.pad();
-        Ok(())
-    }
-
-    fn pad(&mut self) {
-        self.out.resize(self.out.len().next_multiple_of(4), 0);
-    }
 }
 
 #[cfg(test)]

@@ -5,8 +5,10 @@
 #![allow(clippy::print_stdout)]
 
 mod command;
+mod cpio;
 mod deps;
 mod guest;
+mod kernel;
 mod node;
 mod rules;
 mod test;
@@ -29,6 +31,8 @@ enum Task {
     Deps,
     /// Build the guest image: kernel and initramfs, in target/guest
     Guest,
+    /// Run the packet programs' tests on Debian's kernels, emulated
+    Kernels,
     /// Run every check: style, lints, unit tests, pods on each containerd
     Test {
         /// Only the node tests whose names hold one of these
@@ -65,6 +69,10 @@ fn run(task: Task) -> Result<bool> {
         Task::Guest => {
             deps::install()?;
             guest::build()?;
+        }
+        Task::Kernels => {
+            deps::install()?;
+            kernel::test_programs()?;
         }
         Task::Test { filters } if filters.is_empty() => return test::all(),
         Task::Test { filters } => test::only_promises(&filters)?,

@@ -32,6 +32,7 @@ use crate::guest::{GuestChannel, GuestError};
 use crate::host::net::{self, Applicant, Wire};
 use crate::host::{self, cgroup};
 use crate::net_limits::NetLimits;
+use crate::policy::tenant;
 use crate::sizing::{self, Sizing};
 use crate::standby::{self, Standby};
 use crate::vmm::{self, Vm, VmSpec};
@@ -97,10 +98,10 @@ impl Wanted {
     /// Who the pod is to the node's policy.
     fn applicant(&self, config: &Config) -> Applicant {
         let pod = self.pod();
-        let said = config.tenant_annotations.iter().find_map(|key| self.annotation(key));
         let namespace = pod.as_ref().map(|(namespace, _)| namespace.as_str());
-        let tenant = said.or(namespace).unwrap_or_default().to_owned();
-        Applicant { tenant, pod }
+        let annotation = |key: &str| self.annotation(key);
+        let tenant = tenant::of(annotation, namespace, &config.tenant_annotations);
+        Applicant { tenant: tenant.unwrap_or_default(), pod }
     }
 }
 

@@ -60,6 +60,7 @@ pub struct Lab {
     /// A host beyond it.
     pub peer: NetNs,
     bpf: TempDir,
+    state: TempDir,
 }
 
 impl Lab {
@@ -71,8 +72,10 @@ impl Lab {
         run(Command::new("mount").args(["-t", "bpf", "bpf"]).arg(bpf.path()))?;
         let node = NetNs::add(format!("{tag}n"))?;
         let peer = NetNs::add(format!("{tag}x"))?;
-        let lab = Self { tag, node, peer, bpf };
-        std::fs::write(lab.file(), format!("bpf_dir = {:?}\n", lab.bpf_dir()))?;
+        let lab = Self { tag, node, peer, bpf, state: TempDir::new()? };
+        // A state of its own: no policy was applied there.
+        let (bpf, state) = (lab.bpf_dir(), lab.state.path());
+        std::fs::write(lab.file(), format!("bpf_dir = {bpf:?}\nstate_dir = {state:?}\n"))?;
         for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
             lab.node.sysctl(key, "1")?;
         }
@@ -96,7 +99,7 @@ impl Lab {
     }
 
     fn file(&self) -> PathBuf {
-        std::env::temp_dir().join(format!("{}.toml", self.tag))
+        self.state.path().join("config.toml")
     }
 
     fn bpf_dir(&self) -> PathBuf {
@@ -108,6 +111,7 @@ impl Lab {
     pub fn config(&self, join: Join) -> Config {
         Config {
             bpf_dir: self.bpf_dir(),
+            state_dir: self.state.path().to_owned(),
             isolation: join == Join::Policy,
             joey: Some(crate::paths::joey()),
             file: Some(self.file()),
@@ -188,7 +192,6 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         let _ = run(Command::new("umount").arg("-l").arg(self.bpf.path()));
-        let _ = std::fs::remove_file(self.file());
     }
 }
 

@@ -4,7 +4,9 @@ use std::fs::OpenOptions;
 use std::path::Path;
 
 use anyhow::Result;
+use joey_ebpf::policy::maps::Maps;
 use joey_shim::config::Config;
+use joey_shim::policy::state::Store;
 use joey_shim::sandbox::pod_disk;
 use joey_shim::vmm::template::TemplateStore;
 use joey_shim::vmm::{accel, qemu};
@@ -88,6 +90,7 @@ fn findings(config: &Config) -> Result<Vec<Finding>> {
         ),
     });
     all.push(ebpf(config));
+    all.push(policy(config));
     all.push(taps(Path::new("/dev/net/tun")));
     all.push(cgroups());
     all.push(match TemplateStore::new(&vmm).map(|store| store.list().len()) {
@@ -107,10 +110,42 @@ fn findings(config: &Config) -> Result<Vec<Finding>> {
 }
 
 fn ebpf(config: &Config) -> Finding {
-    match joey_ebpf::loader::load(&config.bpf_dir) {
-        Ok(path) => finding("eBPF wire", Level::Ok, path.display(), ""),
+    match super::ebpf::load(config) {
+        Ok(path) => finding("eBPF programs", Level::Ok, path.display(), ""),
         Err(error) => {
-            finding("eBPF wire", Level::Missing, error, "mount -t bpf bpf /sys/fs/bpf, as root")
+            finding("eBPF programs", Level::Missing, error, "mount -t bpf bpf /sys/fs/bpf, as root")
+        }
+    }
+}
+
+/// Who may reach whom.
+fn policy(config: &Config) -> Finding {
+    const WHAT: &str = "policy";
+    if !config.isolation {
+        let advice = "set isolation = true, or see to it that the CNI keeps tenants apart";
+        return finding(WHAT, Level::Warning, "isolation is off: every packet passes", advice);
+    }
+    let (store, maps) = (Store::new(&config.state_dir), Maps::open(&config.bpf_dir));
+    let active = maps.map_err(anyhow::Error::from).and_then(|maps| Ok(maps.active()?));
+    let applied =
+        store.policy().and_then(|it| Ok((it.epoch, it.epoch.max(store.identities()?.epoch))));
+    match (active, applied) {
+        (Err(error), _) => finding(WHAT, Level::Missing, error, "joey ebpf load"),
+        (_, Err(error)) => finding(WHAT, Level::Warning, error, "joey policy apply -f FILE"),
+        (Ok(_), Ok((0, _))) => finding(
+            WHAT,
+            Level::Warning,
+            "none applied: pods reach their own tenant and nothing else, no DNS either",
+            "joey policy apply -f FILE; docs/examples/policy has one to begin with",
+        ),
+        (Ok(active), Ok((_, read))) if active.epoch < read => finding(
+            WHAT,
+            Level::Warning,
+            format!("epoch {} is in force, {read} was written down", active.epoch),
+            "joey policy apply -f FILE, once more",
+        ),
+        (Ok(active), Ok(_)) => {
+            finding(WHAT, Level::Ok, format!("epoch {} is in force", active.epoch), "")
         }
     }
 }

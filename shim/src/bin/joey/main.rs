@@ -4,7 +4,10 @@
 
 mod check;
 mod console;
+mod ebpf;
+mod identity;
 mod limit;
+mod policy;
 mod sandboxes;
 mod standby;
 mod templates;
@@ -43,6 +46,12 @@ enum Task {
     /// The eBPF programs that join pods to their VMs and keep tenants apart
     #[command(subcommand)]
     Ebpf(Ebpf),
+    /// Who may reach whom
+    #[command(subcommand)]
+    Policy(policy::Task),
+    /// Who has which address in the cluster
+    #[command(subcommand)]
+    Identity(identity::Task),
     /// Images made of the node's snapshots
     #[command(subcommand)]
     Image(Image),
@@ -118,7 +127,7 @@ fn run(cli: &Cli) -> Result<bool> {
         Task::Template(task) => templates::run(&config, task, cli.json)?,
         Task::Standby(task) => return standby::run(&config, task, cli.json),
         Task::Ebpf(Ebpf::Load) => {
-            let path = joey_ebpf::loader::load(&config.bpf_dir)?;
+            let path = ebpf::load(&config)?;
             if cli.json {
                 println!("{}", serde_json::json!({ "pinned": path }));
             } else {
@@ -138,6 +147,8 @@ fn run(cli: &Cli) -> Result<bool> {
                 println!("{} images removed", removed.len());
             }
         }
+        Task::Policy(task) => return policy::run(&config, task, cli.json),
+        Task::Identity(task) => identity::run(&config, task, cli.json)?,
         Task::Ps => sandboxes::list(&config, cli.json)?,
         Task::Inspect { id } => sandboxes::inspect(&config, id, cli.json)?,
         Task::Limit(limit) => limit::run(&config, limit, cli.json)?,

@@ -101,8 +101,10 @@ pub(super) fn dismiss(place: &PodNetwork) -> Result<(), AdmissionError> {
         other => other?,
     };
     match maps.pod(place.id)? {
-        Some(pod) if pod.since != place.since => Ok(()),
-        _ => Ok(maps.remove_pod(&lock, place.id, &place.addresses)?),
+        Some(pod) if pod.since == place.since => {
+            Ok(maps.remove_pod(&lock, place.id, &place.addresses)?)
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,0 +1,239 @@
+//! From what NetworkPolicies list to rules between classes of pods and classes of peers.
+
+use std::collections::{BTreeSet, HashMap};
+
+use joey_ebpf::policy::abi::{ISOLATED_EGRESS, ISOLATED_INGRESS, Ports, Rule as Entry, Scope};
+
+use super::super::error::PolicyError;
+use super::super::network_policy::{NetworkPolicy, Peer, Port, Rule, Which};
+use super::peers::{Front, Named, PeerId, Peers};
+
+/// Peers that no rule tells apart. Number 0 is the one without anything.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub(in super::super) struct Group {
+    /// Of which peers of rules they are.
+    pub(in super::super) peers: Vec<PeerId>,
+    /// Their ports that have names.
+    pub(in super::super) named: Vec<Named>,
+    /// Of Services: their ports.
+    pub(in super::super) fronts: Option<Vec<Front>>,
+}
+
+/// Pods that the same policies select, and in whose rules names of ports are the same numbers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub(in super::super) struct Class {
+    /// The policies: never none.
+    pub(in super::super) networks: Vec<usize>,
+    /// Ports of the pods whose names are in rules about what may be opened on them.
+    pub(in super::super) named: Vec<Named>,
+}
+
+/// What pods whose policies list the same may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Way {
+    /// Open.
+    Egress,
+    /// Be opened.
+    Ingress,
+}
+
+impl Way {
+    pub(in super::super) const BOTH: [Self; 2] = [Self::Egress, Self::Ingress];
+
+    /// The rules of a policy for it; `None`: the policy is not about it.
+    pub(in super::super) fn rules(self, network: &NetworkPolicy) -> Option<&[Rule]> {
+        match self {
+            Self::Egress => network.egress.as_deref(),
+            Self::Ingress => network.ingress.as_deref(),
+        }
+    }
+
+    pub(in super::super) fn isolated(self) -> u32 {
+        match self {
+            Self::Egress => ISOLATED_EGRESS,
+            Self::Ingress => ISOLATED_INGRESS,
+        }
+    }
+
+    fn scope(self, policy: u32, group: u32) -> Scope {
+        match self {
+            Self::Egress => Scope::Egress { policy, group },
+            Self::Ingress => Scope::Ingress { policy, group },
+        }
+    }
+}
+
+/// In what policies isolate.
+pub(super) fn isolated<'a>(networks: impl Iterator<Item = &'a NetworkPolicy>) -> u32 {
+    let of = |network| {
+        Way::BOTH
+            .iter()
+            .filter(|way| way.rules(network).is_some())
+            .map(|way| way.isolated())
+            .sum::<u32>()
+    };
+    networks.fold(0, |so_far, network| so_far | of(network))
+}
+
+/// What a rule allows between pods of a class and peers of a group. `peer` is the one of the rule's that the
+/// group is; `None` if the rule is about anybody. `group` is `None` for rules that hold for every group.
+pub(in super::super) fn allowed(
+    rule: &Rule,
+    way: Way,
+    class: &Class,
+    peer: Option<&Peer>,
+    group: Option<&Group>,
+) -> Vec<Ports> {
+    let Some(ports) = &rule.ports else { return vec![Ports::Any] };
+    // Behind a Service are pods whose ports are others; for who is meant by its addresses they are not.
+    let fronts = match (way, peer) {
+        (Way::Egress, Some(Peer::Pods(..))) => group.and_then(|group| group.fronts.as_ref()),
+        _ => None,
+    };
+    if let Some(fronts) = fronts {
+        let listed = fronts.iter().filter(|front| ports.iter().any(|port| behind(port, front)));
+        let one = |front: &Front| Ports::range(front.protocol.number(), front.port, front.port);
+        return listed.flat_map(one).collect();
+    }
+    let named = match way {
+        Way::Egress => group.map_or(&[][..], |group| &group.named),
+        Way::Ingress => &class.named,
+    };
+    let one = |port: &Port| match &port.which {
+        Which::All => vec![Ports::Protocol(port.protocol.number())],
+        Which::Range(first, last) => Ports::range(port.protocol.number(), *first, *last),
+        Which::Named(name) => {
+            let is = |it: &&Named| it.0 == *name && it.1 == port.protocol;
+            let number = port.protocol.number();
+            named.iter().filter(is).flat_map(|it| Ports::range(number, it.2, it.2)).collect()
+        }
+    };
+    ports.iter().flat_map(one).collect()
+}
+
+/// Whether a port of a rule lists all that is behind a Service's port.
+fn behind(port: &Port, front: &Front) -> bool {
+    port.protocol == front.protocol
+        && match &port.which {
+            Which::All => true,
+            Which::Range(first, last) => {
+                let mut targets = front.targets.iter();
+                !front.targets.is_empty() && targets.all(|target| (first..=last).contains(&target))
+            }
+            Which::Named(name) => front.names.contains(name),
+        }
+}
+
+/// Rules as they come, counted, so that what is too much is noticed before there is no memory left.
+#[derive(Debug)]
+pub(super) struct Rules {
+    found: HashMap<Scope, BTreeSet<Ports>>,
+    count: usize,
+    most: usize,
+    by: HashMap<String, usize>,
+}
+
+impl Rules {
+    pub(super) fn new(most: usize) -> Self {
+        Self { found: HashMap::new(), count: 0, most, by: HashMap::new() }
+    }
+
+    /// Adds what `of` allows.
+    pub(super) fn add(
+        &mut self,
+        scope: Scope,
+        ports: &[Ports],
+        of: &str,
+    ) -> Result<(), PolicyError> {
+        if ports.is_empty() {
+            return Ok(());
+        }
+        let known = self.found.entry(scope).or_default();
+        if known.contains(&Ports::Any) {
+            return Ok(());
+        }
+        if ports.contains(&Ports::Any) {
+            self.count -= known.len();
+            known.clear();
+        }
+        let before = known.len();
+        known.extend(ports.iter().filter(|it| !ports.contains(&Ports::Any) || **it == Ports::Any));
+        let more = known.len() - before;
+        self.count += more;
+        if more > 0 {
+            match self.by.get_mut(of) {
+                Some(count) => *count += more,
+                None => drop(self.by.insert(of.to_owned(), more)),
+            }
+        }
+        if self.count > self.most {
+            let largest = self.by.iter().max_by_key(|(name, count)| (**count, *name));
+            let (count, most) = (self.count, self.most);
+            let largest =
+                largest.map_or_else(String::new, |(name, count)| format!("{name} ({count})"));
+            return Err(PolicyError::TooMany { what: "rules", count, most, largest });
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish(self) -> Vec<Entry> {
+        let all = self.found.into_iter();
+        let mut rules: Vec<Entry> = all
+            .flat_map(|(scope, all)| all.into_iter().map(move |ports| Entry { scope, ports }))
+            .collect();
+        rules.sort();
+        rules
+    }
+}
+
+/// Adds the rules of all classes. Classes have their numbers with them.
+pub(super) fn of_classes(
+    rules: &mut Rules,
+    networks: &[NetworkPolicy],
+    peers: &Peers<'_>,
+    classes: &[(u32, &Class)],
+    groups: &[Group],
+) -> Result<(), PolicyError> {
+    let mut of_peer: HashMap<PeerId, Vec<u32>> = HashMap::new();
+    let mut of_name: HashMap<&str, Vec<u32>> = HashMap::new();
+    for (number, group) in groups.iter().enumerate() {
+        for id in &group.peers {
+            of_peer.entry(*id).or_default().push(number as u32);
+        }
+        let names: BTreeSet<&str> = group.named.iter().map(|named| named.0.as_str()).collect();
+        for name in names {
+            of_name.entry(name).or_default().push(number as u32);
+        }
+    }
+    let mut add = |way: Way, policy, group, class: &Class, network: usize, peer, rule| {
+        let behind = groups.get(group as usize).filter(|_| group != 0);
+        let ports = allowed(rule, way, class, peer, behind);
+        rules.add(way.scope(policy, group), &ports, &networks[network].label)
+    };
+    for (policy, class) in classes {
+        for (way, at) in
+            Way::BOTH.iter().flat_map(|way| class.networks.iter().map(|at| (*way, *at)))
+        {
+            for rule in way.rules(&networks[at]).unwrap_or_default() {
+                let Some(listed) = &rule.peers else {
+                    add(way, *policy, 0, class, at, None, rule)?;
+                    let names = rule.ports.iter().flatten().filter_map(|port| match &port.which {
+                        Which::Named(name) if way == Way::Egress => Some(name.as_str()),
+                        _ => None,
+                    });
+                    for group in names.filter_map(|name| of_name.get(name)).flatten() {
+                        add(way, *policy, *group, class, at, None, rule)?;
+                    }
+                    continue;
+                };
+                for peer in listed {
+                    let groups = peers.id(peer).and_then(|id| of_peer.get(&id));
+                    for group in groups.into_iter().flatten() {
+                        add(way, *policy, *group, class, at, Some(peer), rule)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

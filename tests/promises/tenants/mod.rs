@@ -1,0 +1,159 @@
+//! Who reaches whom: tenants apart, the node's policy and NetworkPolicies, no gap whoever is killed, and all
+//! of it seen.
+
+mod gaps;
+mod policy;
+mod seeing;
+mod spoofing;
+
+use std::fs;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use joey_tests::node::config;
+use joey_tests::pod::{self, Container, Pod};
+
+use crate::context::{Context, Test, skip};
+
+pub const TESTS: &[Test] = &[
+    Test { name: "tenants::apart", run: policy::apart },
+    Test { name: "tenants::of_annotations", run: policy::of_annotations },
+    Test { name: "tenants::allowed_and_revoked", run: policy::allowed_and_revoked },
+    Test { name: "tenants::network_policy", run: policy::network_policy },
+    Test { name: "tenants::bad_policies", run: policy::bad_policies },
+    Test { name: "tenants::applied_under_load", run: policy::applied_under_load },
+    Test { name: "tenants::spoofing", run: spoofing::spoofing },
+    Test { name: "tenants::no_gap_at_the_start", run: gaps::at_the_start },
+    Test { name: "tenants::no_gap_by_kills", run: gaps::by_kills },
+    Test { name: "tenants::counted_as_captured", run: seeing::counted_as_captured },
+    Test { name: "tenants::flows", run: seeing::flows },
+    Test { name: "tenants::limits", run: seeing::limits },
+];
+
+/// How long a refused connection is waited for, in seconds: nothing answers.
+const PATIENCE: &str = "2";
+
+/// A pod of a namespace, with a web server on both families and a shell to ask others from.
+struct Peer<'n> {
+    pod: Pod<'n>,
+    shell: Container<'n>,
+    addresses: Vec<String>,
+}
+
+impl<'n> Peer<'n> {
+    fn run(ctx: &Context<'n>, name: &str, namespace: &str) -> Result<Self> {
+        Self::annotated(ctx, name, namespace, &[])
+    }
+
+    fn annotated(
+        ctx: &Context<'n>,
+        name: &str,
+        namespace: &str,
+        annotations: &[(&str, &str)],
+    ) -> Result<Self> {
+        let mut config = pod::config(ctx.node, name);
+        if let Some(metadata) = &mut config.metadata {
+            namespace.clone_into(&mut metadata.namespace);
+        }
+        let annotations = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        config.annotations.extend(annotations);
+        let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
+        let serve =
+            "httpd -p '[::]:80' -h /www && httpd -p '[::]:81' -h /www && echo up && sleep 10000";
+        let mut container = pod::script("server", serve);
+        let capabilities = pod::security(&mut container).capabilities.get_or_insert_default();
+        capabilities.add_capabilities = vec!["NET_ADMIN".into(), "NET_RAW".into()];
+        let shell = pod.start(&container)?;
+        shell.wait_output("up", pod::SOON)?;
+        let addresses = pod.addresses()?;
+        Ok(Self { pod, shell, addresses })
+    }
+
+    /// Whether this pod gets an answer from the web server at an address.
+    fn reaches(&self, address: &str, port: u16) -> Result<bool> {
+        let url = url(address, port);
+        let answer = self.shell.exec(&["wget", "-T", PATIENCE, "-qO-", &url])?;
+        Ok(answer.code == 0 && answer.text().contains("hello from the pod"))
+    }
+
+    /// Whether an address answers this pod's ping.
+    fn pings(&self, address: &str) -> Result<bool> {
+        Ok(self.shell.exec(&["ping", "-c", "1", "-W", PATIENCE, address])?.code == 0)
+    }
+
+    /// Checks for both families whether this pod reaches another.
+    fn expect(&self, other: &Peer<'_>, port: u16, expected: bool) -> Result<()> {
+        for address in &other.addresses {
+            let reached = self.reaches(address, port)?;
+            ensure!(
+                reached == expected,
+                "{} {} {address} port {port}",
+                self.addresses[0],
+                if reached { "reaches" } else { "does not reach" }
+            );
+        }
+        Ok(())
+    }
+
+    fn remove(self) -> Result<()> {
+        self.pod.remove()
+    }
+}
+
+fn url(address: &str, port: u16) -> String {
+    match address.contains(':') {
+        true => format!("http://[{address}]:{port}/"),
+        false => format!("http://{address}:{port}/"),
+    }
+}
+
+/// The node's policy as tests change it; the node's own is applied again in the end.
+struct Policy<'a, 'n> {
+    ctx: &'a Context<'n>,
+}
+
+impl<'a, 'n> Policy<'a, 'n> {
+    fn new(ctx: &'a Context<'n>) -> Self {
+        Self { ctx }
+    }
+
+    /// Applies the node's own documents and more.
+    fn apply(&self, more: &str) -> Result<String> {
+        let path = self.ctx.node.dir().join("more.yaml");
+        fs::write(&path, format!("{}{more}", config::POLICY))?;
+        self.ctx.node.joey(&["policy", "apply", "-f", &path.to_string_lossy()])
+    }
+
+    /// Says who peers are, in the words of `kubectl get … -o json`.
+    fn identities(&self, list: &serde_json::Value) -> Result<String> {
+        let path = self.ctx.node.dir().join("pods.json");
+        fs::write(&path, list.to_string())?;
+        self.ctx.node.joey(&["identity", "apply", "-f", &path.to_string_lossy()])
+    }
+}
+
+impl Drop for Policy<'_, '_> {
+    fn drop(&mut self) {
+        let _ = self.apply("");
+        let _ = self.identities(&serde_json::json!({"kind": "List", "items": []}));
+        for file in ["more.yaml", "pods.json"] {
+            let _ = fs::remove_file(self.ctx.node.dir().join(file));
+        }
+    }
+}
+
+/// What `joey` prints with `--json`, as it is.
+fn told(ctx: &Context<'_>, arguments: &[&str]) -> Result<serde_json::Value> {
+    let text = ctx.node.joey(&[arguments, &["--json"]].concat())?;
+    serde_json::from_str(&text).with_context(|| format!("joey {arguments:?} printed {text}"))
+}
+
+/// Leaves the test unless the handler is Joey's.
+fn only_joey(ctx: &Context<'_>) -> Result<()> {
+    if ctx.handler == "runc" {
+        return skip("runc's pods are on the CNI's network as it is");
+    }
+    if !ctx.node.dir().join("policy.yaml").exists() {
+        bail!("the node has no policy");
+    }
+    Ok(())
+}

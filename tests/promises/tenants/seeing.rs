@@ -1,0 +1,118 @@
+//! What is counted is what passed, to the packet; flows have both ends' names; limits are set where they act.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use joey_tests::capture::{Capture, Seen};
+use serde_json::Value;
+
+use super::{Context, Peer, only_joey, told};
+use crate::context::{holds, same};
+
+/// One pod's line of `joey top`.
+fn counted(ctx: &Context<'_>, pod: &str) -> Result<Value> {
+    let all = told(ctx, &["top", "--once"])?;
+    let pods = all["pods"].as_array().with_context(|| format!("no pods: {all}"))?;
+    let found = pods.iter().find(|line| line["pod"] == pod);
+    Ok(found.with_context(|| format!("no {pod}: {all}"))?.clone())
+}
+
+/// The numbers of packets and bytes in both directions, beside those of a packet capture on the node's side.
+pub fn counted_as_captured(ctx: &Context<'_>) -> Result<()> {
+    only_joey(ctx)?;
+    let (red, friend) = (Peer::run(ctx, "red", "red")?, Peer::run(ctx, "friend", "red")?);
+    let capture = Capture::start(ctx.node, &netns(ctx, &red)?)?;
+    let (seen_before, before) = settled(ctx, &capture)?;
+    for _ in 0..3 {
+        red.expect(&friend, 80, true)?;
+        friend.expect(&red, 80, true)?;
+    }
+    red.shell.sh("for i in 1 2 3 4 5; do ping -c 2 -s 3000 10.88.0.1; done")?;
+    let (seen, now) = settled(ctx, &capture)?;
+    ensure!(capture.lost() == 0, "the capture lost {} frames", capture.lost());
+    let both =
+        [("egress", seen_before.sent, seen.sent), ("ingress", seen_before.received, seen.received)];
+    for (direction, before_that, after) in both {
+        for (what, captured) in
+            [("packets", after.0 - before_that.0), ("bytes", after.1 - before_that.1)]
+        {
+            let key = format!("{direction}_{what}");
+            let number =
+                |value: &Value| value[&key].as_u64().with_context(|| format!("no {key}: {value}"));
+            same(&key, number(&now)? - number(&before)?, captured)?;
+            ensure!(captured > 0, "nothing was captured");
+        }
+    }
+    friend.remove()?;
+    red.remove()
+}
+
+/// What was captured and what was counted, once nothing is on its way.
+fn settled(ctx: &Context<'_>, capture: &Capture) -> Result<(Seen, Value)> {
+    let end = Instant::now() + Duration::from_secs(20);
+    let mut last = (capture.seen(), counted(ctx, "red/red")?);
+    loop {
+        std::thread::sleep(Duration::from_millis(300));
+        let now = (capture.seen(), counted(ctx, "red/red")?);
+        if now == last {
+            return Ok(now);
+        }
+        ensure!(Instant::now() < end, "the pods do not fall silent");
+        last = now;
+    }
+}
+
+/// A pod's network namespace, in the node.
+fn netns(ctx: &Context<'_>, peer: &Peer<'_>) -> Result<String> {
+    let told = told(ctx, &["inspect", &peer.pod.id])?;
+    let netns = told["record"]["netns"].as_str();
+    Ok(netns.with_context(|| format!("no network namespace: {told}"))?.to_owned())
+}
+
+/// A flow that was allowed and one that was not, with who was at both ends.
+pub fn flows(ctx: &Context<'_>) -> Result<()> {
+    only_joey(ctx)?;
+    let (red, friend) = (Peer::run(ctx, "red", "red")?, Peer::run(ctx, "friend", "red")?);
+    let blue = Peer::run(ctx, "blue", "blue")?;
+    red.expect(&friend, 80, true)?;
+    blue.expect(&red, 80, false)?;
+    let flows = |arguments: &[&str]| ctx.node.joey(&[&["flows", "--json"], arguments].concat());
+    let allowed = flows(&["--pod", "red/red", "--verdict", "allow"])?;
+    holds("an allowed flow", &allowed, "red/friend")?;
+    let denied = flows(&["--tenant", "blue", "--verdict", "drop"])?;
+    holds("a denied flow", &denied, "red/red")?;
+    // The record of a pod outlives it.
+    blue.remove()?;
+    holds("a flow of the past", &flows(&["--tenant", "blue"])?, "blue/blue")?;
+    let line = allowed.lines().next().context("no flow at all")?;
+    let flow: Value = serde_json::from_str(line)?;
+    ensure!(flow.is_object(), "{line}");
+    friend.remove()?;
+    red.remove()
+}
+
+/// Bits are limited by what waits at the devices, packets by the programs; while the pod runs.
+pub fn limits(ctx: &Context<'_>) -> Result<()> {
+    only_joey(ctx)?;
+    let annotations =
+        [("kubernetes.io/egress-bandwidth", "8M"), ("io.joey.network.ingress-packets", "50")];
+    let red = Peer::annotated(ctx, "red", "red", &annotations)?;
+    let netns = netns(ctx, &red)?;
+    let qdiscs = || -> Result<String> {
+        let shown = ctx.inside("nsenter", &[&format!("--net={netns}"), "tc", "qdisc", "show"])?;
+        Ok(String::from_utf8_lossy(&shown.stdout).into_owned())
+    };
+    holds("at the start", &qdiscs()?, "dev eth0 root refcnt 2 rate 8Mbit")?;
+    ctx.inside("ping", &["-f", "-c", "400", "-w", "3", &red.addresses[0]])?;
+    let line = counted(ctx, "red/red")?.to_string();
+    ensure!(line.contains("Rate") || line.contains("limit"), "{line}");
+    ctx.node.joey(&["limit", &red.pod.id, "--egress-bits", "0", "--ingress-bits", "20M"])?;
+    let changed = qdiscs()?;
+    ensure!(!changed.contains("8Mbit"), "{changed}");
+    holds("changed", &changed, "dev joey0 root refcnt 2 rate 20Mbit")?;
+    match ctx.node.joey(&["limit", &red.pod.id, "--egress-bits", "5"]) {
+        Ok(_) => bail!("5 bits a second were accepted"),
+        Err(error) => holds("refused", &format!("{error:#}"), "egress-bits")?,
+    }
+    red.remove()
+}

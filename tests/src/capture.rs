@@ -1,0 +1,113 @@
+//! What passes a pod's interface, captured on the node's side of it.
+
+use std::io::IoSliceMut;
+use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result};
+use nix::sys::socket::sockopt::{RcvBufForce, ReceiveTimeout};
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recvmsg, setsockopt,
+    socket,
+};
+use nix::sys::time::TimeVal;
+
+use crate::node::Node;
+use crate::sys;
+
+/// `PACKET_OUTGOING`.
+const OUTGOING: u8 = 4;
+
+/// Frames and their bytes.
+pub type Amount = (u64, u64);
+
+/// What was seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// What the pod has sent.
+    pub sent: Amount,
+    /// What was sent to it.
+    pub received: Amount,
+}
+
+#[derive(Default)]
+struct Counts {
+    /// Packets and bytes that the pod has sent, then those that were sent to it.
+    numbers: [AtomicU64; 4],
+    lost: AtomicU64,
+    over: AtomicBool,
+}
+
+/// A capture, until it is dropped.
+pub struct Capture {
+    counts: Arc<Counts>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Capture {
+    /// Begins at the node's end of the interface `eth0` of a pod's network namespace.
+    pub fn start(node: &Node, netns: &str) -> Result<Self> {
+        let mut command = std::process::Command::new("nsenter");
+        command.args([&format!("--net={netns}"), "ip", "-o", "link", "show", "eth0"]);
+        let shown = node.run_inside(command)?;
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        let peer = shown.split_once("@if").and_then(|(_, rest)| rest.split_once(':'));
+        let (index, _) = peer.with_context(|| format!("no other end in {shown:?}"))?;
+        let index: usize = index.parse()?;
+        let socket = node.in_network(|| -> Result<_> {
+            let protocol = SockProtocol::EthAll;
+            let socket =
+                socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
+            setsockopt(&socket, RcvBufForce, &(64 << 20))?;
+            setsockopt(&socket, ReceiveTimeout, &TimeVal::new(0, 50_000))?;
+            let links = nix::ifaddrs::getifaddrs()?;
+            let mut links = links.filter_map(|link| link.address?.as_link_addr().copied());
+            let link = links.find(|link| link.ifindex() == index);
+            bind(socket.as_raw_fd(), &link.with_context(|| format!("no device {index}"))?)?;
+            Ok(socket)
+        })??;
+        let counts = Arc::new(Counts::default());
+        let shared = counts.clone();
+        let thread = std::thread::spawn(move || {
+            while !shared.over.load(Ordering::Relaxed) {
+                let mut byte = [0; 1];
+                let mut part = [IoSliceMut::new(&mut byte)];
+                let (raw, whole) = (socket.as_raw_fd(), MsgFlags::MSG_TRUNC);
+                let frame = recvmsg::<LinkAddr>(raw, &mut part, None, whole);
+                let frame = frame.ok().and_then(|frame| Some((frame.bytes, frame.address?)));
+                // What came between making the socket and binding it was of any device.
+                if let Some((length, from)) = frame.filter(|(_, from)| from.ifindex() == index) {
+                    let place = if from.pkttype() == OUTGOING { 2 } else { 0 };
+                    shared.numbers[place].fetch_add(1, Ordering::Relaxed);
+                    shared.numbers[place + 1].fetch_add(length as u64, Ordering::Relaxed);
+                }
+                let lost = sys::packet_losses(&socket).unwrap_or(1);
+                shared.lost.fetch_add(lost, Ordering::Relaxed);
+            }
+        });
+        Ok(Self { counts, thread: Some(thread) })
+    }
+
+    /// What was seen until now.
+    pub fn seen(&self) -> Seen {
+        let [a, b, c, d] =
+            [0, 1, 2, 3].map(|n: usize| self.counts.numbers[n].load(Ordering::Relaxed));
+        Seen { sent: (a, b), received: (c, d) }
+    }
+
+    /// Frames that came too fast.
+    pub fn lost(&self) -> u64 {
+        self.counts.lost.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.counts.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
