@@ -153,6 +153,19 @@ pub(crate) mod map {
         unsafe { element(BPF_MAP_GET_NEXT_KEY, map, key, next.as_mut_ptr(), 0) }
     }
 
+    /// Makes a table of these sizes that forgets what was used longest ago when it is full.
+    pub(crate) fn forgetful(key: usize, value: usize, entries: u32) -> io::Result<OwnedFd> {
+        /// `BPF_MAP_TYPE_LRU_HASH`.
+        const LRU_HASH: u32 = 9;
+        let (key_size, value_size) = (key as u32, value as u32);
+        let attributes =
+            MapAttributes { kind: LRU_HASH, key_size, value_size, max_entries: entries };
+        // SAFETY: plain numbers.
+        let map = unsafe { bpf(BPF_MAP_CREATE, &attributes) }?;
+        // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(map) })
+    }
+
     /// Opens the map with this id, which is what user space reads of a map in a map.
     pub(crate) fn by_id(id: u32) -> io::Result<OwnedFd> {
         // As the command reads it: id, next id, flags.

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -52,6 +52,16 @@ impl Lock {
         let directory = File::open(directory(bpf_dir))?;
         let lock = Flock::lock(directory, FlockArg::LockExclusive);
         Ok(Self { _directory: lock.map_err(|(_, error)| error)? })
+    }
+}
+
+#[cfg(test)]
+impl Lock {
+    /// For maps that nobody else has.
+    pub(super) fn alone() -> Self {
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        let file = File::from(nix::sys::memfd::memfd_create("lock", flags).unwrap());
+        Self { _directory: Flock::lock(file, FlockArg::LockExclusive).unwrap() }
     }
 }
 
@@ -197,7 +207,9 @@ impl Maps {
     /// Puts an epoch in force whose entries are there, and has every flow be judged by it.
     pub fn activate(&self, _lock: &Lock, epoch: u32) -> Result<(), MapError> {
         let generation = self.active()?.generation.wrapping_add(1);
-        self.active.put(&[0; 4], &Active { epoch, generation }.encode())
+        self.active.put(&[0; 4], &Active { epoch, generation }.encode())?;
+        // Who saw half of that write has judged by one epoch under the other's generation: once more.
+        self.changed()
     }
 
     /// Has flows be judged anew: what was changed before counts from now on.
@@ -476,6 +488,18 @@ impl Maps {
         self.denials.remove(&key.encode()).map(drop)
     }
 
+    /// Makes the tables that are not there yet.
+    pub(super) fn put_tables(&self, entries: u32) -> Result<(), MapError> {
+        for index in 0..TABLES {
+            if self.flows.get(&index.to_ne_bytes())?.is_none() {
+                let table = sys::map::forgetful(44, 56, entries);
+                let table = table.map_err(self.flows.fail("make a table"))?;
+                self.flows.put(&index.to_ne_bytes(), &table.as_raw_fd().to_ne_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
     fn put_counters(&self, id: PodId) -> Result<(), MapError> {
         let zero = vec![0; Counters::SIZE * self.cpus];
         let key = pod_key(id).to_ne_bytes();
@@ -517,7 +541,7 @@ impl Maps {
 }
 
 /// Whether an address is known on one link only, so that it names nobody.
-fn is_link_local(ip: IpAddr) -> bool {
+pub(super) fn is_link_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
