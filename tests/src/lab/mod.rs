@@ -37,6 +37,9 @@ use crate::sys;
 /// The peer's addresses.
 pub const PEER: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 2);
 const PEER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0xffff, 0, 0, 0, 0, 0, 2);
+/// What every pod knows as its router, as with CNI's plugin ptp.
+const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 9, 255, 1);
+const ROUTER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0xffff, 1);
 /// The peer's tenant.
 const OUTSIDE: &str = "outside";
 
@@ -125,9 +128,11 @@ impl Lab {
         let guest = NetNs::add(format!("{}g{number}", self.tag))?;
         self.node.ip(&[
             format!("link add host{number} type veth peer name eth0 netns {}", pod.name()),
-            format!("addr add 10.9.{number}.1/24 dev host{number}"),
-            format!("addr add fd09:{number}::1/64 dev host{number} nodad"),
+            format!("addr add {ROUTER}/32 dev host{number}"),
+            format!("addr add {ROUTER6}/128 dev host{number} nodad"),
             format!("link set host{number} up"),
+            format!("route add 10.9.0.{number}/32 dev host{number}"),
+            format!("route add fd09::{number}/128 dev host{number}"),
         ])?;
         pod.ip(&network(number))?;
         let group = Group::add(&format!("{}p{number}", self.tag))?;
@@ -201,13 +206,15 @@ fn steady(netns: &NetNs) {
 }
 
 /// What sets up a pod's interface, in its namespace or in its VM.
-fn network(number: u8) -> [String; 5] {
+fn network(number: u8) -> [String; 7] {
     [
         "link set eth0 up".to_owned(),
-        format!("addr add 10.9.{number}.2/24 dev eth0"),
-        format!("addr add fd09:{number}::2/64 dev eth0 nodad"),
-        format!("route add default via 10.9.{number}.1"),
-        format!("route add ::/0 via fd09:{number}::1"),
+        format!("addr add 10.9.0.{number}/32 dev eth0"),
+        format!("addr add fd09::{number}/128 dev eth0 nodad"),
+        format!("route add {ROUTER}/32 dev eth0"),
+        format!("route add {ROUTER6}/128 dev eth0"),
+        format!("route add default via {ROUTER}"),
+        format!("route add ::/0 via {ROUTER6}"),
     ]
 }
 
@@ -230,7 +237,7 @@ impl Pod {
     /// Its address.
     #[must_use]
     pub fn address(&self) -> IpAddr {
-        Ipv4Addr::new(10, 9, self.number, 2).into()
+        Ipv4Addr::new(10, 9, 0, self.number).into()
     }
 
     /// The running VM.
