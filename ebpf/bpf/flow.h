@@ -73,8 +73,8 @@ INLINE void flow_of(struct flow_key *key, const struct packet *packet, int sende
 {
 	key->proto = packet->proto;
 	key->family = packet->family;
-	copy_address(key->local, sender == VM ? packet->source : packet->destination);
-	copy_address(key->remote, sender == VM ? packet->destination : packet->source);
+	copy_address(sender == VM ? key->local : key->remote, packet->source);
+	copy_address(sender == VM ? key->remote : key->local, packet->destination);
 }
 
 // The fragments of a packet, as they are written down beside flows.
@@ -197,20 +197,23 @@ INLINE int record(struct counters *count, const struct pod *config, struct cours
 		return ALLOWED;
 	// Who the peer was is asked for again: it was not needed to let the packet through.
 	if (!course->judged)
-		find_peer(&course->peer, in_force().epoch, course->key.family, course->key.remote);
+		verdict(config, in_force().epoch, &course->key, known->opener, &course->peer);
 	tell(count, config, ENDED, course, known);
 	return ALLOWED;
 }
 
-// Remembers that the other fragments of a packet may follow.
-INLINE int expect_fragments(const struct packet *packet, struct course *course, __u32 pod,
-			    __u8 sender)
+// Remembers that the other fragments of a packet may follow. The stack has no room for another key and flow:
+// those of the packet's own are not needed any more.
+INLINE int expect_fragments(const struct packet *packet, struct course *course, __u8 sender)
 {
-	struct flow_key key = { .pod = pod };
-	struct flow first = { .seen = course->next.seen, .begun = course->next.seen };
+	struct flow_key *key = &course->key;
+	struct flow *flow = &course->next;
+	__u64 now = flow->seen;
 
-	fragments_of(&key, packet, sender);
-	return map_update(course->table, &key, &first, BPF_ANY) ? DROP_Fragment : ALLOWED;
+	fragments_of(key, packet, sender);
+	__builtin_memset(flow, 0, sizeof(*flow));
+	flow->seen = flow->begun = now;
+	return map_update(course->table, key, flow, BPF_ANY) ? DROP_Fragment : ALLOWED;
 }
 
 #endif

@@ -180,12 +180,8 @@ INLINE int judge(const struct __sk_buff *skb, const struct pod *config, __u32 po
 	// It is there, which the verifier does not see.
 	if (!course.table)
 		return DROP_NoFlow;
-	if (packet.more) {
-		reason = expect_fragments(&packet, &course, pod, sender);
-		if (reason)
-			return reason;
-	}
-	return record(count, config, &course, sender, skb->len);
+	reason = record(count, config, &course, sender, skb->len);
+	return reason || !packet.more ? reason : expect_fragments(&packet, &course, sender);
 }
 
 INLINE int decide(struct __sk_buff *skb, int sender)

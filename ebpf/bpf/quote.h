@@ -10,10 +10,11 @@
 INLINE int quoted(const struct __sk_buff *skb, const struct packet *packet, int sender,
 		  struct flow_key *key)
 {
-	struct packet inner = { .family = packet->family };
+	int author = sender == VM ? PEER : VM;
+	__u32 *source = author == VM ? key->local : key->remote;
+	__u32 *destination = author == VM ? key->remote : key->local;
 	__u32 at = packet->at + 8;
 	__u8 head[8];
-	int author = sender == VM ? PEER : VM;
 
 	if (packet->fragment != WHOLE)
 		return DROP_Fragment;
@@ -23,31 +24,30 @@ INLINE int quoted(const struct __sk_buff *skb, const struct packet *packet, int 
 		if (read(skb, packet, at, &ip) || ip.version != 0x45 ||
 		    ip.fragment & BE16(0x1fff))
 			return DROP_Quote;
-		inner.source[0] = ip.source;
-		inner.destination[0] = ip.destination;
-		inner.proto = ip.proto;
+		source[0] = ip.source;
+		destination[0] = ip.destination;
+		key->proto = ip.proto;
 		at += sizeof(ip);
 	} else {
 		struct ip6 ip;
 
 		if (read(skb, packet, at, &ip) || ip.version >> 4 != 6)
 			return DROP_Quote;
-		copy_address(inner.source, ip.source);
-		copy_address(inner.destination, ip.destination);
-		inner.proto = ip.next;
+		copy_address(source, ip.source);
+		copy_address(destination, ip.destination);
+		key->proto = ip.next;
 		at += sizeof(ip);
 	}
-	if (!same_address(inner.source, packet->destination) ||
-	    read(skb, packet, at, &head))
+	key->family = packet->family;
+	if (!same_address(source, packet->destination) || read(skb, packet, at, &head))
 		return DROP_Quote;
-	flow_of(key, &inner, author);
-	if (inner.proto == TCP || inner.proto == UDP) {
+	if (key->proto == TCP || key->proto == UDP) {
 		__u16 ports[2];
 
 		__builtin_memcpy(ports, head, sizeof(ports));
 		key->local_port = author == VM ? ports[0] : ports[1];
 		key->remote_port = author == VM ? ports[1] : ports[0];
-	} else if (inner.proto == (packet->family == 4 ? ICMP : ICMP6)) {
+	} else if (key->proto == (packet->family == 4 ? ICMP : ICMP6)) {
 		__u8 asks = packet->family == 4 ? 8 : 128;
 		__u8 answers = packet->family == 4 ? 0 : 129;
 

@@ -131,18 +131,19 @@ INLINE int listed(__u32 policy, const struct peer *peer, const struct attempt *a
 	return allows(attempt, kind, policy, 0) ? ALLOWED : DROP_NetworkPolicy;
 }
 
-// Whether `opener` may open to the other side, at the other side's port; and who the peer is.
-INLINE int verdict(const struct pod *config, __u32 epoch, const struct flow_key *flow, __u8 opener,
-		   struct peer *peer)
+// Whether `opener` may open to the other side, at the other side's port; and who the peer is. A function of
+// its own, which the verifier goes through once, whatever led to it.
+__attribute__((noinline)) int verdict(const struct pod *config, __u32 epoch,
+				      const struct flow_key *flow, __u32 opener, struct peer *peer)
 {
-	struct attempt attempt = {
-		.epoch = epoch,
-		.opener = opener,
-		.proto = flow->proto,
-		.port = opener == VM ? flow->remote_port : flow->local_port,
-	};
+	struct attempt attempt = { .epoch = epoch, .opener = opener };
 	int reason;
 
+	// They are there, which the verifier does not see.
+	if (!config || !flow || !peer)
+		return DROP_Unknown;
+	attempt.proto = flow->proto;
+	attempt.port = opener == VM ? flow->remote_port : flow->local_port;
 	if (flow->proto == ICMP || flow->proto == ICMP6)
 		attempt.port = 0;
 	reason = find_peer(peer, epoch, flow->family, flow->remote);

@@ -153,6 +153,7 @@ pub(crate) mod map {
         unsafe { element(BPF_MAP_GET_NEXT_KEY, map, key, next.as_mut_ptr(), 0) }
     }
 
+    #[cfg(feature = "loader")]
     /// Makes a table of these sizes that forgets what was used longest ago when it is full.
     pub(crate) fn forgetful(key: usize, value: usize, entries: u32) -> io::Result<OwnedFd> {
         /// `BPF_MAP_TYPE_LRU_HASH`.

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -49,19 +49,12 @@ impl Lock {
     /// The policy is not loaded, or the kernel refuses.
     pub fn take(bpf_dir: &Path) -> io::Result<Self> {
         // A BPF file system has no plain files, so the directory itself is what is locked.
-        let directory = File::open(directory(bpf_dir))?;
-        let lock = Flock::lock(directory, FlockArg::LockExclusive);
-        Ok(Self { _directory: lock.map_err(|(_, error)| error)? })
+        Self::of(File::open(directory(bpf_dir))?)
     }
-}
 
-#[cfg(test)]
-impl Lock {
-    /// For maps that nobody else has.
-    pub(super) fn alone() -> Self {
-        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
-        let file = File::from(nix::sys::memfd::memfd_create("lock", flags).unwrap());
-        Self { _directory: Flock::lock(file, FlockArg::LockExclusive).unwrap() }
+    pub(super) fn of(file: File) -> io::Result<Self> {
+        let lock = Flock::lock(file, FlockArg::LockExclusive);
+        Ok(Self { _directory: lock.map_err(|(_, error)| error)? })
     }
 }
 
@@ -500,9 +493,11 @@ impl Maps {
     }
 
     /// Makes the tables that are not there yet.
+    #[cfg(feature = "loader")]
     pub(super) fn put_tables(&self, entries: u32) -> Result<(), MapError> {
         for index in 0..TABLES {
             if self.flows.get(&index.to_ne_bytes())?.is_none() {
+                use std::os::fd::AsRawFd as _;
                 let table = sys::map::forgetful(44, 56, entries);
                 let table = table.map_err(self.flows.fail("make a table"))?;
                 self.flows.put(&index.to_ne_bytes(), &table.as_raw_fd().to_ne_bytes())?;

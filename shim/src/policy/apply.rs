@@ -68,6 +68,13 @@ impl Merged {
                 update(&mut table.content, put, &remove, namespaces);
             }
         }
+        Self::of(documents, table)
+    }
+
+    pub(super) fn of(
+        documents: Stored<Documents>,
+        table: Stored<Table>,
+    ) -> Result<Self, PolicyError> {
         let checked = documents.content.check()?;
         Ok(Self { documents, table, checked })
     }
@@ -105,7 +112,7 @@ fn update(table: &mut Table, put: Vec<Entry>, remove: &[IpAddr], namespaces: Vec
 pub fn apply(config: &Config, change: Change) -> Result<Applied, PolicyError> {
     let fail = |step| {
         let path = config.bpf_dir.clone();
-        move |source| PolicyError::NotLoaded { path, step, source }
+        move |cause| PolicyError::NotLoaded { path, step, cause }
     };
     let lock = Lock::take(&config.bpf_dir).map_err(fail("take its lock"))?;
     let maps = Maps::open(&config.bpf_dir).map_err(fail("open its maps"))?;

@@ -68,3 +68,36 @@ impl TryFrom<Request> for Change {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn change(json: &str) -> Result<Change, String> {
+        let request: Request = serde_json::from_str(json).map_err(|error| error.to_string())?;
+        Change::try_from(request).map_err(str::to_owned)
+    }
+
+    #[test]
+    fn requests_are_one_change_or_none() {
+        let entry = r#"{"address":"10.0.0.1","namespace":"a"}"#;
+        let whole = change(&format!(r#"{{"replace":[{entry}]}}"#)).unwrap();
+        assert!(matches!(whole, Change::Replace { entries, .. } if entries.len() == 1));
+        assert!(matches!(change(r#"{"replace":[]}"#), Ok(Change::Replace { .. })));
+        let some = change(&format!(r#"{{"put":[{entry}],"remove":["fd00::1"]}}"#)).unwrap();
+        assert!(
+            matches!(some, Change::Update { put, remove, .. } if put.len() + remove.len() == 2)
+        );
+        for (json, words) in [
+            ("{}", "nothing to change"),
+            (r#"{"replace":[],"remove":["10.0.0.1"]}"#, "goes alone"),
+            (r#"{"remove":["10.0.0.0/8"]}"#, "invalid IP"),
+            (r#"{"puts":[]}"#, "unknown field"),
+            (r#"{"put":[{"namespace":"a"}]}"#, "address"),
+            ("7", "invalid type"),
+        ] {
+            let error = change(json).unwrap_err();
+            assert!(error.contains(words), "{json}: {error}");
+        }
+    }
+}

@@ -99,6 +99,8 @@ pub(super) fn yaml(origin: &str, text: &str) -> Result<Vec<Value>, PolicyError> 
             max_total_replayed_events: 100_000,
             max_replay_stack_depth: 16,
         },
+        // YAML 1.2: a label `y` is text.
+        strict_booleans: true,
         with_snippet: false,
     };
     let all: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)

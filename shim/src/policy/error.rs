@@ -1,4 +1,6 @@
 //! Why a policy is refused or cannot be applied.
+//!
+//! Messages hold their causes, so that they are whole wherever they are told: on a terminal, in a reply, in a log.
 
 use std::io;
 use std::path::PathBuf;
@@ -9,12 +11,12 @@ use joey_ebpf::policy::maps::MapError;
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyError {
     /// A file cannot be read.
-    #[error("read {path}: {source}")]
+    #[error("read {path}: {cause}")]
     Read {
         /// Which.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Neither YAML nor JSON.
     #[error("{origin}: {message}")]
@@ -82,24 +84,24 @@ pub enum PolicyError {
     #[error(transparent)]
     Map(#[from] MapError),
     /// The maps or their lock cannot be had.
-    #[error("the policy below {path}: {step}: {source}; `joey ebpf load` puts it there")]
+    #[error("the policy below {path}: {step}: {cause}; `joey ebpf load` puts it there")]
     NotLoaded {
         /// `bpf_dir`.
         path: PathBuf,
         /// What was being done.
         step: &'static str,
         /// Why it failed.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The state that was written down cannot be read or written.
-    #[error("{step} {path}: {source}")]
+    #[error("{step} {path}: {cause}")]
     State {
         /// What was being done.
         step: &'static str,
         /// The file.
         path: PathBuf,
         /// Why it failed.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 

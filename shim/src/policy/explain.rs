@@ -69,12 +69,12 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// What was applied last, with the pods that are on this node now.
+    /// What would be in force after a change, with the pods that are on this node now.
     ///
     /// # Errors
-    /// It cannot be read.
-    pub fn open(config: &Config) -> Result<Self, PolicyError> {
-        let merged = Merged::new(&Store::new(&config.state_dir), Change::Restore)?;
+    /// What was applied before cannot be read, or the change is refused.
+    pub fn open(config: &Config, change: Change) -> Result<Self, PolicyError> {
+        let merged = Merged::new(&Store::new(&config.state_dir), change)?;
         let (mut pods, mut locals, mut known) = (HashMap::new(), HashMap::new(), HashMap::new());
         let mut epochs = None;
         match Maps::open(&config.bpf_dir) {
@@ -84,15 +84,15 @@ impl Oracle {
                 epochs = Some((maps.active()?.epoch, merged.epoch()));
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => {
+            Err(cause) => {
                 let (path, step) = (config.bpf_dir.clone(), "open its maps");
-                return Err(PolicyError::NotLoaded { path, step, source });
+                return Err(PolicyError::NotLoaded { path, step, cause });
             }
         }
         Self::new(merged, pods, locals, known, epochs)
     }
 
-    fn new(
+    pub(super) fn new(
         merged: Merged,
         pods: HashMap<PodId, Pod>,
         locals: HashMap<IpAddr, Local>,
@@ -307,9 +307,10 @@ impl Oracle {
             Side::Peer => (tenant, pod.tenant),
         };
         let (from, to) = (self.name(from), self.name(to));
+        let entries = self.merged.input().entries;
+        let known = |name: &str| entries.iter().any(|entry| entry.tenant() == name);
         for (at, allow) in node.allow.iter().enumerate() {
-            if allow.from == from
-                && allow.to == to
+            if allow.is_about(&from, &to, known)
                 && let Some(ports) = find(&allow.ports, attempt)
             {
                 return format!("{label}: spec.allow[{at}]: {from} may open {ports} of {to}");

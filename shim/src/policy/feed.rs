@@ -24,8 +24,6 @@ pub struct Feed {
     pub namespaces: Vec<Namespace>,
     /// Of each entry, when its object was made: of two with one address the later one counts.
     made: HashMap<IpAddr, (bool, String, usize)>,
-    /// Of namespaces: what their annotations say.
-    tenants: HashMap<String, String>,
     objects: Vec<Object>,
 }
 
@@ -183,13 +181,22 @@ impl Feed {
         let objects = std::mem::take(&mut self.objects);
         for object in objects.iter().filter(|object| object.kind == "Namespace") {
             let Metadata { name, labels, .. } = &object.metadata;
-            if let Some(tenant) = annotated(&object.metadata, None, keys) {
-                self.tenants.insert(name.clone(), tenant);
-            }
             let labels = labels.clone().unwrap_or_default();
             self.namespaces.push(Namespace { name: name.clone(), labels });
         }
         for object in &objects {
+            // Who can annotate a pod must not be able to stop the feed: its address is nobody's instead.
+            let tenant = tenant_of(&object.metadata, keys);
+            if let Some(Err(fault)) = tenant.map(|tenant| super::node::name("tenant", tenant)) {
+                let (who, tenant) = (who(&object.kind, &object.metadata), fault.value);
+                tracing::warn!(
+                    who,
+                    tenant,
+                    "its tenant {}: passed over, so it reaches nobody",
+                    fault.reason
+                );
+                continue;
+            }
             match object.kind.as_str() {
                 "Pod" => self.pod(object, keys)?,
                 "Service" => self.service(object, keys)?,
@@ -197,11 +204,6 @@ impl Feed {
             }
         }
         Ok((self.entries, self.namespaces))
-    }
-
-    fn tenant(&self, metadata: &Metadata, keys: &[String]) -> Option<String> {
-        let of_space = self.tenants.get(&metadata.namespace).unwrap_or(&metadata.namespace);
-        annotated(metadata, Some(of_space), keys).filter(|tenant| *tenant != metadata.namespace)
     }
 
     fn pod(&mut self, object: &Object, keys: &[String]) -> Result<(), PolicyError> {
@@ -234,7 +236,7 @@ impl Feed {
                 &object.metadata,
                 Entry {
                     address,
-                    tenant: self.tenant(&object.metadata, keys),
+                    tenant: tenant_of(&object.metadata, keys),
                     namespace: object.metadata.namespace.clone(),
                     name: object.metadata.name.clone(),
                     kind: Kind::Pod,
@@ -271,7 +273,7 @@ impl Feed {
                 &object.metadata,
                 Entry {
                     address,
-                    tenant: self.tenant(&object.metadata, keys),
+                    tenant: tenant_of(&object.metadata, keys),
                     namespace: object.metadata.namespace.clone(),
                     name: object.metadata.name.clone(),
                     kind: Kind::Service,
@@ -304,9 +306,12 @@ impl Feed {
     }
 }
 
-fn annotated(metadata: &Metadata, namespace: Option<&str>, keys: &[String]) -> Option<String> {
+/// As the shim says it of its own pods: by the object's annotations, so not by those of its namespace, which
+/// no node sees.
+fn tenant_of(metadata: &Metadata, keys: &[String]) -> Option<String> {
     let annotation = |key: &str| metadata.annotations.as_ref()?.get(key).map(String::as_str);
-    tenant::of(annotation, namespace, keys)
+    let tenant = tenant::of(annotation, Some(&metadata.namespace), keys);
+    tenant.filter(|tenant| *tenant != metadata.namespace)
 }
 
 fn who(kind: &str, metadata: &Metadata) -> String {

@@ -63,6 +63,9 @@ pub(super) struct Service {
     pub(super) shared: Shared,
 }
 
+/// In `allow`: every tenant that has an address in the identity table.
+pub(super) const EVERY: &str = "*";
+
 /// What a tenant may open to another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Allow {
@@ -178,9 +181,21 @@ impl RawService {
     }
 }
 
+impl Allow {
+    /// Whether it is about these two. `known` says which tenants every one is.
+    pub(super) fn is_about(&self, from: &str, to: &str, known: impl Fn(&str) -> bool) -> bool {
+        let is = |said: &str, name: &str| said == name || (said == EVERY && known(name));
+        is(&self.from, from) && is(&self.to, to)
+    }
+}
+
 impl RawAllow {
     fn check(self) -> Result<Allow, Fault> {
         let (from, to) = (name("from", self.from)?, name("to", self.to)?);
+        if from == EVERY && to == EVERY {
+            let reason = "must be a tenant where from is every one: there would be no tenants";
+            return Err(Fault::new("to", to, reason));
+        }
         if from == to {
             return Err(Fault::new(
                 "to",
@@ -236,7 +251,7 @@ mod tests {
             ("  services: [{name: x, addresses: [10.0.0.0/8], ports: ['443']}]", "443/tcp"),
             ("  services: [{name: x, addresses: [10.0.0.0/8]}]", "one of ports"),
             ("  services: [{name: x, addresses: [], ports: [any]}]", "at least one"),
-            ("  services: [{name: '', addresses: [::], ports: [any]}]", "services[0].name"),
+            ("  services: [{name: '', addresses: ['::'], ports: [any]}]", "services[0].name"),
             (
                 "  services: [{name: x, addresses: [10.0.0.0/8], except: [11.0.0.0/9], ports: [any]}]",
                 "must be a part",
@@ -250,11 +265,12 @@ mod tests {
                 "takes all",
             ),
             (
-                "  services:\n  - {name: x, addresses: [::], ports: [any]}\n  - {name: x, addresses: [::], ports: [any]}",
+                "  services:\n  - {name: x, addresses: ['::'], ports: [any]}\n  - {name: x, addresses: ['::'], ports: [any]}",
                 "services[1].name",
             ),
             ("  service: []", "unknown field `service`"),
             ("  allow: [{from: a, to: a, ports: [any]}]", "within a tenant"),
+            ("  allow: [{from: '*', to: '*', ports: [any]}]", "no tenants"),
             ("  allow: [{from: a, to: b, ports: []}]", "allow[0].ports"),
             ("  allow: [{from: a, to: ' b', ports: [any]}]", "allow[0].to"),
             ("  allow: [{from: a, to: b, ports: [any], ports: [any]}]", "node.yaml"),

@@ -1,6 +1,6 @@
 //! Kubernetes label selectors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Deserialize;
 
@@ -100,6 +100,50 @@ impl Selector {
             Requirement::Exists(key) => labels.contains_key(key),
             Requirement::DoesNotExist(key) => !labels.contains_key(key),
         })
+    }
+}
+
+/// Selectors to be found by a pod's labels without a look at each: policies of thousands of peers are not
+/// compared with thousands of pods one by one.
+#[derive(Debug)]
+pub(super) struct Index<'a, T> {
+    by_label: HashMap<(&'a str, &'a str), Vec<(&'a Selector, T)>>,
+    /// Those that require no label to have a value.
+    others: Vec<(&'a Selector, T)>,
+}
+
+impl<T> Default for Index<'_, T> {
+    fn default() -> Self {
+        Self { by_label: HashMap::new(), others: Vec::new() }
+    }
+}
+
+impl<'a, T: Copy + Ord> Index<'a, T> {
+    pub(super) fn add(&mut self, selector: &'a Selector, what: T) {
+        let required = selector.0.iter().find_map(|requirement| match requirement {
+            Requirement::In(key, values) => Some((key, values)),
+            _ => None,
+        });
+        let Some((key, values)) = required else {
+            self.others.push((selector, what));
+            return;
+        };
+        for value in values {
+            self.by_label.entry((key, value)).or_default().push((selector, what));
+        }
+    }
+
+    /// Whose selectors select these labels: sorted.
+    pub(super) fn matching(&self, labels: &Labels) -> Vec<T> {
+        let by_label = labels
+            .iter()
+            .filter_map(|(key, value)| self.by_label.get(&(key.as_str(), value.as_str())));
+        let candidates = by_label.flatten().chain(&self.others);
+        let matching = candidates.filter(|(selector, _)| selector.matches(labels));
+        let mut matching: Vec<T> = matching.map(|(_, what)| *what).collect();
+        matching.sort_unstable();
+        matching.dedup();
+        matching
     }
 }
 

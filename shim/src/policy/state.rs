@@ -24,7 +24,7 @@ const VERSION: u32 = 1;
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Applied<T> {
-    version: u32,
+    pub(super) version: u32,
     /// With which epoch.
     pub epoch: u32,
     /// When, in seconds since 1970.
@@ -53,7 +53,7 @@ impl<T> Applied<T> {
     /// The same as applied with this epoch: now, or `again` what was before.
     pub(super) fn stamped(self, epoch: u32, again: bool) -> Self {
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let at = if again && self.version == VERSION { self.at } else { now() };
+        let at = if again { self.at } else { now() };
         Self { version: VERSION, epoch, at, content: self.content }
     }
 }
@@ -85,7 +85,7 @@ impl Store {
 
     fn fail(&self, step: &'static str, name: &str) -> impl FnOnce(io::Error) -> PolicyError {
         let path = self.directory.join(name);
-        move |source| PolicyError::State { step, path, source }
+        move |cause| PolicyError::State { step, path, cause }
     }
 
     fn read<T: DeserializeOwned + Default>(&self, name: &str) -> Result<Applied<T>, PolicyError> {

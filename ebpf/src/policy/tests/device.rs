@@ -10,14 +10,13 @@ use nix::sys::socket::{
 
 use super::cases::*;
 use super::frames::*;
-use super::{Model, World, tell};
+use super::{Model, World, alone, tell};
 use crate::attach::{carry, detach, partner};
 use crate::netlink::{Message, Socket};
 use crate::policy::Reason;
 use crate::policy::abi::Side;
 use crate::policy::attach::attach;
 use crate::policy::loader::Policy;
-use crate::policy::maps::Lock;
 use crate::route;
 
 /// Indices of the pod's interface and of the device that stands for the node's end of it. Those of the
@@ -172,7 +171,7 @@ fn judged_on_devices() {
     let open = out(Ip::new(nets()[0].own, nets()[0].friend, TCP), &tcp(1, 2, SYN));
     wires.check(Side::Vm, &open, Ok(()));
     let strays = wires.policy.maps.counters(0).unwrap().unwrap().dropped(Side::Vm, Reason::NoPod);
-    wires.policy.maps.remove_pod(&Lock::alone(), POD_ID, &own).unwrap();
+    wires.policy.maps.remove_pod(&alone(), POD_ID, &own).unwrap();
     let arrived = received(NODE);
     sendto(wires.socket.as_raw_fd(), &open, &link(partner(NODE)), MsgFlags::empty()).unwrap();
     let after = wires.policy.maps.counters(0).unwrap().unwrap().dropped(Side::Vm, Reason::NoPod);

@@ -5,6 +5,7 @@ use std::io;
 use std::net::IpAddr;
 
 use aya::maps::{MapData, RingBuf};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::Reason;
 use super::abi::{
@@ -45,6 +46,12 @@ fn now() -> u64 {
 fn pod(tenant: Tenant, mac: [u8; 6]) -> Pod {
     let since = now().wrapping_sub(1 << 62);
     Pod { since, name: 0, tenant, space: 0, table: 0, limited: false, mac }
+}
+
+/// For maps that nobody else has.
+fn alone() -> Lock {
+    let file = memfd_create("lock", MFdFlags::MFD_CLOEXEC).unwrap();
+    Lock::of(file.into()).unwrap()
 }
 
 /// One port of a protocol, or all for 0.
@@ -93,7 +100,7 @@ impl World {
     }
 
     fn pod(&mut self, id: PodId, pod: Pod, addresses: &[IpAddr]) {
-        self.maps().put_pod(&Lock::alone(), id, &pod, addresses).unwrap();
+        self.maps().put_pod(&alone(), id, &pod, addresses).unwrap();
         self.model.pods.insert(id, pod);
         self.model.addresses.extend(addresses.iter().map(|address| (id, *address)));
         let local = Local { name: pod.name, tenant: pod.tenant, pod: id };
@@ -104,7 +111,7 @@ impl World {
     fn remove_pod(&mut self, id: PodId) {
         let own = self.model.addresses.iter().filter(|(pod, _)| *pod == id);
         let own: Vec<_> = own.map(|(_, address)| *address).collect();
-        self.maps().remove_pod(&Lock::alone(), id, &own).unwrap();
+        self.maps().remove_pod(&alone(), id, &own).unwrap();
         self.model.pods.remove(&id);
         self.model.addresses.retain(|(pod, _)| *pod != id);
         self.model.tables.locals.retain(|_, local| local.pod != id);
@@ -112,7 +119,7 @@ impl World {
     }
 
     fn node_address(&mut self, address: IpAddr) {
-        self.maps().put_node_addresses(&Lock::alone(), &[address]).unwrap();
+        self.maps().put_node_addresses(&alone(), &[address]).unwrap();
         let node = Local { name: 0, tenant: 0, pod: 0 };
         self.model.tables.locals.entry(address).or_insert(node);
     }
@@ -153,7 +160,7 @@ impl World {
         }
         self.epoch += 1;
         self.write(self.epoch);
-        let lock = Lock::alone();
+        let lock = alone();
         self.maps().activate(&lock, self.epoch).unwrap();
         self.maps().keep_only(&lock, self.epoch).unwrap();
     }
@@ -263,7 +270,7 @@ impl World {
             self.remove_pod(pod);
         }
         let nodes: Vec<_> = self.model.tables.locals.keys().copied().collect();
-        self.maps().remove_node_addresses(&Lock::alone(), &nodes).unwrap();
+        self.maps().remove_node_addresses(&alone(), &nodes).unwrap();
         self.model.tables = Tables::default();
         self.changed = true;
     }

@@ -12,7 +12,6 @@ use joey_shim::policy::apply::{apply, rehearse};
 use joey_shim::policy::entry::{Entry, Kind, Namespace};
 use joey_shim::policy::feed::Feed;
 use joey_shim::policy::state::Store;
-use joey_shim::policy::tenant::default_annotations;
 use joey_shim::policy::{Change, Request};
 
 use super::policy::{MOST_IDENTITIES, ago, read, told};
@@ -45,14 +44,14 @@ pub(crate) enum Task {
 pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
     match task {
         Task::Apply { files, dry_run } => {
-            let (entries, namespaces) = gather(files)?;
-            let what = format!("{} identities", entries.len());
+            let (entries, namespaces) = gather(config, files)?;
+            let what = format!("{} addresses", entries.len());
             let change = Change::Replace { entries, namespaces };
             let applied = if *dry_run { rehearse(config, change)? } else { apply(config, change)? };
             told(&applied, &what, *dry_run, json);
         }
         Task::Feed { files } => {
-            let (entries, namespaces) = gather(files)?;
+            let (entries, namespaces) = gather(config, files)?;
             feed(config, entries, namespaces, json)?;
         }
         Task::Show => show(config, json)?,
@@ -60,12 +59,12 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn gather(files: &[PathBuf]) -> Result<(Vec<Entry>, Vec<Namespace>)> {
+fn gather(config: &Config, files: &[PathBuf]) -> Result<(Vec<Entry>, Vec<Namespace>)> {
     let mut feed = Feed::default();
     for (name, text) in read(files, MOST_IDENTITIES)? {
         feed.read(&name, &text)?;
     }
-    let (entries, namespaces) = feed.finish(&default_annotations())?;
+    let (entries, namespaces) = feed.finish(&config.tenant_annotations)?;
     ensure!(
         !entries.is_empty(),
         "nobody has an address in the files; with an empty table pods would reach no other node"
@@ -102,7 +101,7 @@ fn feed(
         println!("{reply}");
     } else {
         let epoch = reply.get("epoch").unwrap_or(&serde_json::Value::Null);
-        println!("{count} identities are in force: epoch {epoch}");
+        println!("in force: {count} addresses, in epoch {epoch}");
     }
     Ok(())
 }

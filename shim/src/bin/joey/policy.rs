@@ -49,6 +49,9 @@ pub(crate) struct Test {
     /// What is opened: 443/tcp, 53/udp, icmp
     #[arg(long)]
     port: String,
+    /// Ask these documents and not those in force; may be repeated
+    #[arg(short, long = "filename")]
+    files: Vec<PathBuf>,
     /// The other side opens, on the pod's port
     #[arg(long, requires = "pod")]
     inbound: bool,
@@ -57,10 +60,7 @@ pub(crate) struct Test {
 pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<bool> {
     match task {
         Task::Apply { files, dry_run } => {
-            let mut documents = Documents::default();
-            for (name, text) in read(files, MOST_BYTES)? {
-                documents.read(&name, &text)?;
-            }
+            let documents = documents(files)?;
             let count = documents.0.len();
             ensure!(
                 count > 0,
@@ -68,12 +68,26 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<bool> {
             );
             let change = Change::Policy(documents);
             let applied = if *dry_run { rehearse(config, change)? } else { apply(config, change)? };
-            told(&applied, &format!("{count} documents"), *dry_run, json);
+            let plural = if count == 1 { "" } else { "s" };
+            told(&applied, &format!("{count} document{plural}"), *dry_run, json);
         }
         Task::Show => show(config, json)?,
         Task::Test(test) => return ask(config, test, json),
     }
     Ok(true)
+}
+
+/// The documents of the files.
+fn documents(files: &[PathBuf]) -> Result<Documents> {
+    let mut documents = Documents::default();
+    for (name, text) in read(files, MOST_BYTES)? {
+        documents.read(&name, &text)?;
+    }
+    ensure!(
+        !documents.0.is_empty(),
+        "there are no documents in the files; one of kind NodePolicy with spec: {{}} is a policy"
+    );
+    Ok(documents)
 }
 
 /// The files' names and contents.
@@ -110,10 +124,12 @@ pub(super) fn told(applied: &Applied, what: &str, dry_run: bool, json: bool) {
             })
         );
     } else if dry_run {
-        println!("{what} are fine: {identities} identities, {rules} rules; nothing was changed");
+        println!(
+            "fine: {what}, which makes {identities} identities and {rules} rules; nothing was changed"
+        );
     } else {
         println!(
-            "{what} are in force: epoch {epoch}, {identities} identities, {rules} rules, {milliseconds:.1} ms"
+            "in force: {what}, in epoch {epoch} with {identities} identities and {rules} rules; {milliseconds:.1} ms"
         );
     }
 }
@@ -218,7 +234,11 @@ fn addresses(oracle: &Oracle, side: &str) -> Result<Vec<IpAddr>> {
 
 fn ask(config: &Config, test: &Test, json: bool) -> Result<bool> {
     let (mut proto, port) = parse_port(&test.port).map_err(anyhow::Error::msg)?;
-    let oracle = Oracle::open(config)?;
+    let change = match test.files.is_empty() {
+        true => Change::Restore,
+        false => Change::Policy(documents(&test.files)?),
+    };
+    let oracle = Oracle::open(config, change)?;
     let one = test.pod.as_deref().or(test.from.as_deref()).unwrap_or_default();
     let (one, other) = (addresses(&oracle, one)?, addresses(&oracle, &test.to)?);
     let family = |a: &IpAddr, b: &IpAddr| a.is_ipv4() == b.is_ipv4();

@@ -21,11 +21,12 @@ use super::document::Checked;
 use super::entry::{Entry, Kind, Namespace};
 use super::error::PolicyError;
 use super::network_policy::{NetworkPolicy, Peer, Which};
-use super::node::NodePolicy;
+use super::node::{EVERY, NodePolicy};
 use super::selector::Labels;
 
 use self::peers::{Facts, Peers};
 use self::prefixes::Cuts;
+use self::rules::Tenancy;
 pub(super) use self::rules::{Class, Group, Way, allowed};
 
 /// Most identities and most rules: half of what the maps hold, as while one policy takes another's place both
@@ -121,63 +122,16 @@ pub fn compile(
     let networks = &input.documents.networks[..];
     let by_address = check_entries(input.entries)?;
     let namespaces = namespaces(&input, networks);
-    let mut peers = Peers::new(networks, &namespaces, input.entries);
+    let peers = Peers::new(networks, &namespaces, input.entries);
+    let cuts = cuts(node, peers.all(), input.entries);
 
-    // What may hold of addresses: services first, then blocks of addresses.
-    let mut cuts = Cuts::default();
-    let services = node.services.len() as u32;
-    for (at, service) in (0..).zip(&node.services) {
-        service.addresses.iter().for_each(|prefix| cuts.begin(*prefix, at));
-        service.except.iter().for_each(|prefix| cuts.end(*prefix, at));
-    }
-    for (id, peer) in (services..).zip(peers.all()) {
-        if let Peer::Block { cidr, except } = peer {
-            cuts.begin(*cidr, id);
-            except.iter().for_each(|prefix| cuts.end(*prefix, id));
-        }
-    }
-    input.entries.iter().for_each(|entry| cuts.cut(cidr::host(entry.address)));
-
-    let mut tenants: HashMap<&str, u32> = HashMap::new();
-    let mut classes = Numbers::new();
-    let mut groups = Numbers::new();
-    let mut services_of = Numbers::new();
-    // Number 0 of each is nothing.
-    groups.of(Group::default());
-    classes.of(Class::default());
+    let mut namer = Namer::new(networks, node.services.len() as u32, peers);
     let mut identities: Vec<(Prefix, Identity)> = Vec::new();
     let mut values: Vec<Identity> = Vec::new();
     for (prefix, holds, outer) in cuts.resolve() {
-        let split = holds.partition_point(|what| *what < services);
-        let covering: Vec<usize> = holds[..split].iter().map(|at| *at as usize).collect();
-        let service = if covering.is_empty() { 0 } else { FIRST_CLASS + services_of.of(covering) };
-        let mut group = Group::default();
-        group.peers.extend(holds[split..].iter().map(|what| what - services));
-        let mut identity = Identity { service, ..Identity::default() };
         let is_host = prefix == cidr::host(prefix.address);
-        if let Some(entry) = by_address.get(&prefix.address).filter(|_| is_host) {
-            let tenant = entry.tenant();
-            identity.tenant = match tenants.get(tenant) {
-                Some(number) => *number,
-                None => {
-                    let given = if tenant.is_empty() { 0 } else { number(tenant)? };
-                    *tenants.entry(tenant).or_insert(given)
-                }
-            };
-            let facts = peers.facts(entry);
-            if entry.kind == Kind::Pod {
-                group.named = peers.named(entry);
-                identity.policy = policy(&mut classes, networks, entry, &facts);
-                if !entry.name.is_empty() {
-                    identity.name = name_digest(&entry.namespace, &entry.name);
-                }
-            }
-            group.peers.extend(&*facts.peers);
-            group.peers.sort_unstable();
-            // What a Service's ports are matters to those only who speak of pods.
-            group.fronts = facts.fronts.filter(|_| !facts.peers.is_empty());
-        }
-        identity.group = groups.of(group);
+        let entry = by_address.get(&prefix.address).filter(|_| is_host);
+        let identity = namer.identity(&holds, entry.copied(), number)?;
         values.push(identity);
         // A prefix that says what the one around it says is not needed.
         let around = outer.map_or_else(Identity::default, |at| values[at]);
@@ -187,26 +141,126 @@ pub fn compile(
     }
     bound_identities(identities.len(), input.entries)?;
 
+    let Namer { peers, mut tenants, classes, groups, services_of, mut tenancy, .. } = namer;
     let mut rules = rules::Rules::new(MOST);
-    node_rules(&mut rules, node, &services_of.all, number)?;
-    let numbered: Vec<(u32, &Class)> = (0..)
-        .zip(&classes.all)
-        .skip(1)
-        .map(|(at, class)| {
-            let networks = class.networks.iter().map(|at| &networks[*at]);
-            (at << 2 | rules::isolated(networks), class)
-        })
-        .collect();
-    rules::of_classes(&mut rules, networks, &peers, &numbered, &groups.all)?;
+    node_rules(&mut rules, node, &services_of.all)?;
+    tenancy.allow = across_tenants(&mut rules, node, &mut tenants, number)?;
+    let (classes, groups) = (classes.all, groups.all);
+    let numbered = rules::Numbered {
+        networks,
+        peers: &peers,
+        classes: &classes,
+        groups: &groups,
+        tenancy: &tenancy,
+    };
+    numbered.rules(&mut rules)?;
 
     let meaning = Meaning {
-        groups: groups.all,
-        classes: classes.all.into_iter().skip(1).collect(),
+        groups,
+        classes: classes.into_iter().skip(1).collect(),
         services: services_of.all,
         peers: peers.all().iter().map(|peer| (*peer).clone()).collect(),
     };
     let spaces = spaces(networks, number)?;
     Ok(Compiled { identities, spaces, rules: rules.finish(), meaning })
+}
+
+/// Where what is said of addresses changes. What may hold of them is a number: that of a service, or behind
+/// those that of a peer that is a block of addresses.
+fn cuts(node: &NodePolicy, peers: &[&Peer], entries: &[Entry]) -> Cuts {
+    let mut cuts = Cuts::default();
+    for (at, service) in (0..).zip(&node.services) {
+        service.addresses.iter().for_each(|prefix| cuts.begin(*prefix, at));
+        service.except.iter().for_each(|prefix| cuts.end(*prefix, at));
+    }
+    for (at, peer) in (node.services.len() as u32..).zip(peers) {
+        if let Peer::Block { cidr, except } = peer {
+            cuts.begin(*cidr, at);
+            except.iter().for_each(|prefix| cuts.end(*prefix, at));
+        }
+    }
+    entries.iter().for_each(|entry| cuts.cut(cidr::host(entry.address)));
+    cuts
+}
+
+/// Gives identities their numbers.
+struct Namer<'a> {
+    networks: &'a [NetworkPolicy],
+    /// How many services there are.
+    services: u32,
+    peers: Peers<'a>,
+    tenants: HashMap<&'a str, u32>,
+    /// Number 0 is none.
+    classes: Numbers<Class>,
+    /// Number 0 is none.
+    groups: Numbers<Group>,
+    services_of: Numbers<Vec<usize>>,
+    tenancy: Tenancy,
+}
+
+impl<'a> Namer<'a> {
+    fn new(networks: &'a [NetworkPolicy], services: u32, peers: Peers<'a>) -> Self {
+        let (mut classes, mut groups) = (Numbers::new(), Numbers::new());
+        groups.of(Group::default());
+        classes.of(Class::default());
+        let (tenants, services_of) = (HashMap::new(), Numbers::new());
+        let tenancy = Tenancy::default();
+        Self { networks, services, peers, tenants, classes, groups, services_of, tenancy }
+    }
+
+    /// The identity of addresses of which this holds, or of the one that an entry is about.
+    fn identity(
+        &mut self,
+        holds: &[u32],
+        entry: Option<&'a Entry>,
+        number: &mut dyn FnMut(&str) -> Result<u32, PolicyError>,
+    ) -> Result<Identity, PolicyError> {
+        let (covering, blocks) = holds.split_at(holds.partition_point(|it| *it < self.services));
+        let mut identity = Identity::default();
+        if !covering.is_empty() {
+            let covering = covering.iter().map(|at| *at as usize).collect();
+            identity.service = FIRST_CLASS + self.services_of.of(covering);
+        }
+        let mut group = Group::default();
+        group.peers.extend(blocks.iter().map(|it| it - self.services));
+        if let Some(entry) = entry {
+            identity.tenant = self.tenant(entry.tenant(), number)?;
+            let facts = self.peers.facts(entry);
+            if entry.kind == Kind::Pod {
+                group.named = self.peers.named(entry);
+                identity.policy = policy(&mut self.classes, self.networks, entry, &facts);
+                if !entry.name.is_empty() {
+                    identity.name = name_digest(&entry.namespace, &entry.name);
+                }
+            }
+            group.peers.extend(&*facts.peers);
+            group.peers.sort_unstable();
+            // What a Service's ports are matters to those only who speak of pods.
+            group.fronts = facts.fronts.filter(|_| !facts.peers.is_empty());
+        }
+        identity.group = self.groups.of(group);
+        if identity.service != 0 {
+            Tenancy::note(&mut self.tenancy.groups, identity.group, 0);
+        }
+        if identity.tenant != 0 {
+            Tenancy::note(&mut self.tenancy.groups, identity.group, identity.tenant);
+            Tenancy::note(&mut self.tenancy.classes, identity.policy >> 2, identity.tenant);
+        }
+        Ok(identity)
+    }
+
+    fn tenant(
+        &mut self,
+        name: &'a str,
+        number: &mut dyn FnMut(&str) -> Result<u32, PolicyError>,
+    ) -> Result<u32, PolicyError> {
+        if let Some(known) = self.tenants.get(name) {
+            return Ok(*known);
+        }
+        let given = number(name)?;
+        self.tenants.insert(name, given);
+        Ok(given)
+    }
 }
 
 /// The entries by address. Refuses what is ambiguous or belongs to nobody.
@@ -306,12 +360,11 @@ fn bound_identities(count: usize, entries: &[Entry]) -> Result<(), PolicyError> 
     Err(PolicyError::TooMany { what: "identities", count, most: MOST, largest })
 }
 
-/// The rules of the node policy.
+/// The rules about what is shared.
 fn node_rules(
     rules: &mut rules::Rules,
     node: &NodePolicy,
     services_of: &[Vec<usize>],
-    number: &mut dyn FnMut(&str) -> Result<u32, PolicyError>,
 ) -> Result<(), PolicyError> {
     let label = &node.label;
     let mut share = |class, shared: &super::node::Shared| {
@@ -324,11 +377,39 @@ fn node_rules(
             share(class, &node.services[*at].shared)?;
         }
     }
-    for allow in &node.allow {
-        let (from, to) = (number(&allow.from)?, number(&allow.to)?);
-        rules.add(Scope::Tenants { from, to }, &allow.ports, label)?;
-    }
     Ok(())
+}
+
+/// The rules across tenants; who may open anything to whom.
+fn across_tenants<'a>(
+    rules: &mut rules::Rules,
+    node: &'a NodePolicy,
+    tenants: &mut HashMap<&'a str, u32>,
+    number: &mut dyn FnMut(&str) -> Result<u32, PolicyError>,
+) -> Result<BTreeSet<(u32, u32)>, PolicyError> {
+    let known: BTreeSet<u32> = tenants.values().copied().filter(|tenant| *tenant != 0).collect();
+    let mut who = |name: &'a str| -> Result<BTreeSet<u32>, PolicyError> {
+        if name == EVERY {
+            return Ok(known.clone());
+        }
+        let given = match tenants.get(name) {
+            Some(given) => *given,
+            None => number(name)?,
+        };
+        tenants.insert(name, given);
+        Ok([given].into())
+    };
+    let mut all = BTreeSet::new();
+    for allow in &node.allow {
+        let (openers, opened) = (who(&allow.from)?, who(&allow.to)?);
+        for from in &openers {
+            for to in opened.iter().filter(|to| *to != from) {
+                rules.add(Scope::Tenants { from: *from, to: *to }, &allow.ports, &node.label)?;
+                all.insert((*from, *to));
+            }
+        }
+    }
+    Ok(all)
 }
 
 /// What pods whose labels are not known have: they are isolated as if all policies of their namespace

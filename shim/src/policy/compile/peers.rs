@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::super::entry::{Entry, Kind, PortRef, Protocol};
 use super::super::network_policy::{NetworkPolicy, Peer, Rule, Spaces, Which};
-use super::super::selector::{Labels, Selector};
+use super::super::selector::{Index, Labels};
 
 /// Number of a [`Peer`].
 pub(in super::super) type PeerId = u32;
@@ -37,14 +37,13 @@ pub(super) struct Facts {
 /// A namespace, with what could select a pod in it.
 #[derive(Debug, Default)]
 struct Space<'a> {
-    peers: Vec<(PeerId, &'a Selector)>,
-    networks: Vec<usize>,
+    peers: Index<'a, PeerId>,
+    networks: Index<'a, usize>,
     pods: Vec<&'a Entry>,
 }
 
 /// The peers by number, and what is needed to find those that an entry is.
 pub(super) struct Peers<'a> {
-    networks: &'a [NetworkPolicy],
     ids: HashMap<&'a Peer, PeerId>,
     all: Vec<&'a Peer>,
     spaces: HashMap<&'a str, Space<'a>>,
@@ -82,17 +81,17 @@ impl<'a> Peers<'a> {
             let Peer::Pods(of, pods) = peer else { continue };
             match of {
                 Spaces::Own(name) => {
-                    spaces.entry(name).or_default().peers.push((id as PeerId, pods));
+                    spaces.entry(name).or_default().peers.add(pods, id as PeerId);
                 }
                 Spaces::Matching(selector) => {
                     for (name, _) in namespaces.iter().filter(|(_, it)| selector.matches(it)) {
-                        spaces.entry(name).or_default().peers.push((id as PeerId, pods));
+                        spaces.entry(name).or_default().peers.add(pods, id as PeerId);
                     }
                 }
             }
         }
         for (at, network) in networks.iter().enumerate() {
-            spaces.entry(&network.namespace).or_default().networks.push(at);
+            spaces.entry(&network.namespace).or_default().networks.add(&network.selector, at);
         }
         for entry in entries.iter().filter(|entry| entry.kind == Kind::Pod) {
             if let Some(space) = spaces.get_mut(entry.namespace.as_str()) {
@@ -105,7 +104,7 @@ impl<'a> Peers<'a> {
             Which::Named(name) => Some(name.as_str()),
             _ => None,
         });
-        Self { networks, ids, all, spaces, names: names.collect(), known: HashMap::new() }
+        Self { ids, all, spaces, names: names.collect(), known: HashMap::new() }
     }
 
     pub(super) fn all(&self) -> &[&'a Peer] {
@@ -139,14 +138,10 @@ impl<'a> Peers<'a> {
         if let Some(known) = self.known.get(&key) {
             return known.clone();
         }
-        let (mut peers, mut networks) = (Vec::new(), Vec::new());
-        if let Some(space) = self.spaces.get(entry.namespace.as_str()) {
-            let selected = space.peers.iter().filter(|(_, it)| it.matches(&entry.labels));
-            peers.extend(selected.map(|(id, _)| *id));
-            let selects = |at: &&usize| self.networks[**at].selector.matches(&entry.labels);
-            networks.extend(space.networks.iter().filter(selects));
-        }
-        peers.sort_unstable();
+        let space = self.spaces.get(entry.namespace.as_str());
+        let peers = space.map(|space| space.peers.matching(&entry.labels)).unwrap_or_default();
+        let networks =
+            space.map(|space| space.networks.matching(&entry.labels)).unwrap_or_default();
         let found: (Rc<[_]>, Rc<[_]>) = (peers.into(), networks.into());
         self.known.insert(key, found.clone());
         found

@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use joey_ebpf::policy::abi::{ISOLATED_EGRESS, ISOLATED_INGRESS, Ports, Rule as Entry, Scope};
+use joey_ebpf::policy::abi::{
+    ISOLATED_EGRESS, ISOLATED_INGRESS, Ports, Rule as Entry, Scope, Tenant,
+};
 
 use super::super::error::PolicyError;
 use super::super::network_policy::{NetworkPolicy, Peer, Port, Rule, Which};
@@ -145,26 +147,28 @@ impl Rules {
         ports: &[Ports],
         of: &str,
     ) -> Result<(), PolicyError> {
-        if ports.is_empty() {
+        let mut new: BTreeSet<Ports> = ports.iter().copied().collect();
+        for wider in [Some(scope), with_anybody(scope)].into_iter().flatten() {
+            if let Some(known) = self.found.get(&wider) {
+                let any = known.contains(&Ports::Any);
+                new.retain(|ports| !any && !known.contains(ports));
+            }
+        }
+        if new.is_empty() {
             return Ok(());
         }
         let known = self.found.entry(scope).or_default();
-        if known.contains(&Ports::Any) {
-            return Ok(());
-        }
-        if ports.contains(&Ports::Any) {
+        if new.contains(&Ports::Any) {
             self.count -= known.len();
             known.clear();
+            new.retain(|ports| *ports == Ports::Any);
         }
-        let before = known.len();
-        known.extend(ports.iter().filter(|it| !ports.contains(&Ports::Any) || **it == Ports::Any));
-        let more = known.len() - before;
+        let more = new.len();
+        known.append(&mut new);
         self.count += more;
-        if more > 0 {
-            match self.by.get_mut(of) {
-                Some(count) => *count += more,
-                None => drop(self.by.insert(of.to_owned(), more)),
-            }
+        match self.by.get_mut(of) {
+            Some(count) => *count += more,
+            None => drop(self.by.insert(of.to_owned(), more)),
         }
         if self.count > self.most {
             let largest = self.by.iter().max_by_key(|(name, count)| (**count, *name));
@@ -186,54 +190,129 @@ impl Rules {
     }
 }
 
-/// Adds the rules of all classes. Classes have their numbers with them.
-pub(super) fn of_classes(
-    rules: &mut Rules,
-    networks: &[NetworkPolicy],
-    peers: &Peers<'_>,
-    classes: &[(u32, &Class)],
-    groups: &[Group],
-) -> Result<(), PolicyError> {
-    let mut of_peer: HashMap<PeerId, Vec<u32>> = HashMap::new();
-    let mut of_name: HashMap<&str, Vec<u32>> = HashMap::new();
-    for (number, group) in groups.iter().enumerate() {
-        for id in &group.peers {
-            of_peer.entry(*id).or_default().push(number as u32);
-        }
-        let names: BTreeSet<&str> = group.named.iter().map(|named| named.0.as_str()).collect();
-        for name in names {
-            of_name.entry(name).or_default().push(number as u32);
-        }
+/// The scope that holds for everybody, where this one is of a group.
+fn with_anybody(scope: Scope) -> Option<Scope> {
+    match scope {
+        Scope::Egress { policy, group } if group != 0 => Some(Scope::Egress { policy, group: 0 }),
+        Scope::Ingress { policy, group } if group != 0 => Some(Scope::Ingress { policy, group: 0 }),
+        _ => None,
     }
-    let mut add = |way: Way, policy, group, class: &Class, network: usize, peer, rule| {
-        let behind = groups.get(group as usize).filter(|_| group != 0);
-        let ports = allowed(rule, way, class, peer, behind);
-        rules.add(way.scope(policy, group), &ports, &networks[network].label)
-    };
-    for (policy, class) in classes {
-        for (way, at) in
-            Way::BOTH.iter().flat_map(|way| class.networks.iter().map(|at| (*way, *at)))
-        {
-            for rule in way.rules(&networks[at]).unwrap_or_default() {
-                let Some(listed) = &rule.peers else {
-                    add(way, *policy, 0, class, at, None, rule)?;
-                    let names = rule.ports.iter().flatten().filter_map(|port| match &port.which {
-                        Which::Named(name) if way == Way::Egress => Some(name.as_str()),
-                        _ => None,
-                    });
-                    for group in names.filter_map(|name| of_name.get(name)).flatten() {
-                        add(way, *policy, *group, class, at, None, rule)?;
-                    }
-                    continue;
-                };
-                for peer in listed {
-                    let groups = peers.id(peer).and_then(|id| of_peer.get(&id));
-                    for group in groups.into_iter().flatten() {
-                        add(way, *policy, *group, class, at, Some(peer), rule)?;
-                    }
+}
+
+/// Whom pods of a class could be allowed to speak with at all, whatever NetworkPolicies list. For the others
+/// no rules are needed: with many tenants, these are nearly all.
+#[derive(Debug, Default)]
+pub(super) struct Tenancy {
+    /// Tenants of the pods of each class.
+    pub(super) classes: Vec<BTreeSet<Tenant>>,
+    /// Tenants of the addresses of each group; 0 is there for those of a shared service.
+    pub(super) groups: Vec<BTreeSet<Tenant>>,
+    /// Who may open to whom.
+    pub(super) allow: BTreeSet<(Tenant, Tenant)>,
+}
+
+impl Tenancy {
+    /// Writes down that one of these is of a tenant.
+    pub(super) fn note(of: &mut Vec<BTreeSet<Tenant>>, at: u32, tenant: Tenant) {
+        let at = at as usize;
+        if of.len() <= at {
+            of.resize_with(at + 1, BTreeSet::new);
+        }
+        of[at].insert(tenant);
+    }
+
+    /// For each group whether it matters to pods of these tenants.
+    fn matter(&self, way: Way, tenants: &BTreeSet<Tenant>) -> Vec<bool> {
+        let mut others: BTreeSet<Tenant> = tenants.clone();
+        others.insert(0);
+        others.extend(self.allow.iter().filter_map(|(from, to)| match way {
+            Way::Egress => tenants.contains(from).then_some(*to),
+            Way::Ingress => tenants.contains(to).then_some(*from),
+        }));
+        self.groups.iter().map(|group| !group.is_disjoint(&others)).collect()
+    }
+}
+
+/// Classes and groups by their numbers, and what is known of them.
+pub(super) struct Numbered<'a> {
+    pub(super) networks: &'a [NetworkPolicy],
+    pub(super) peers: &'a Peers<'a>,
+    /// Number 0 is no class.
+    pub(super) classes: &'a [Class],
+    /// Number 0 is no group.
+    pub(super) groups: &'a [Group],
+    pub(super) tenancy: &'a Tenancy,
+}
+
+impl Numbered<'_> {
+    /// Adds the rules of all classes.
+    pub(super) fn rules(&self, rules: &mut Rules) -> Result<(), PolicyError> {
+        let mut of_peer: HashMap<PeerId, Vec<u32>> = HashMap::new();
+        let mut of_name: HashMap<&str, Vec<u32>> = HashMap::new();
+        for (number, group) in (0..).zip(self.groups) {
+            for id in &group.peers {
+                of_peer.entry(*id).or_default().push(number);
+            }
+            let names: BTreeSet<&str> = group.named.iter().map(|named| named.0.as_str()).collect();
+            for name in names {
+                of_name.entry(name).or_default().push(number);
+            }
+        }
+        let nobody = BTreeSet::new();
+        for way in Way::BOTH {
+            let mut matter: HashMap<&BTreeSet<Tenant>, Vec<bool>> = HashMap::new();
+            for (number, class) in (0..).zip(self.classes).skip(1) {
+                let tenants = self.tenancy.classes.get(number as usize).unwrap_or(&nobody);
+                let matter =
+                    matter.entry(tenants).or_insert_with(|| self.tenancy.matter(way, tenants));
+                let networks = class.networks.iter().map(|at| &self.networks[*at]);
+                let policy = number << 2 | isolated(networks);
+                self.of_class(rules, (way, policy, class), &of_peer, &of_name, matter)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn of_class(
+        &self,
+        rules: &mut Rules,
+        (way, policy, class): (Way, u32, &Class),
+        of_peer: &HashMap<PeerId, Vec<u32>>,
+        of_name: &HashMap<&str, Vec<u32>>,
+        matter: &[bool],
+    ) -> Result<(), PolicyError> {
+        let mut add = |group: u32, network: &NetworkPolicy, peer, rule| {
+            let behind = self.groups.get(group as usize).filter(|_| group != 0);
+            if group != 0 && !matter.get(group as usize).is_some_and(|matters| *matters) {
+                return Ok(());
+            }
+            let ports = allowed(rule, way, class, peer, behind);
+            rules.add(way.scope(policy, group), &ports, &network.label)
+        };
+        let networks = || class.networks.iter().map(|at| &self.networks[*at]);
+        let all = || {
+            networks()
+                .flat_map(|it| way.rules(it).into_iter().flatten().map(move |rule| (it, rule)))
+        };
+        // What holds for anybody first: then it is not said again of each group.
+        for (network, rule) in all().filter(|(_, rule)| rule.peers.is_none()) {
+            add(0, network, None, rule)?;
+            let names = rule.ports.iter().flatten().filter_map(|port| match &port.which {
+                Which::Named(name) if way == Way::Egress => Some(name.as_str()),
+                _ => None,
+            });
+            for group in names.filter_map(|name| of_name.get(name)).flatten() {
+                add(*group, network, None, rule)?;
+            }
+        }
+        for (network, rule) in all() {
+            for peer in rule.peers.iter().flatten() {
+                let groups = self.peers.id(peer).and_then(|id| of_peer.get(&id));
+                for group in groups.into_iter().flatten() {
+                    add(*group, network, Some(peer), rule)?;
                 }
             }
         }
+        Ok(())
     }
-    Ok(())
 }
