@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use joey_ebpf::policy::maps::Maps;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::*;
@@ -379,6 +380,42 @@ fn limits_that_cannot_be_followed_say_so() {
     // No VM is there yet, or no more: nothing to limit.
     Wire::limit(&lab.path("p"), None, &limits(1_000_000, 0)).unwrap();
     assert_eq!(limit_of(&lab, "eth0"), "");
+}
+
+#[test]
+fn packets_are_limited_where_the_policy_has_the_pod() {
+    let Some(mut lab) = Lab::with_interface() else { return };
+    lab.config.isolation = true;
+    let (before, netns, mut place) = (lab.left(), lab.path("p"), None);
+    let who = Applicant { tenant: "blue".to_owned(), pod: None };
+    let record = |taken: &PodNetwork| {
+        place = Some(taken.clone());
+        Ok(())
+    };
+    let wire = Wire::plug(&netns, &lab.config, None, &who, record).unwrap();
+    let place = place.unwrap();
+    let maps = Maps::open(&lab.config.bpf_dir).unwrap();
+    let limited = || maps.pod(place.id).unwrap().map(|pod| pod.limited);
+    assert_eq!(limited(), Some(false));
+    // One way packets, the other way bits.
+    let both = NetLimits { ingress_packets: 5, ..limits(1_000_000, 0) };
+    for (limits, packets, bits) in [
+        (both, true, "rate 1Mbit"),
+        (limits(2_000_000, 0), false, "rate 2Mbit"),
+        (both, true, "rate 1Mbit"),
+    ] {
+        Wire::limit(&netns, Some(&place), &limits).unwrap();
+        assert_eq!(limited(), Some(packets), "{limits:?}");
+        assert_eq!(limit_of(&lab, "eth0"), bits);
+        assert_eq!(limit_of(&lab, TAP), "");
+    }
+    drop(wire);
+    Wire::unplug(&netns).unwrap();
+    Wire::dismiss(&place).unwrap();
+    assert_eq!((limited(), lab.left()), (None, before));
+    // The place is gone, and limiting does not take it again.
+    Wire::limit(&netns, Some(&place), &both).unwrap();
+    assert_eq!(limited(), None);
 }
 
 #[test]
