@@ -306,6 +306,17 @@ impl Maps {
         Ok((id, table.unwrap_or(0)))
     }
 
+    /// Those of the addresses of which nothing is known on this node.
+    pub fn strangers(&self, addresses: &[IpAddr]) -> Result<Vec<IpAddr>, MapError> {
+        let mut strangers = Vec::new();
+        for address in addresses {
+            if self.locals.get(&local_key(*address))?.is_none() {
+                strangers.push(*address);
+            }
+        }
+        Ok(strangers)
+    }
+
     /// What is known of the node's own addresses and those of its pods.
     pub fn locals(&self) -> Result<HashMap<IpAddr, Local>, MapError> {
         let entries = self.locals.entries()?.into_iter();
