@@ -1,59 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Who may open what to whom, and what belongs to what was opened.
+// What belongs to what was opened.
 //
 // A flow says who opened it and how far it is. Each packet of it, in either direction, needs a policy that
 // lets its opener open it today, so a changed policy ends flows: what was decided is kept for as long as
 // the policy's generation is the same.
+//
+// A packet is looked at first (`consider`) and written down after everything allowed it (`record`).
 #ifndef JOEY_FLOW_H
 #define JOEY_FLOW_H
 
-#include "packet.h"
+#include "event.h"
 
-#define SECONDS 1000000000ll
+// What a packet is to its flow.
+enum role {
+	LINK, // of none: it keeps the link working
+	OPENS, // opens one where there is none
+	FOLLOWS, // is worth nothing without one
+	QUOTES, // an ICMP error about a packet of one
+	CONTINUES, // a later fragment
+};
 
-// Whether `opener` may open to the other side, at the other side's port.
-INLINE int verdict(const struct pod *config, const struct flow_key *flow, __u8 opener)
-{
-	struct identity_key address = { .bits = 160, .family = flow->family };
-	struct service_key service = { .proto = flow->proto, .opener = opener };
-	struct allow_key allow = { .proto = flow->proto };
-	const struct identity *peer;
-	__u16 port = opener == VM ? flow->remote_port : flow->local_port;
+// A packet's flow, as it is known and as it will be.
+struct course {
+	void *table;
+	struct flow *known;
+	struct flow next;
+	struct flow_key key;
+	struct peer peer; // who is known if a verdict was needed
+	__u8 judged; // whether it was
+	__u8 fresh;
+	__u8 role;
+};
 
-	if (flow->proto == ICMP || flow->proto == ICMP6)
-		port = 0;
-	copy_address(address.address, flow->remote);
-	peer = map_lookup(&identities, &address);
-	if (!peer)
-		return DROP_Unknown;
-	if (peer->tenant && peer->tenant == config->tenant)
-		return ALLOWED;
-	if (peer->service) {
-		service.service = peer->service;
-		service.port = port;
-		if (map_lookup(&services, &service))
-			return ALLOWED;
-		service.port = 0;
-		if (map_lookup(&services, &service))
-			return ALLOWED;
-	}
-	if (!peer->tenant)
-		return peer->service ? DROP_Service : DROP_Unknown;
-	if (config->tenant) {
-		allow.from = opener == VM ? config->tenant : peer->tenant;
-		allow.to = opener == VM ? peer->tenant : config->tenant;
-		allow.port = port;
-		if (map_lookup(&allows, &allow))
-			return ALLOWED;
-		allow.port = 0;
-		if (map_lookup(&allows, &allow))
-			return ALLOWED;
-	}
-	return DROP_Tenant;
-}
-
-INLINE int is_live(const struct flow *flow, __u8 proto, __u64 now)
+INLINE int is_live(const struct pod *config, const struct flow *flow, __u8 proto, __u64 now)
 {
 	__s64 most = 30 * SECONDS;
 
@@ -64,7 +44,7 @@ INLINE int is_live(const struct flow *flow, __u8 proto, __u64 now)
 	else if (proto == UDP && flow->state == ANSWERED)
 		most = 180 * SECONDS;
 	// Signed: another CPU may have seen the flow after `now` was read.
-	return (__s64)(now - flow->seen) < most;
+	return (__s64)(flow->seen - config->since) >= 0 && (__s64)(now - flow->seen) < most;
 }
 
 // The state of a TCP flow after a packet with these flags; the packet is refused where it has no place.
@@ -89,123 +69,151 @@ INLINE int next_state(struct flow *next, __u8 flags, __u8 sender)
 	return ALLOWED;
 }
 
-INLINE void flow_of(struct flow_key *key, __u32 pod, const struct packet *packet, int sender)
+INLINE void flow_of(struct flow_key *key, const struct packet *packet, int sender)
 {
-	key->pod = pod;
 	key->proto = packet->proto;
 	key->family = packet->family;
-	copy_address(key->local, sender == VM ? packet->source : packet->destination);
-	copy_address(key->remote, sender == VM ? packet->destination : packet->source);
+	copy_address(sender == VM ? key->local : key->remote, packet->source);
+	copy_address(sender == VM ? key->remote : key->local, packet->destination);
 }
 
-// Judges a packet of the flow `key` that `opens` one if there is none, and writes down what it changed.
-INLINE int judge(const struct pod *config, const struct flow_key *key, const struct packet *packet,
-		 __u8 sender, int opens)
+// The fragments of a packet, as they are written down beside flows.
+INLINE void fragments_of(struct flow_key *key, const struct packet *packet, int sender)
 {
-	__u64 now = ktime();
-	__u32 zero = 0;
-	// Read before the policy, which is written before it: what is decided by an old policy is not kept
-	// as if a new one had decided it. volatile, or the compiler might read it later.
-	const volatile __u32 *counted = map_lookup(&generation, &zero);
-	__u32 current = counted ? *counted : 0;
-	struct flow *known = map_lookup(&flows, key);
-	struct flow next = { .opener = sender };
-	int reason, fresh = 1;
+	key->proto = packet->proto;
+	key->family = packet->family;
+	copy_address(key->local, packet->source);
+	copy_address(key->remote, packet->destination);
+	__builtin_memcpy(&key->local_port, &packet->id, sizeof(packet->id));
+	key->echo = sender;
+	key->fragments = 1;
+}
 
-	if (known && is_live(known, key->proto, now) &&
-	    !(key->proto == TCP && opens && known->state == CLOSED)) {
-		fresh = 0;
-		next.opener = known->opener;
-		next.state = known->state;
-		next.finished = known->finished;
+// What is in force. Read at once, and before the policy, which is written before it: what is decided by an
+// old policy is not kept as if a new one had decided it. volatile, or the compiler might read it twice.
+INLINE struct active in_force(void)
+{
+	__u32 zero = 0;
+	const volatile __u64 *word = map_lookup(&active, &zero);
+	__u64 both = word ? *word : 0;
+	struct active now;
+
+	__builtin_memcpy(&now, &both, sizeof(now));
+	return now;
+}
+
+// Decides about a packet of the flow course->key.
+INLINE int consider(const struct pod *config, const struct packet *packet, __u8 sender,
+		    struct course *course)
+{
+	struct active now = in_force();
+	struct flow *known, *next = &course->next;
+	__u8 proto = course->key.proto;
+	int reason, opens = course->role == OPENS;
+
+	course->table = map_lookup(&flows, &config->table);
+	if (!course->table)
+		return DROP_NoFlow;
+	known = course->known = map_lookup(course->table, &course->key);
+	if (course->role == CONTINUES)
+		return known && (__s64)(known->seen - config->since) >= 0 &&
+				       (__s64)(next->seen - known->seen) < 30 * SECONDS ?
+			       ALLOWED :
+			       DROP_Fragment;
+	course->fresh = 1;
+	next->begun = next->seen;
+	next->opener = sender;
+	next->generation = now.generation;
+	if (known && is_live(config, known, proto, next->seen) &&
+	    !(proto == TCP && opens && known->state == CLOSED)) {
+		course->fresh = 0;
+		next->opener = known->opener;
+		next->state = known->state;
+		next->finished = known->finished;
 	}
-	if (fresh) {
+	if (course->fresh) {
 		if (!opens)
 			return DROP_NoFlow;
-	} else if (key->proto == TCP) {
-		reason = next_state(&next, packet->tcp, sender);
+	} else if (course->role == QUOTES) {
+		// It is not of the flow.
+	} else if (proto == TCP) {
+		reason = next_state(next, packet->tcp, sender);
 		if (reason)
 			return reason;
-	} else if (sender != next.opener) {
-		next.state = ANSWERED;
+	} else if (sender != next->opener) {
+		next->state = ANSWERED;
 	}
-	if (fresh || known->generation != current) {
-		reason = verdict(config, key, next.opener);
-		if (reason)
-			return reason;
+	if (!course->fresh && known->generation == now.generation)
+		return ALLOWED;
+	course->judged = 1;
+	return verdict(config, now.epoch, &course->key, next->opener, &course->peer);
+}
+
+// Counts a packet of a known flow, and writes down what it changed: no more, as other CPUs read it.
+INLINE void advance(struct flow *known, const struct flow *next)
+{
+	if (known->state != next->state)
+		known->state = next->state;
+	if (known->finished != next->finished)
+		known->finished = next->finished;
+	if (known->generation != next->generation)
+		known->generation = next->generation;
+	if (known->seen != next->seen)
+		known->seen = next->seen;
+}
+
+// Tells of a flow's beginning or end.
+INLINE void tell(struct counters *count, const struct pod *config, __u8 kind,
+		 const struct course *course, const struct flow *flow)
+{
+	struct event *event = new_event(count, course->next.seen);
+
+	if (event)
+		say(event, kind, ALLOWED, config, &course->peer, &course->key, flow);
+}
+
+// Writes down an allowed packet of a flow.
+INLINE int record(struct counters *count, const struct pod *config, struct course *course,
+		  __u8 sender, __u32 length)
+{
+	struct flow *known = course->known;
+	int ended;
+
+	if (course->fresh) {
+		course->next.packets[sender] = 1;
+		course->next.bytes[sender] = length;
+		if (map_update(course->table, &course->key, &course->next, BPF_ANY))
+			return DROP_NoFlow;
+		tell(count, config, OPENED, course, &course->next);
+		return ALLOWED;
 	}
-	next.seen = now;
-	next.generation = current;
-	if (known) {
-		known->opener = next.opener;
-		known->state = next.state;
-		known->finished = next.finished;
-		known->generation = current;
-		known->seen = now;
-	} else if (map_update(&flows, key, &next, BPF_ANY)) {
+	if (!known)
 		return DROP_NoFlow;
-	}
+	ended = course->next.state == CLOSED && known->state != CLOSED;
+	__sync_fetch_and_add(&known->packets[sender], 1);
+	__sync_fetch_and_add(&known->bytes[sender], length);
+	advance(known, &course->next);
+	if (!ended)
+		return ALLOWED;
+	// Who the peer was is asked for again: it was not needed to let the packet through.
+	if (!course->judged)
+		verdict(config, in_force().epoch, &course->key, known->opener, &course->peer);
+	tell(count, config, ENDED, course, known);
 	return ALLOWED;
 }
 
-// An ICMP error belongs to the flow of the packet that it quotes, which its receiver has sent.
-INLINE int quoted(const struct __sk_buff *skb, const struct pod *config, __u32 pod,
-		  const struct packet *packet, int sender)
+// Remembers that the other fragments of a packet may follow. The stack has no room for another key and flow:
+// those of the packet's own are not needed any more.
+INLINE int expect_fragments(const struct packet *packet, struct course *course, __u8 sender)
 {
-	struct packet inner = { .family = packet->family };
-	struct flow_key key = {};
-	const struct flow *known;
-	__u32 at = packet->at + 8;
-	__u8 head[8];
-	int author = sender == VM ? PEER : VM;
+	struct flow_key *key = &course->key;
+	struct flow *flow = &course->next;
+	__u64 now = flow->seen;
 
-	if (packet->fragment != WHOLE)
-		return DROP_Fragment;
-	if (packet->family == 4) {
-		struct ip4 ip;
-
-		if (read(skb, packet, at, &ip) || ip.version != 0x45 ||
-		    ip.fragment & BE16(0x1fff))
-			return DROP_Quote;
-		inner.source[0] = ip.source;
-		inner.destination[0] = ip.destination;
-		inner.proto = ip.proto;
-		at += sizeof(ip);
-	} else {
-		struct ip6 ip;
-
-		if (read(skb, packet, at, &ip) || ip.version >> 4 != 6)
-			return DROP_Quote;
-		copy_address(inner.source, ip.source);
-		copy_address(inner.destination, ip.destination);
-		inner.proto = ip.next;
-		at += sizeof(ip);
-	}
-	if (!same_address(inner.source, packet->destination) ||
-	    read(skb, packet, at, &head))
-		return DROP_Quote;
-	flow_of(&key, pod, &inner, author);
-	if (inner.proto == TCP || inner.proto == UDP) {
-		__u16 ports[2];
-
-		__builtin_memcpy(ports, head, sizeof(ports));
-		key.local_port = author == VM ? ports[0] : ports[1];
-		key.remote_port = author == VM ? ports[1] : ports[0];
-	} else if (inner.proto == (packet->family == 4 ? ICMP : ICMP6)) {
-		__u8 asks = packet->family == 4 ? 8 : 128;
-		__u8 answers = packet->family == 4 ? 0 : 129;
-
-		if (head[0] != asks && head[0] != answers)
-			return DROP_Quote;
-		key.echo = head[0] == asks ? author : sender;
-		__builtin_memcpy(&key.local_port, head + 4, 2);
-	} else {
-		return DROP_Quote;
-	}
-	known = map_lookup(&flows, &key);
-	if (!known || !is_live(known, key.proto, ktime()))
-		return DROP_NoFlow;
-	return verdict(config, &key, known->opener);
+	fragments_of(key, packet, sender);
+	__builtin_memset(flow, 0, sizeof(*flow));
+	flow->seen = flow->begun = now;
+	return map_update(course->table, key, flow, BPF_ANY) ? DROP_Fragment : ALLOWED;
 }
 
 #endif

@@ -14,6 +14,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #define KIND(kind) int (*type)[kind]
 #define ENTRIES(count) int (*max_entries)[count]
+#define KEY_SIZE(size) int (*key_size)[size]
+#define VALUE_SIZE(size) int (*value_size)[size]
 #define FLAGS(value) int (*map_flags)[value]
 #define MAP SEC(".maps")
 #define __array(name, kind) typeof(kind) *name[]
@@ -23,6 +25,8 @@ static long (*const map_update)(void *map, const void *key, const void *value,
 				__u64 flags) = (void *)BPF_FUNC_map_update_elem;
 // A tick's precision is enough for what counts seconds, and it costs a fraction.
 static __u64 (*const ktime)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
+static void *(*const reserve)(void *ring, __u64 size, __u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
+static void (*const submit)(void *data, __u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
 static long (*const redirect)(__u32 ifindex, __u64 flags) = (void *)BPF_FUNC_redirect;
 static long (*const load_bytes)(const struct __sk_buff *skb, __u32 offset, void *to,
 				__u32 length) = (void *)BPF_FUNC_skb_load_bytes;
@@ -253,8 +257,8 @@ struct {
 
 struct table {
 	KIND(BPF_MAP_TYPE_LRU_HASH);
-	struct flow_key *key;
-	struct flow *value;
+	KEY_SIZE(sizeof(struct flow_key));
+	VALUE_SIZE(sizeof(struct flow));
 	ENTRIES(8192);
 };
 

@@ -1,4 +1,4 @@
-//! Loading the wire's program and pinning it: once per node and version, by `joey ebpf load`.
+//! Loading the programs and pinning them: once per node and version, by `joey ebpf load`.
 //!
 //! Kept off the start path of pods: verifying takes milliseconds, and the loader reads the kernel's
 //! type information first. Whoever finds the pin missing runs the tool, as often as they like.
@@ -12,6 +12,8 @@ use aya::programs::{ProgramError, SchedClassifier};
 use aya::{EbpfError, EbpfLoader, include_bytes_aligned};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use crate::policy::loader::{Policy, PolicyError};
 
 static OBJECT: &[u8] = include_bytes_aligned!(env!("JOEY_WIRE_OBJECT"));
 /// The function in `bpf/wire.bpf.c`.
@@ -42,12 +44,16 @@ pub enum LoadError {
     /// The kernel did not take the program.
     #[error("the wire's program: {0}; Joey needs Linux 5.4 or later with CONFIG_BPF_SYSCALL")]
     Program(#[from] ProgramError),
+    /// The policy's programs or maps.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
     /// Another program than the one built.
     #[error("the wire's object has no program {PROGRAM:?}")]
     Missing,
 }
 
-/// Loads and pins the wire's program unless it is there; returns where.
+/// Loads and pins the programs, the wire's and the policy's with its maps, unless they are there; returns
+/// where the wire's is.
 pub fn load(bpf_dir: &Path) -> Result<PathBuf, LoadError> {
     let fail =
         |step| move |source: io::Error| LoadError::Io { path: bpf_dir.to_owned(), step, source };
@@ -70,22 +76,32 @@ pub fn load(bpf_dir: &Path) -> Result<PathBuf, LoadError> {
     let directory = File::open(bpf_dir).map_err(fail("open"))?;
     let _lock = Flock::lock(directory, FlockArg::LockExclusive)
         .map_err(|(_, error)| fail("lock")(error.into()))?;
+    load_wire(bpf_dir)?;
+    Policy::pin(bpf_dir)?;
+    Ok(crate::pinned_path(bpf_dir))
+}
+
+fn load_wire(bpf_dir: &Path) -> Result<(), LoadError> {
     let path = crate::pinned_path(bpf_dir);
     if fs::symlink_metadata(&path).is_ok() {
-        return Ok(path);
+        return Ok(());
     }
     let mut object = EbpfLoader::new().load(OBJECT)?;
     let program = object.program_mut(PROGRAM).ok_or(LoadError::Missing)?;
     let program: &mut SchedClassifier = program.try_into()?;
     program.load()?;
-    program.pin(&path).map_err(|error| fail("pin")(io::Error::other(error)))?;
-    Ok(path)
+    program.pin(&path).map_err(|error| LoadError::Io {
+        path,
+        step: "pin",
+        source: io::Error::other(error),
+    })
 }
 
 #[cfg(test)]
 #[allow(clippy::print_stdout)]
 mod tests {
     use super::*;
+    use crate::policy::maps::{Lock, Maps};
 
     #[test]
     fn a_directory_elsewhere_is_refused() {
@@ -121,8 +137,37 @@ mod tests {
         for load in loads {
             assert_eq!(load.join().unwrap().unwrap(), crate::pinned_path(&directory));
         }
-        assert_eq!(fs::read_dir(&directory).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 2);
         crate::attach::open(&directory).unwrap();
+        crate::policy::attach::open(&directory).unwrap();
+        let pins = || fs::read_dir(crate::policy::maps::directory(&directory)).unwrap();
+        // 14 maps and 2 programs.
+        assert_eq!(pins().count(), 16);
+        let maps = Maps::open(&directory).unwrap();
+        let active = maps.active().unwrap();
+        assert_eq!(active.epoch, 1);
+        // Whatever of it is missing is made again; what is there stays.
+        let lock = Lock::take(&directory).unwrap();
+        assert_eq!(maps.number_of(&lock, "red").unwrap(), 1);
+        drop(lock);
+        for pin in pins() {
+            let pin = pin.unwrap();
+            let name = pin.file_name();
+            if matches!(name.to_str(), Some("names" | "active")) {
+                continue;
+            }
+            fs::remove_file(pin.path()).unwrap();
+            for side in ["from_vm", "to_vm"] {
+                let digest = env!("JOEY_POLICY_DIGEST");
+                let program = crate::policy::maps::directory(&directory);
+                let _ = fs::remove_file(program.join(format!("{side}-{digest}")));
+            }
+            load(&directory).unwrap();
+            assert_eq!(pins().count(), 16, "without {name:?}");
+        }
+        let maps = Maps::open(&directory).unwrap();
+        assert_eq!(maps.active().unwrap(), active);
+        assert_eq!(maps.names().unwrap().get(&1).map(String::as_str), Some("red"));
         nix::mount::umount(&root).unwrap();
         fs::remove_dir(&root).unwrap();
     }

@@ -153,6 +153,20 @@ pub(crate) mod map {
         unsafe { element(BPF_MAP_GET_NEXT_KEY, map, key, next.as_mut_ptr(), 0) }
     }
 
+    #[cfg(feature = "loader")]
+    /// Makes a table of these sizes that forgets what was used longest ago when it is full.
+    pub(crate) fn forgetful(key: usize, value: usize, entries: u32) -> io::Result<OwnedFd> {
+        /// `BPF_MAP_TYPE_LRU_HASH`.
+        const LRU_HASH: u32 = 9;
+        let (key_size, value_size) = (key as u32, value as u32);
+        let attributes =
+            MapAttributes { kind: LRU_HASH, key_size, value_size, max_entries: entries };
+        // SAFETY: plain numbers.
+        let map = unsafe { bpf(BPF_MAP_CREATE, &attributes) }?;
+        // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(map) })
+    }
+
     /// Opens the map with this id, which is what user space reads of a map in a map.
     pub(crate) fn by_id(id: u32) -> io::Result<OwnedFd> {
         // As the command reads it: id, next id, flags.
@@ -161,6 +175,29 @@ pub(crate) mod map {
         let map = unsafe { bpf(BPF_MAP_GET_FD_BY_ID, &attributes) }?;
         // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(map) })
+    }
+}
+
+/// Waits until every program that runs now has ended: they run in sections of the kernel's RCU, for whose end
+/// this call waits.
+pub(crate) fn wait_for_programs() -> io::Result<()> {
+    /// `MEMBARRIER_CMD_GLOBAL`.
+    const GLOBAL: libc::c_int = 1;
+    // SAFETY: plain numbers.
+    match unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } {
+        0 => Ok(()),
+        _ => {
+            let error = io::Error::last_os_error();
+            // A kernel without it, or with processors that no clock interrupts: a program runs for
+            // microseconds.
+            match error.raw_os_error() {
+                Some(libc::ENOSYS | libc::EINVAL) => {
+                    std::thread::sleep(std::time::Duration::from_millis(50));
+                    Ok(())
+                }
+                _ => Err(error),
+            }
+        }
     }
 }
 

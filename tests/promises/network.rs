@@ -23,7 +23,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Asks for `/` until a server answers.
-fn get(address: &str, port: u16) -> Result<String> {
+pub fn get(address: &str, port: u16) -> Result<String> {
     let target = SocketAddr::new(address.parse::<IpAddr>()?, port);
     let end = Instant::now() + Duration::from_secs(15);
     loop {

@@ -9,6 +9,7 @@ pub mod capture;
 pub mod controller;
 pub mod cri;
 pub mod image;
+pub mod lab;
 pub mod loop_device;
 pub mod node;
 pub mod paths;

@@ -650,12 +650,19 @@ impl Limit {
     /// How much of a second's packets may come at once.
     const BURST: u64 = 50;
 
-    /// The bytes of `struct limit`. At least 32 packets may come at once.
+    /// Nanoseconds that a packet takes, and how many they may be ahead: 32 packets at least.
+    #[must_use]
+    pub fn times(&self, sender: Side) -> (u64, u64) {
+        let packets = self.packets[sender as usize];
+        let interval = 1_000_000_000_u64.checked_div(packets).unwrap_or(0);
+        (interval, (1_000_000_000 / Self::BURST).max(32 * interval))
+    }
+
+    /// The bytes of `struct limit`.
     #[must_use]
     pub fn encode(&self) -> [u8; 48] {
-        let interval =
-            self.packets.map(|packets| 1_000_000_000_u64.checked_div(packets).unwrap_or(0));
-        let burst = interval.map(|interval| (1_000_000_000 / Self::BURST).max(32 * interval));
+        let [sent, received] = [self.times(Side::Vm), self.times(Side::Peer)];
+        let (interval, burst) = ([sent.0, received.0], [sent.1, received.1]);
         let fields = interval.into_iter().chain(burst).enumerate();
         let mut bytes = [0; 48];
         for (place, number) in fields {

@@ -6,9 +6,9 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::abi::PodId;
+use super::abi::{PodId, Side};
 use super::maps::directory;
 use crate::attach::run;
 use crate::netlink::Message;
@@ -16,26 +16,28 @@ use crate::sys;
 
 const NAME: &str = "joey-policy";
 
-/// The pinned programs.
+/// The programs that judge what either side sends.
 #[derive(Debug)]
 pub struct Programs {
-    /// Judges what enters the tap.
+    /// For what enters the tap.
     pub from_vm: OwnedFd,
-    /// Judges what enters the pod's interface.
+    /// For what enters the pod's interface.
     pub to_vm: OwnedFd,
 }
 
-/// Names of the pins in [`directory`], in the order of [`Programs`]' fields. They hold the object's digest:
-/// another version of Joey pins beside, and what is attached keeps what it has.
-pub const PINS: [&str; 2] = [
-    concat!("from_vm-", env!("JOEY_POLICY_DIGEST")),
-    concat!("to_vm-", env!("JOEY_POLICY_DIGEST")),
-];
+/// Where the program that judges what `sender` sends is pinned. As with the wire, the name holds the
+/// object's digest.
+pub(super) fn pinned_path(bpf_dir: &Path, sender: Side) -> PathBuf {
+    directory(bpf_dir).join(match sender {
+        Side::Vm => concat!("from_vm-", env!("JOEY_POLICY_DIGEST")),
+        Side::Peer => concat!("to_vm-", env!("JOEY_POLICY_DIGEST")),
+    })
+}
 
 /// Opens the programs; `NotFound` when this version's were not loaded on this node yet.
 pub fn open(bpf_dir: &Path) -> io::Result<Programs> {
-    let [from_vm, to_vm] = PINS.map(|pin| sys::open_pin(&directory(bpf_dir).join(pin)));
-    Ok(Programs { from_vm: from_vm?, to_vm: to_vm? })
+    let program = |side| sys::open_pin(&pinned_path(bpf_dir, side));
+    Ok(Programs { from_vm: program(Side::Vm)?, to_vm: program(Side::Peer)? })
 }
 
 /// The request that has `program` judge what enters `index`, a device of `pod`; to be sent after

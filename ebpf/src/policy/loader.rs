@@ -1,7 +1,10 @@
 //! Loading the policy's programs, filling their maps, and running them by hand.
 
+use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 use aya::maps::{Map, MapData};
@@ -9,18 +12,26 @@ use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions}
 use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
 
 use super::Reason;
-use super::abi::{PodId, Side};
-use super::maps::{MapError, Maps};
+use super::abi::{NODE, PodId, Ports, Rule, Scope, Side};
+use super::maps::{Lock, MapError, Maps, NAMES, directory};
 
 static OBJECT: &[u8] = include_bytes_aligned!(env!("JOEY_POLICY_OBJECT"));
 /// Length of the kernel's `struct __sk_buff`.
 const CONTEXT: usize = 192;
-/// In it, `mark` and `cb[0]`.
+/// In it, `mark`, `cb[0]` and `gso_size`.
 const MARK: usize = 8;
 const CB: usize = 48;
+const GSO_SIZE: usize = 176;
 /// `TC_ACT_SHOT` and `TC_ACT_REDIRECT`.
 const SHOT: u32 = 2;
 const REDIRECT: u32 = 7;
+
+/// Flows that a table of the node holds; the same as in `bpf/policy.h`. Where maps go with their maker a few
+/// are enough.
+const FLOWS: u32 = 8192;
+const FEW: u32 = 2048;
+/// The epoch that is in force before any policy is applied.
+const FIRST: u32 = 1;
 
 /// Why the policy is not there or not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -96,34 +107,98 @@ fn data(map: &Map) -> Option<&MapData> {
     }
 }
 
+fn map(object: &Ebpf, name: &str) -> io::Result<OwnedFd> {
+    let map = object.map(name).and_then(data).ok_or(io::ErrorKind::NotFound)?;
+    map.fd().as_fd().try_clone_to_owned()
+}
+
 impl Policy {
-    /// Loads the programs: each judges for the pod that its filter's classid names.
+    /// Loads the programs: each judges for the pod that its filter's classid names. Its maps go with it.
     pub fn load() -> Result<Self, PolicyError> {
-        Self::load_with(0)
+        let mut policy = Self::load_with(0, None)?;
+        policy.maps.put_tables(FEW)?;
+        policy.verify()?;
+        Ok(policy)
     }
 
     /// Loads the programs to be run by hand, which [`Policy::run`] tells the pod by the packet's mark.
     /// They are never to be attached: marks can be anybody's.
     pub fn load_to_run() -> Result<Self, PolicyError> {
-        Self::load_with(1)
+        let mut policy = Self::load_with(1, None)?;
+        policy.maps.put_tables(FEW)?;
+        policy.verify()?;
+        Ok(policy)
     }
 
-    fn load_with(pod_by_mark: u32) -> Result<Self, PolicyError> {
+    /// Loads and pins what of programs and maps is not pinned yet; for one caller at a time. Whenever it
+    /// ends early, the next call goes on: the programs are pinned last, when the maps are complete.
+    pub(crate) fn pin(bpf_dir: &Path) -> Result<(), PolicyError> {
+        let directory = directory(bpf_dir);
+        let pins =
+            [Side::Vm, Side::Peer].map(|side| (side, super::attach::pinned_path(bpf_dir, side)));
+        if pins.iter().all(|(_, path)| fs::symlink_metadata(path).is_ok()) {
+            return Ok(());
+        }
+        match DirBuilder::new().mode(0o700).create(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(PolicyError::Maps(error));
+            }
+            _ => {}
+        }
+        let mut policy = Self::load_with(0, Some(&directory))?;
+        policy.maps.put_tables(FLOWS)?;
+        let lock = Lock::take(bpf_dir).map_err(PolicyError::Maps)?;
+        if policy.maps.active()?.epoch == 0 {
+            // The node may open anything on its own pods, as the kubelet's probes do.
+            let scope = Scope::Service { class: NODE, opener: Side::Peer };
+            policy.maps.put_rule(FIRST, &Rule { scope, ports: Ports::Any })?;
+            policy.maps.activate(&lock, FIRST)?;
+        }
+        drop(lock);
+        policy.verify()?;
+        for (side, path) in pins {
+            if fs::symlink_metadata(&path).is_err() {
+                let fail = |error| PolicyError::Maps(io::Error::other(error));
+                policy.program(side)?.pin(&path).map_err(fail)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the maps, or opens those that are pinned in a directory and pins the others there.
+    fn load_with(pod_by_mark: u32, pins: Option<&Path>) -> Result<Self, PolicyError> {
         let mut loader = EbpfLoader::new();
-        let object = loader.override_global("pod_by_mark", &pod_by_mark, true).load(OBJECT)?;
-        let map = |name| {
-            let map = object.map(name).and_then(data).ok_or(io::ErrorKind::NotFound)?;
-            map.fd().as_fd().try_clone_to_owned()
-        };
-        let maps = Maps::with(map).map_err(PolicyError::Maps)?;
-        let mut policy = Self { object, maps };
+        loader.override_global("pod_by_mark", &pod_by_mark, true);
+        for name in NAMES.into_iter().chain(["events"]) {
+            if let Some(directory) = pins {
+                loader.map_pin_path(name, directory.join(name));
+            }
+        }
+        let object = loader.load(OBJECT)?;
+        let maps = Maps::with(|name| map(&object, name)).map_err(PolicyError::Maps)?;
+        maps.put_strays()?;
+        Ok(Self { object, maps })
+    }
+
+    fn verify(&mut self) -> Result<(), PolicyError> {
         for sender in [Side::Vm, Side::Peer] {
             let name = program_of(sender);
             let fail = |source| PolicyError::Program { name, source };
-            policy.program(sender)?.load().map_err(fail)?;
+            self.program(sender)?.load().map_err(fail)?;
         }
-        policy.maps.put_strays()?;
-        Ok(policy)
+        Ok(())
+    }
+
+    /// A map, for another [`Maps`].
+    #[cfg(test)]
+    pub(super) fn map(&self, name: &str) -> io::Result<OwnedFd> {
+        map(&self.object, name)
+    }
+
+    /// The events, to be read by one reader.
+    #[cfg(test)]
+    pub(super) fn take_events(&mut self) -> aya::maps::RingBuf<MapData> {
+        self.object.take_map("events").unwrap().try_into().unwrap()
     }
 
     fn program(&mut self, sender: Side) -> Result<&mut SchedClassifier, PolicyError> {
@@ -152,9 +227,22 @@ impl Policy {
         frame: &[u8],
         repeat: u32,
     ) -> Result<Outcome, PolicyError> {
+        self.run_segmented(sender, pod, frame, repeat, 0)
+    }
+
+    /// The same with a packet that is to be cut into segments of this size later, if it is not 0.
+    pub(super) fn run_segmented(
+        &mut self,
+        sender: Side,
+        pod: PodId,
+        frame: &[u8],
+        repeat: u32,
+        segment: u32,
+    ) -> Result<Outcome, PolicyError> {
         let name = program_of(sender);
         let mut context = [0; CONTEXT];
         context[MARK..MARK + 4].copy_from_slice(&u32::from(pod).to_ne_bytes());
+        context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&segment.to_ne_bytes());
         let mut after = [0; CONTEXT];
         let options = TestRunOptions {
             data_in: Some(frame),

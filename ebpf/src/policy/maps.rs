@@ -49,8 +49,11 @@ impl Lock {
     /// The policy is not loaded, or the kernel refuses.
     pub fn take(bpf_dir: &Path) -> io::Result<Self> {
         // A BPF file system has no plain files, so the directory itself is what is locked.
-        let directory = File::open(directory(bpf_dir))?;
-        let lock = Flock::lock(directory, FlockArg::LockExclusive);
+        Self::of(File::open(directory(bpf_dir))?)
+    }
+
+    pub(super) fn of(file: File) -> io::Result<Self> {
+        let lock = Flock::lock(file, FlockArg::LockExclusive);
         Ok(Self { _directory: lock.map_err(|(_, error)| error)? })
     }
 }
@@ -197,7 +200,9 @@ impl Maps {
     /// Puts an epoch in force whose entries are there, and has every flow be judged by it.
     pub fn activate(&self, _lock: &Lock, epoch: u32) -> Result<(), MapError> {
         let generation = self.active()?.generation.wrapping_add(1);
-        self.active.put(&[0; 4], &Active { epoch, generation }.encode())
+        self.active.put(&[0; 4], &Active { epoch, generation }.encode())?;
+        // Who saw half of that write has judged by one epoch under the other's generation: once more.
+        self.changed()
     }
 
     /// Has flows be judged anew: what was changed before counts from now on.
@@ -301,6 +306,17 @@ impl Maps {
         Ok((id, table.unwrap_or(0)))
     }
 
+    /// Those of the addresses of which nothing is known on this node.
+    pub fn strangers(&self, addresses: &[IpAddr]) -> Result<Vec<IpAddr>, MapError> {
+        let mut strangers = Vec::new();
+        for address in addresses {
+            if self.locals.get(&local_key(*address))?.is_none() {
+                strangers.push(*address);
+            }
+        }
+        Ok(strangers)
+    }
+
     /// What is known of the node's own addresses and those of its pods.
     pub fn locals(&self) -> Result<HashMap<IpAddr, Local>, MapError> {
         let entries = self.locals.entries()?.into_iter();
@@ -363,8 +379,14 @@ impl Maps {
         self.changed()
     }
 
-    /// Removes all entries of other epochs than this one.
-    pub fn keep_only(&self, _lock: &Lock, epoch: u32) -> Result<(), MapError> {
+    /// Removes all entries of other epochs than this one, once no packet is judged by them any more.
+    pub fn keep_only(&self, lock: &Lock, epoch: u32) -> Result<(), MapError> {
+        sys::wait_for_programs().map_err(self.active.fail("wait for who reads an old epoch"))?;
+        self.forget_others(lock, epoch)
+    }
+
+    /// The same without waiting: who is judged meanwhile may see a part of an epoch.
+    pub(super) fn forget_others(&self, _lock: &Lock, epoch: u32) -> Result<(), MapError> {
         let is = |bytes: &[u8]| bytes == epoch.to_ne_bytes();
         for key in self.identities.keys()?.iter().filter(|key| !is(&key[4..8])) {
             self.identities.remove(key)?;
@@ -416,6 +438,11 @@ impl Maps {
     /// Limits a pod's packets. Its entry in `pods` says whether it is limited at all.
     pub fn put_limit(&self, id: PodId, limit: Limit) -> Result<(), MapError> {
         self.limits.put(&pod_key(id).to_ne_bytes(), &limit.encode())
+    }
+
+    /// Forgets a limit; a pod whose entry says that it has one may send nothing then.
+    pub fn remove_limit(&self, id: PodId) -> Result<(), MapError> {
+        self.limits.remove(&pod_key(id).to_ne_bytes()).map(drop)
     }
 
     fn table(&self, table: u32) -> Result<Option<Map<44, 56>>, MapError> {
@@ -476,6 +503,20 @@ impl Maps {
         self.denials.remove(&key.encode()).map(drop)
     }
 
+    /// Makes the tables that are not there yet.
+    #[cfg(feature = "loader")]
+    pub(super) fn put_tables(&self, entries: u32) -> Result<(), MapError> {
+        for index in 0..TABLES {
+            if self.flows.get(&index.to_ne_bytes())?.is_none() {
+                use std::os::fd::AsRawFd as _;
+                let table = sys::map::forgetful(44, 56, entries);
+                let table = table.map_err(self.flows.fail("make a table"))?;
+                self.flows.put(&index.to_ne_bytes(), &table.as_raw_fd().to_ne_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
     fn put_counters(&self, id: PodId) -> Result<(), MapError> {
         let zero = vec![0; Counters::SIZE * self.cpus];
         let key = pod_key(id).to_ne_bytes();
@@ -517,7 +558,7 @@ impl Maps {
 }
 
 /// Whether an address is known on one link only, so that it names nobody.
-fn is_link_local(ip: IpAddr) -> bool {
+pub(super) fn is_link_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),

@@ -3,7 +3,8 @@
 //!
 //! [`model`] is the specification: the rules in Rust, which decide about a frame as the programs in
 //! `bpf/policy.bpf.c` do; the crate's tests hold the two together. [`abi`] is the layout of the maps, in
-//! this one place, and [`attach`] binds a device to its pod. The `loader` module (feature `loader`) loads the programs and fills their maps.
+//! this one place, and [`attach`] binds a device to its pod. The `loader` module (feature `loader`) loads the
+//! programs, [`maps`] reads and writes what they decide by.
 
 pub mod abi;
 pub mod attach;
@@ -13,9 +14,9 @@ pub mod events;
 pub mod loader;
 pub mod maps;
 pub mod model;
-// #[cfg(test)]
-// #[cfg(feature = "loader")]
-// mod tests;
+#[cfg(test)]
+#[cfg(feature = "loader")]
+mod tests;
 
 include!(concat!(env!("OUT_DIR"), "/reasons.rs"));
 

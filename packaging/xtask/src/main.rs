@@ -43,7 +43,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Measure Joey beside runc: start [--runs N] [--json FILE]
+    /// Measure Joey beside others: start, image, disk, volume or net [--runs N] [--json FILE]
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,

@@ -17,6 +17,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use joey_ebpf::netlink::{NetlinkError, Socket};
 use joey_ebpf::policy::abi::PodId;
@@ -107,6 +108,7 @@ pub struct Wire {
     index: Option<u32>,
     mac: [u8; 6],
     network: Network,
+    judged: Option<(Instant, Duration)>,
 }
 
 /// A tap that a VM has before its pod is known, in a namespace of its own that goes with it.
@@ -184,10 +186,12 @@ impl Wire {
         }
         let programs = Programs::open(config)?;
         let admission = |source| NetError::Admission { netns: netns.to_owned(), source };
+        let begun = Instant::now();
         let node = match programs {
             Programs::Wire(_) => Vec::new(),
             Programs::Policy(_) => admission::own_addresses().map_err(admission)?,
         };
+        let before = begun.elapsed();
         inside(netns, |place, file| {
             let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
             let pod = read::pod(place, netns)?;
@@ -202,8 +206,10 @@ impl Wire {
             };
             let netns = netns.to_owned();
             let Some(interface) = pod.interface else {
-                return Ok(Self { netns, tap, index, mac: NO_MAC, network: Network::new() });
+                let network = Network::new();
+                return Ok(Self { netns, tap, index, mac: NO_MAC, network, judged: None });
             };
+            let begun = Instant::now();
             let id = match programs {
                 Programs::Wire(_) => 0,
                 Programs::Policy(_) => {
@@ -217,7 +223,8 @@ impl Wire {
                 let _ = attach::detach(place, interface.index);
                 return Err(netlink(error));
             }
-            Ok(Self { netns, tap, index, mac: interface.mac, network: pod.network })
+            let judged = Some((begun, before + begun.elapsed()));
+            Ok(Self { netns, tap, index, mac: interface.mac, network: pod.network, judged })
         })
     }
 
@@ -282,6 +289,13 @@ impl Wire {
     #[must_use]
     pub fn network(&self) -> Network {
         self.network.clone()
+    }
+
+    /// When the pod's place in the policy and its programs were put there, and how long that took: the part of
+    /// [`Wire::plug`] that is not making the tap. `None` where there is nothing to judge.
+    #[must_use]
+    pub fn judged(&self) -> Option<(Instant, Duration)> {
+        self.judged
     }
 
     /// Takes everything of Joey's out of the namespace. Fine when there is nothing, or no namespace.

@@ -53,7 +53,7 @@ impl<T> Applied<T> {
     /// The same as applied with this epoch: now, or `again` what was before.
     pub(super) fn stamped(self, epoch: u32, again: bool) -> Self {
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let at = if again && self.version == VERSION { self.at } else { now() };
+        let at = if again { self.at } else { now() };
         Self { version: VERSION, epoch, at, content: self.content }
     }
 }

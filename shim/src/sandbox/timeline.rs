@@ -90,6 +90,11 @@ impl Timeline {
         self.push(name, container, "host", start, start.elapsed());
     }
 
+    /// Notes a part of a step on the host, which began at `start`.
+    pub fn part(&self, name: &str, start: Instant, took: Duration) {
+        self.push(name, "", "host", start, took);
+    }
+
     /// Notes the shim's own start: from the process's to now.
     pub fn shim(&self) {
         self.push("shim", "", "host", self.origin, self.origin.elapsed());

@@ -1,11 +1,11 @@
-//! What a container of a test does that busybox cannot: locks, mappings, sockets, inotify, reads that are timed.
+//! What a container of a test does that busybox cannot: locks, mappings, sockets, datagrams, inotify, reads that are timed.
 //!
 //! `cargo xtask test` links it statically, so that any image can run it.
 #![allow(clippy::print_stdout)]
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
-use std::net::Shutdown;
+use std::net::{Ipv6Addr, Shutdown, SocketAddr, UdpSocket};
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -54,6 +54,29 @@ fn map(path: &str, text: &str, sync: bool) -> Result<()> {
         std::thread::sleep(Duration::from_secs(1000));
     }
     Ok(())
+}
+
+/// Sends datagrams to all targets, all the time, and prints who sends one to this port.
+fn exchange(port: &str, targets: &[&str]) -> Result<()> {
+    let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port.parse()?)).context("bind")?;
+    socket.set_read_timeout(Some(Duration::from_millis(2)))?;
+    let to = |target: &&str| -> Result<SocketAddr> {
+        Ok(match target.parse()? {
+            SocketAddr::V4(it) => (it.ip().to_ipv6_mapped(), it.port()).into(),
+            v6 @ SocketAddr::V6(_) => v6,
+        })
+    };
+    let targets = targets.iter().map(to).collect::<Result<Vec<_>>>()?;
+    let mut buffer = [0; 16];
+    loop {
+        for target in &targets {
+            // Refused, unreachable, no route yet: all the same.
+            let _ = socket.send_to(b"datagram", target);
+        }
+        if let Ok((_, from)) = socket.recv_from(&mut buffer) {
+            println!("heard {from}");
+        }
+    }
 }
 
 /// Answers one question.
@@ -135,6 +158,7 @@ fn main() -> Result<()> {
         ["read-random", path] => read(path, true),
         ["serve", path] => serve(path),
         ["ask", path, question] => ask(path, question),
+        ["exchange", port, ..] => exchange(port, &texts[2..]),
         ["watch", ..] => watch(words.get(1..).unwrap_or_default()),
         _ => bail!("{words:?}"),
     }

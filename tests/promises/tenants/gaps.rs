@@ -9,20 +9,29 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use joey_tests::pod::{self, Pod};
 use joey_tests::process;
+use k8s_cri::v1::{ContainerConfig, ContainerState};
 
-use super::{Context, Peer, Policy, only_joey};
+use super::{Context, Policy, only_joey};
+use crate::context::same;
+use crate::volumes::probed;
 
 /// Addresses of the node: at the first nothing is allowed, at the second everything.
 const FORBIDDEN: &str = "10.77.0.1";
 const ALLOWED: &str = "10.88.0.1";
 const PORT: u16 = 9999;
 
-/// Sends to both, from its first instruction until its end.
-fn sender() -> String {
-    format!(
-        "while :; do echo x | nc -u -w 0 {FORBIDDEN} {PORT}; echo x | nc -u -w 0 {ALLOWED} {PORT}; \
-         nc -w 1 {FORBIDDEN} {PORT} </dev/null; done 2>/dev/null"
-    )
+/// Sends to these addresses, from its first instruction until its end, and tells what it gets.
+fn sender(addresses: &[String]) -> ContainerConfig {
+    let port = PORT.to_string();
+    let targets = addresses.iter().map(|address| format!("{address}:{PORT}"));
+    let words = ["/probe", "exchange", &port].map(str::to_owned).into_iter().chain(targets);
+    let words: Vec<String> = words.collect();
+    probed(pod::container("sender", &words.iter().map(String::as_str).collect::<Vec<_>>()))
+}
+
+/// To both addresses of the node.
+fn to_the_node() -> ContainerConfig {
+    sender(&[FORBIDDEN, ALLOWED].map(str::to_owned))
 }
 
 /// What has arrived at the node.
@@ -86,32 +95,31 @@ fn watched(ctx: &Context<'_>, work: impl FnOnce(&Arrived) -> Result<()>) -> Resu
 /// From a pod's first instruction, one that found a machine waiting and one that did not; and to it.
 pub fn at_the_start(ctx: &Context<'_>) -> Result<()> {
     only_joey(ctx)?;
-    let blue = Peer::run(ctx, "blue", "blue")?;
+    // A pod without a VM: nobody judges what it sends.
+    let blue = Pod::run(ctx.node, "runc", "blue")?;
     // The addresses that the next pods get.
-    let own: u8 = blue.addresses[0].rsplit('.').next().context("an address")?.parse()?;
+    let own: u8 = blue.addresses()?[0].rsplit('.').next().context("an address")?.parse()?;
     let next: Vec<String> = (own + 1..own + 9).map(|last| format!("10.88.0.{last}")).collect();
-    let flood = format!(
-        "(while :; do for to in {}; do echo x | nc -u -w 0 $to 5000; done; done) >/dev/null 2>&1 &",
-        next.join(" ")
-    );
-    blue.shell.exec(&["sh", "-c", &flood])?;
+    let flood = blue.start(&sender(&next))?;
     watched(ctx, |arrived| {
         let mut pods = Vec::new();
         for number in 0..4 {
             let pod = ctx.pod(&format!("sender{number}"))?;
-            let hear = "nc -lu -p 5000 >/tmp/heard 2>/dev/null &";
-            let container = pod.start(&pod::script("c", &format!("{hear} {}", sender())))?;
+            let container = pod.start(&to_the_node())?;
             pods.push((pod, container));
         }
         arrived.more()?;
         arrived.more()?;
         for (pod, container) in pods {
-            let heard = container.sh("cat /tmp/heard")?.text();
-            ensure!(heard.is_empty(), "heard from another tenant: {heard:?}");
+            let (heard, errors) = container.logs()?;
+            let (heard, errors) =
+                (String::from_utf8_lossy(&heard), String::from_utf8_lossy(&errors));
+            ensure!(heard.is_empty(), "heard from another tenant: {heard:?} {errors:?}");
             pod.remove()?;
         }
         Ok(())
     })?;
+    same("what floods goes on", flood.status()?.state(), ContainerState::ContainerRunning)?;
     blue.remove()
 }
 
@@ -122,7 +130,7 @@ pub fn by_kills(ctx: &Context<'_>) -> Result<()> {
     watched(ctx, |arrived| {
         let start = |name: &str| -> Result<Pod<'_>> {
             let pod = ctx.pod(name)?;
-            pod.start(&pod::script("c", &sender()))?;
+            pod.start(&to_the_node())?;
             arrived.more()?;
             Ok(pod)
         };

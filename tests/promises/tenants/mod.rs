@@ -12,7 +12,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use joey_tests::node::config;
 use joey_tests::pod::{self, Container, Pod};
 
-use crate::context::{Context, Test, skip};
+use crate::context::{Context, Test, holds, skip};
+use crate::network;
 
 pub const TESTS: &[Test] = &[
     Test { name: "tenants::apart", run: policy::apart },
@@ -71,7 +72,7 @@ impl<'n> Peer<'n> {
     /// Whether this pod gets an answer from the web server at an address.
     fn reaches(&self, address: &str, port: u16) -> Result<bool> {
         let url = url(address, port);
-        let answer = self.shell.exec(&["wget", "-T", PATIENCE, "-qO-", &url])?;
+        let answer = self.shell.exec(&["timeout", PATIENCE, "wget", "-qO-", &url])?;
         Ok(answer.code == 0 && answer.text().contains("hello from the pod"))
     }
 
@@ -97,6 +98,12 @@ impl<'n> Peer<'n> {
     fn remove(self) -> Result<()> {
         self.pod.remove()
     }
+}
+
+/// Asks a pod's web server as a kubelet's probe does.
+fn probe(ctx: &Context<'_>, address: &str) -> Result<()> {
+    let answer = ctx.node.in_network(|| network::get(address, 80))??;
+    holds("a probe", &answer, "hello from the pod")
 }
 
 fn url(address: &str, port: u16) -> String {

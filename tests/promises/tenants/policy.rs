@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use super::{Context, Peer, Policy, only_joey, url};
-use crate::context::{holds, refused, same};
+use super::{Context, Peer, Policy, only_joey, probe, url};
+use crate::context::{refused, same};
 
 /// The default: within a namespace everything, across nothing, and the node (a kubelet's probe) reaches all.
 pub fn apart(ctx: &Context<'_>) -> Result<()> {
@@ -22,8 +22,7 @@ pub fn apart(ctx: &Context<'_>) -> Result<()> {
         ensure!(!blue.pings(address)?, "blue gets an echo from {address}");
     }
     for address in red.addresses.iter().chain(&blue.addresses) {
-        let probe = ctx.inside("wget", &["-T", "5", "-qO-", &url(address, 80)])?;
-        holds("a probe", &String::from_utf8_lossy(&probe.stdout), "hello from the pod")?;
+        probe(ctx, address)?;
     }
     // Nobody who is known: neither the world nor a neighbour's free address.
     for stranger in ["192.0.2.1", "10.88.77.77", "2001:db8::1"] {
@@ -125,8 +124,7 @@ pub fn network_policy(ctx: &Context<'_>) -> Result<()> {
     server.expect(&client, 80, false)?;
     // The kubelet's probes are not narrowed.
     for address in &client.addresses {
-        let probe = ctx.inside("wget", &["-T", "5", "-qO-", &url(address, 80)])?;
-        holds("a probe", &String::from_utf8_lossy(&probe.stdout), "hello from the pod")?;
+        probe(ctx, address)?;
     }
     policy.apply("")?;
     other.expect(&server, 80, true)?;
@@ -162,7 +160,7 @@ pub fn applied_under_load(ctx: &Context<'_>) -> Result<()> {
     let blue = Peer::run(ctx, "blue", "blue")?;
     let loops = |from: &Peer<'_>, to: &str| -> Result<()> {
         let text = format!(
-            "(while :; do wget -T 1 -qO- {} >/dev/null 2>&1 && echo yes >>/tmp/said || echo no >>/tmp/said; done) &",
+            "(while :; do timeout 1 wget -qO- {} >/dev/null 2>&1 && echo yes >>/tmp/said || echo no >>/tmp/said; done) >/dev/null 2>&1 &",
             url(to, 80)
         );
         from.shell.exec(&["sh", "-c", &text]).map(drop)

@@ -89,6 +89,18 @@ enum Bench {
         #[command(flatten)]
         measure: Measure,
     },
+    /// The pod's network: the wire beside Kata's, its setup, limits, fairness, and real pods
+    Net {
+        #[command(flatten)]
+        measure: Measure,
+        /// What to measure
+        #[arg(
+            long,
+            value_delimiter = ',',
+            default_value = "wire,setup,packet,limits,fairness,pods"
+        )]
+        parts: Vec<bench::net::Part>,
+    },
 }
 
 const NAME: &str = "dev";
@@ -122,12 +134,25 @@ fn run(command: Command) -> Result<()> {
             Bench::Image { measure } => measure.run(10, bench::images::image),
             Bench::Disk { measure } => measure.run(10, bench::files::disk),
             Bench::Volume { measure } => measure.run(10, bench::files::volume),
+            Bench::Net { measure, parts } => measure.net(&parts),
         },
         Command::Demo => with_node(Version::V2_1, "demo", demo::run),
     }
 }
 
 impl Measure {
+    /// Measures the network; only some of it needs a node.
+    fn net(self, parts: &[bench::net::Part]) -> Result<()> {
+        if parts.iter().any(|part| part.needs_node()) {
+            return self.run(10, |node, runs, progress| {
+                bench::net::net(Some(node), parts, runs, progress)
+            });
+        }
+        let runs = self.runs.unwrap_or(10);
+        let report = bench::net::net(None, parts, runs, &mut |text| println!("{text}"))?;
+        publish(&report, self.json.as_deref())
+    }
+
     /// Measures on a node of its own, `runs` times if the operator does not say.
     fn run(
         self,

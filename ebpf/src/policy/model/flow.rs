@@ -4,9 +4,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use super::packet::{ACK, FIN, ICMP, ICMP6, Packet, Piece, RST, SYN, TCP, UDP, field};
-use super::{Attempt, Model, Sender, elapsed};
+use super::{Attempt, Model, Sender, elapsed, is_before};
 use crate::policy::Reason;
-use crate::policy::abi::{Flow, FlowKey, Side, State};
+use crate::policy::abi::{Denied, Event, EventKind, Flow, FlowKey, Identity, Side, State};
 
 /// What a packet is to its flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +31,19 @@ pub fn lifetime(proto: u8, state: State) -> Duration {
     })
 }
 
-fn is_live(proto: u8, flow: &Flow, now: u64) -> bool {
-    elapsed(flow.seen, now) < lifetime(proto, flow.state)
+/// A flow that a packet belongs to, as it is with that packet.
+#[derive(Debug)]
+pub(super) struct Step {
+    key: FlowKey,
+    flow: Flow,
+    /// Not known before.
+    fresh: bool,
+}
+
+fn is_live(sender: &Sender, proto: u8, flow: &Flow) -> bool {
+    // What was seen before was of an earlier pod with this number.
+    !is_before(flow.seen, sender.config.since)
+        && elapsed(flow.seen, sender.now) < lifetime(proto, flow.state)
 }
 
 impl Model {
@@ -51,8 +62,13 @@ impl Model {
     /// A packet of the flow `key`. While a flow is known, the policy about its opener decides, for both
     /// directions; so nothing passes by having the right source port, and a policy that changes ends
     /// what it allowed before. (The programs ask it again when its generation is another.)
-    pub(super) fn flow(&mut self, sender: &Sender, key: FlowKey, role: Role) -> Result<(), Reason> {
-        let known = self.flows.get(&key).filter(|flow| is_live(key.proto, flow, sender.now));
+    pub(super) fn flow(
+        &mut self,
+        sender: &Sender,
+        key: FlowKey,
+        role: Role,
+    ) -> Result<Step, Reason> {
+        let known = self.flows.get(&key).filter(|flow| is_live(sender, key.proto, flow));
         let opens = match role {
             Role::Opens => true,
             Role::Answers => false,
@@ -63,32 +79,82 @@ impl Model {
             (Role::Segment(_), Some(flow)) if opens && flow.state == State::Closed => None,
             (_, known) => known.copied(),
         };
-        let seen = sender.now;
-        let next = match (known, role) {
+        let fresh = known.is_none();
+        let flow = match (known, role) {
             (None, _) if !opens => return Err(Reason::NoFlow),
-            (None, _) => {
-                let (opener, state) = (sender.side, State::New);
-                let (packets, bytes) = ([0; 2], [0; 2]);
-                Flow {
-                    seen,
-                    begun: seen,
-                    packets,
-                    bytes,
-                    opener,
-                    state,
-                    finished: 0,
-                    generation: 0,
-                }
-            }
+            (None, _) => Flow {
+                seen: sender.now,
+                begun: sender.now,
+                packets: [0; 2],
+                bytes: [0; 2],
+                opener: sender.side,
+                state: State::New,
+                finished: 0,
+                generation: 0,
+            },
             (Some(flow), Role::Segment(flags)) => {
-                Flow { seen, ..connection(flow, flags, sender.side).ok_or(Reason::NoFlow)? }
+                connection(flow, flags, sender.side).ok_or(Reason::NoFlow)?
             }
-            (Some(flow), _) if flow.opener == sender.side => Flow { seen, ..flow },
-            (Some(flow), _) => Flow { seen, state: State::Answered, ..flow },
+            (Some(flow), _) if flow.opener == sender.side => flow,
+            (Some(flow), _) => Flow { state: State::Answered, ..flow },
         };
-        self.may_open(sender, &key, next.opener)?;
-        self.flows.insert(key, next);
-        Ok(())
+        let flow = Flow { seen: sender.now, ..flow };
+        match self.may_open(sender, &key, flow.opener) {
+            Ok(()) => Ok(Step { key, flow, fresh }),
+            Err(reason) => {
+                self.deny(sender, key, flow, reason);
+                Err(reason)
+            }
+        }
+    }
+
+    /// Writes down a packet of a flow, and tells of the flow's beginning and end.
+    pub(super) fn record(&mut self, sender: &Sender, step: Step) {
+        let Step { key, mut flow, fresh } = step;
+        flow.packets[sender.side as usize] += 1;
+        flow.bytes[sender.side as usize] += sender.length;
+        let before = self.flows.insert(key, flow);
+        let ended = flow.state == State::Closed
+            && before.is_some_and(|before| before.state != State::Closed);
+        if fresh {
+            self.tell(sender, EventKind::Opened, key, flow);
+        } else if ended {
+            self.tell(sender, EventKind::Ended, key, flow);
+        }
+    }
+
+    /// Remembers a refused attempt, which is the same from whichever port it is made, and tells the first.
+    fn deny(&mut self, sender: &Sender, mut key: FlowKey, flow: Flow, reason: Reason) {
+        match (key.proto, flow.opener) {
+            (ICMP | ICMP6, _) | (_, Side::Vm) => key.local_port = 0,
+            (_, Side::Peer) => key.remote_port = 0,
+        }
+        let (seen, opener) = (sender.now, flow.opener);
+        let first = Denied { begun: seen, seen, packets: 0, reason, opener };
+        let known = self.denials.get(&key);
+        let known = known.filter(|known| !is_before(known.begun, sender.config.since));
+        let before = known.copied();
+        let denied = before.unwrap_or(first);
+        self.denials.insert(key, Denied { seen, packets: denied.packets + 1, reason, ..denied });
+        if before.is_none() {
+            self.tell(sender, EventKind::Denied(reason), key, flow);
+        }
+    }
+
+    fn tell(&mut self, sender: &Sender, kind: EventKind, key: FlowKey, flow: Flow) {
+        let peer = self.tables.peer(key.remote).unwrap_or_default();
+        let Identity { tenant: peer_tenant, service: peer_service, name, .. } = peer.identity;
+        let (tenant, peer_pod, peer_name) = (sender.config.tenant, peer.pod, name);
+        self.events.push(Event {
+            kind,
+            key,
+            flow,
+            tenant,
+            peer_tenant,
+            peer_service,
+            peer_pod,
+            peer_name,
+        });
     }
 
     /// An ICMP error: let through if it tells its receiver about a packet that the receiver has sent in
@@ -99,7 +165,7 @@ impl Model {
         }
         let quote = packet.body.get(8..).ok_or(Reason::Quote)?;
         let key = quoted(sender, packet, quote).ok_or(Reason::Quote)?;
-        let flow = self.flows.get(&key).filter(|flow| is_live(key.proto, flow, sender.now));
+        let flow = self.flows.get(&key).filter(|flow| is_live(sender, key.proto, flow));
         self.may_open(sender, &key, flow.ok_or(Reason::NoFlow)?.opener)
     }
 }

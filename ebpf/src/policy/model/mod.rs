@@ -11,14 +11,17 @@
 //!    dropped: fragments that overtake their first one are lost, and the packet is sent again;
 //! 6. TCP, UDP, ICMP or ICMPv6; from a VM no answer of a DHCP server;
 //! 7. neighbour discovery that claims nothing but what is the pod's (`neighbour.rs`), or
-//! 8. part of a flow that the policy lets its opener open (`flow.rs`): within a tenant everything, from
-//!    and to shared services what is listed, across tenants what is allowed, and nothing with unknown
-//!    peers. TCP opens by SYN, UDP by any packet, ICMP by an echo request; ICMP errors go with the flow of
-//!    the packet that they quote.
+//! 8. part of a flow (`flow.rs`) that the policy lets its opener open (`tables.rs`): within a tenant
+//!    everything, from and to shared services what is listed, across tenants what is allowed, and nothing
+//!    with unknown peers; and what NetworkPolicies list for the pods that they select. TCP opens by SYN, UDP
+//!    by any packet, ICMP by an echo request; ICMP errors go with the flow of the packet that they quote;
+//! 9. within the pod's limit of packets in a second, if it has one.
+//!
+//! Only what passes all of it is written down. Refused by 8, an attempt is remembered and told.
 
 mod flow;
 mod neighbour;
-mod packet;
+pub(super) mod packet;
 mod tables;
 
 pub use flow::lifetime;
@@ -28,17 +31,31 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use self::flow::Role;
+use self::flow::{Role, Step};
 use self::packet::{Frame, ICMP, ICMP6, Packet, Piece, Ports, TCP, UDP, field, tcp, udp};
 use super::Reason;
-use super::abi::{Counters, Flow, FlowKey, FragmentKey, Pod, PodId, Side};
+use super::abi::{Counters, Denied, Event, Flow, FlowKey, FragmentKey, Limit, Pod, PodId, Side};
 
 /// How long later fragments may follow their first one.
 const FRAGMENTS: Duration = Duration::from_secs(30);
 
+/// Whether one reading of the clock is before another.
+fn is_before(one: u64, other: u64) -> bool {
+    one.wrapping_sub(other).cast_signed() < 0
+}
+
 /// From one reading of the clock to another. None if the first was taken later, by another CPU.
 fn elapsed(from: u64, to: u64) -> Duration {
     Duration::from_nanos(u64::try_from(to.wrapping_sub(from).cast_signed()).unwrap_or(0))
+}
+
+/// A limit, and the moments until which packets are paid for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Paid {
+    /// How many in a second, by sender; 0 for no limit.
+    pub limit: Limit,
+    /// Monotonic nanoseconds, by sender.
+    pub until: [u64; 2],
 }
 
 /// The maps' contents, and the decision that is made by them.
@@ -54,6 +71,12 @@ pub struct Model {
     pub flows: HashMap<FlowKey, Flow>,
     /// When first fragments were let through.
     pub fragments: HashMap<FragmentKey, u64>,
+    /// Of pods that are limited.
+    pub limits: HashMap<PodId, Paid>,
+    /// Attempts that were refused.
+    pub denials: HashMap<FlowKey, Denied>,
+    /// What was told, as if everything could be.
+    pub events: Vec<Event>,
     /// What was counted; pod 0 has what belongs to no pod.
     pub counters: HashMap<PodId, Counters>,
 }
@@ -64,6 +87,16 @@ struct Sender {
     config: Pod,
     side: Side,
     now: u64,
+    /// Of the frame.
+    length: u64,
+}
+
+/// What an allowed packet leaves behind.
+#[derive(Debug, Default)]
+struct Trace {
+    flow: Option<Step>,
+    /// Others may follow.
+    fragment: Option<FragmentKey>,
 }
 
 impl Sender {
@@ -94,7 +127,12 @@ impl Model {
     /// counts it.
     pub fn judge(&mut self, side: Side, pod: PodId, frame: &[u8], now: u64) -> Result<(), Reason> {
         let decision = match self.pods.get(&pod) {
-            Some(&config) => self.examine(&Sender { pod, config, side, now }, frame),
+            Some(&config) => {
+                // A clock of ticks may be behind the pod's beginning.
+                let now = if elapsed(now, config.since).is_zero() { now } else { config.since };
+                let length = frame.len() as u64;
+                self.pass(&Sender { pod, config, side, now, length }, frame)
+            }
             None => Err(Reason::NoPod),
         };
         let counted = if decision == Err(Reason::NoPod) { 0 } else { pod };
@@ -109,7 +147,38 @@ impl Model {
         decision
     }
 
-    fn examine(&mut self, sender: &Sender, frame: &[u8]) -> Result<(), Reason> {
+    /// A packet that is allowed has to be paid for, and only then it changes anything.
+    fn pass(&mut self, sender: &Sender, frame: &[u8]) -> Result<(), Reason> {
+        let trace = self.examine(sender, frame)?;
+        self.pay(sender)?;
+        if let Some(key) = trace.fragment {
+            self.fragments.insert(key, sender.now);
+        }
+        if let Some(step) = trace.flow {
+            self.record(sender, step);
+        }
+        Ok(())
+    }
+
+    fn pay(&mut self, sender: &Sender) -> Result<(), Reason> {
+        if !sender.config.limited {
+            return Ok(());
+        }
+        let paid = self.limits.get_mut(&sender.pod).ok_or(Reason::Rate)?;
+        let (interval, burst) = paid.limit.times(sender.side);
+        if interval == 0 {
+            return Ok(());
+        }
+        let until = &mut paid.until[sender.side as usize];
+        let from = (*until).max(sender.now);
+        if from - sender.now + interval > burst {
+            return Err(Reason::Rate);
+        }
+        *until = from + interval;
+        Ok(())
+    }
+
+    fn examine(&mut self, sender: &Sender, frame: &[u8]) -> Result<Trace, Reason> {
         let frame = Frame::parse(frame)?;
         let mac = sender.config.mac;
         match sender.side {
@@ -121,7 +190,7 @@ impl Model {
         }
         let packet = match frame.kind {
             0x8100 | 0x88A8 => return Err(Reason::Vlan),
-            0x0806 => return self.arp(sender, frame.body),
+            0x0806 => return self.arp(sender, frame.body).map(|()| Trace::default()),
             0x0800 => Packet::ipv4(frame.body)?,
             0x86DD => Packet::ipv6(frame.body)?,
             _ => return Err(Reason::EtherType),
@@ -133,16 +202,18 @@ impl Model {
         match packet.piece {
             Piece::Later { id } => {
                 let first = self.fragments.get(&key(id)).ok_or(Reason::Fragment)?;
-                let young = elapsed(*first, sender.now) < FRAGMENTS;
-                return if young { Ok(()) } else { Err(Reason::Fragment) };
+                let own = !is_before(*first, sender.config.since);
+                let young = own && elapsed(*first, sender.now) < FRAGMENTS;
+                if young { Ok(Trace::default()) } else { Err(Reason::Fragment) }
             }
             Piece::First { id, more: true } => {
-                self.transport(sender, &packet)?;
-                self.fragments.insert(key(id), sender.now);
+                let flow = self.transport(sender, &packet)?;
+                Ok(Trace { flow, fragment: Some(key(id)) })
             }
-            Piece::First { more: false, .. } | Piece::Whole => self.transport(sender, &packet)?,
+            Piece::First { more: false, .. } | Piece::Whole => {
+                Ok(Trace { flow: self.transport(sender, &packet)?, fragment: None })
+            }
         }
-        Ok(())
     }
 
     fn is_own(&self, pod: PodId, ip: IpAddr) -> bool {
@@ -168,12 +239,12 @@ impl Model {
         }
     }
 
-    fn transport(&mut self, sender: &Sender, packet: &Packet<'_>) -> Result<(), Reason> {
+    fn transport(&mut self, sender: &Sender, packet: &Packet<'_>) -> Result<Option<Step>, Reason> {
         let ipv4 = packet.source.is_ipv4();
         match packet.proto {
             TCP => {
                 let (ports, flags) = tcp(packet.body)?;
-                self.flow(sender, sender.key(packet, ports), Role::Segment(flags))
+                self.flow(sender, sender.key(packet, ports), Role::Segment(flags)).map(Some)
             }
             UDP => {
                 let ports = udp(packet.body, packet.piece)?;
@@ -181,7 +252,7 @@ impl Model {
                 if sender.side == Side::Vm && (ports.0 == server || ports.1 == client) {
                     return Err(Reason::Dhcp);
                 }
-                self.flow(sender, sender.key(packet, ports), Role::Opens)
+                self.flow(sender, sender.key(packet, ports), Role::Opens).map(Some)
             }
             ICMP if ipv4 => self.icmp(sender, packet),
             ICMP6 if !ipv4 => self.icmp(sender, packet),
@@ -189,24 +260,26 @@ impl Model {
         }
     }
 
-    fn icmp(&mut self, sender: &Sender, packet: &Packet<'_>) -> Result<(), Reason> {
+    fn icmp(&mut self, sender: &Sender, packet: &Packet<'_>) -> Result<Option<Step>, Reason> {
         let [kind, _, _, _, id @ .., _, _]: [u8; 8] = field(packet.body, 0)?;
         let ipv4 = packet.source.is_ipv4();
         if !ipv4 && matches!(kind, 130..=137 | 143) {
-            return self.link(sender, packet);
+            return self.link(sender, packet).map(|()| None);
         }
         if sender.side == Side::Vm && packet.source.is_unspecified() && !ipv4 {
             return Err(Reason::SpoofedAddress);
         }
         let (role, asks) = match (ipv4, kind) {
             (true, 5) => return Err(Reason::Router),
-            (true, 3 | 11 | 12) | (false, 1..=4) => return self.error(sender, packet),
+            (true, 3 | 11 | 12) | (false, 1..=4) => {
+                return self.error(sender, packet).map(|()| None);
+            }
             (true, 8) | (false, 128) => (Role::Opens, sender.side),
             (true, 0) | (false, 129) => (Role::Answers, sender.side.other()),
             _ => return Err(Reason::IcmpType),
         };
         let key = sender.key(packet, (0, 0));
         let key = FlowKey { local_port: u16::from_be_bytes(id), echo: asks, ..key };
-        self.flow(sender, key, role)
+        self.flow(sender, key, role).map(Some)
     }
 }

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use super::frames::*;
-use super::{World, ip};
-use crate::policy::abi::{Allow, Identity, Pod, Service, Side};
+use super::{World, ip, pod, port};
+use crate::policy::abi::{Identity, Ports, Scope, Side};
 
 /// The pod on this node, and another machine on its link.
 pub(super) const POD: Mac = [2, 0, 0, 0, 0, 1];
@@ -14,9 +14,9 @@ pub(super) const ALL: Mac = [0xFF; 6];
 const RED: u32 = 10;
 const BLUE: u32 = 20;
 const GREEN: u32 = 30;
-/// Classes of services: the cluster's, and the nodes.
-const CLUSTER: u32 = 1;
-const NODE: u32 = 2;
+/// Classes of services: the cluster's, and that of other nodes.
+const CLUSTER: u32 = 5;
+const NODES: u32 = 6;
 
 /// The addresses of one family.
 #[derive(Clone, Copy)]
@@ -77,39 +77,42 @@ pub(super) fn nets() -> [Net; 2] {
 pub(super) fn node(world: &mut World) {
     let mut own: Vec<_> = nets().iter().map(|net| net.own).collect();
     own.push(ip("fe80::1"));
-    world.pod(1, Pod { tenant: RED, mac: POD }, &own);
-    world.pod(2, Pod { tenant: BLUE, mac: OTHER }, &nets().map(|net| net.blue));
-    world.pod(3, Pod { tenant: 0, mac: OTHER }, &[ip("10.0.0.9")]);
-    world.pod(4, Pod { tenant: RED, mac: POD }, &[nets()[1].own]);
+    world.pod(1, pod(RED, POD), &own);
+    world.pod(2, pod(BLUE, OTHER), &nets().map(|net| net.blue));
+    world.pod(3, pod(0, OTHER), &[ip("10.0.0.9")]);
+    world.pod(4, pod(RED, POD), &[nets()[1].own]);
+    let of = |tenant| Identity { tenant, ..Identity::default() };
     for net in nets() {
         let (all, some) = if net.own.is_ipv4() { (32, 24) } else { (128, 64) };
-        let of = |tenant| Identity { tenant, service: 0 };
         world.identity(net.own, all, of(RED));
         world.identity(net.friend, all, of(RED));
         world.identity(net.blue, all, of(BLUE));
         world.identity(net.green, all, of(GREEN));
-        world.identity(net.cluster, all, Identity { tenant: 0, service: CLUSTER });
-        world.identity(net.node, some, Identity { tenant: 0, service: NODE });
+        world.identity(net.cluster, all, Identity { service: CLUSTER, ..Identity::default() });
+        world.identity(net.node, some, Identity { service: NODES, ..Identity::default() });
         for proto in [TCP, UDP] {
-            world.service(Service { class: CLUSTER, proto, port: 53, opener: Side::Vm });
+            let scope = Scope::Service { class: CLUSTER, opener: Side::Vm };
+            world.allow(scope, port(proto, 53));
         }
-        world.service(Service { class: NODE, proto: TCP, port: 0, opener: Side::Peer });
-        world.service(Service { class: NODE, proto: net.icmp, port: 0, opener: Side::Peer });
+        let scope = Scope::Service { class: NODES, opener: Side::Peer };
+        world.allow(scope, Ports::Protocol(TCP));
+        world.allow(scope, Ports::Protocol(net.icmp));
     }
     // The most specific prefix decides: 10.1.0.0/16 is BLUE's, 10.1.2.0/24 in it RED's.
-    world.identity(ip("10.1.0.0"), 16, Identity { tenant: BLUE, service: 0 });
-    world.identity(ip("10.1.2.0"), 24, Identity { tenant: RED, service: 0 });
-    world.identity(ip("fd01::"), 32, Identity { tenant: BLUE, service: 0 });
-    world.identity(ip("fd01::2:0"), 112, Identity { tenant: RED, service: 0 });
+    world.identity(ip("10.1.0.0"), 16, of(BLUE));
+    world.identity(ip("10.1.2.0"), 24, of(RED));
+    world.identity(ip("fd01::"), 32, of(BLUE));
+    world.identity(ip("fd01::2:0"), 112, of(RED));
     // Nobody's.
-    world.identity(ip("10.2.0.0"), 16, Identity { tenant: 0, service: 0 });
-    world.allow(web());
-    world.allow(Allow { from: GREEN, to: RED, proto: UDP, port: 0 });
+    world.identity(ip("10.2.0.0"), 16, of(0));
+    let (scope, ports) = web();
+    world.allow(scope, ports);
+    world.allow(Scope::Tenants { from: GREEN, to: RED }, Ports::Protocol(UDP));
 }
 
 /// What RED may open to BLUE.
-pub(super) fn web() -> Allow {
-    Allow { from: RED, to: BLUE, proto: TCP, port: 80 }
+pub(super) fn web() -> (Scope, Ports) {
+    (Scope::Tenants { from: RED, to: BLUE }, port(TCP, 80))
 }
 
 /// A frame that the pod sends.

@@ -10,7 +10,7 @@ use nix::sys::socket::{
 
 use super::cases::*;
 use super::frames::*;
-use super::{Model, World, tell};
+use super::{Model, World, alone, tell};
 use crate::attach::{carry, detach, partner};
 use crate::netlink::{Message, Socket};
 use crate::policy::Reason;
@@ -87,11 +87,11 @@ impl Wires {
             Side::Vm => (partner(NODE), NODE),
             Side::Peer => (NODE, partner(NODE)),
         };
-        let (before, arrived) = (self.policy.counters(POD_ID).unwrap(), received(to));
+        let (before, arrived) = (self.policy.maps.counters(POD_ID).unwrap().unwrap(), received(to));
         let descriptor = self.socket.as_raw_fd();
         let sent = sendto(descriptor, frame, &link(through), MsgFlags::empty()).unwrap();
         assert_eq!(sent, frame.len());
-        let after = self.policy.counters(POD_ID).unwrap();
+        let after = self.policy.maps.counters(POD_ID).unwrap().unwrap();
         let side = sender as usize;
         let allowed = after.packets[side] - before.packets[side];
         assert_eq!(received(to) - arrived, allowed, "what is allowed arrives, and nothing else");
@@ -128,13 +128,14 @@ fn judged_on_devices() {
         return;
     }
 
-    let mut world = World { policy: Policy::load().unwrap(), model: Model::default() };
+    let mut world = World::of(Policy::load().unwrap());
     node(&mut world);
     let pod = world.model.pods[&1];
     let own = world.model.addresses.iter().filter(|(id, _)| *id == 1);
     let own: Vec<_> = own.map(|(_, address)| *address).collect();
     world.pod(POD_ID, pod, &own);
-    let World { mut policy, model } = world;
+    world.apply();
+    let World { mut policy, model, .. } = world;
     for (sender, index) in [(Side::Vm, partner(ETH0)), (Side::Peer, ETH0)] {
         carry(&mut netlink, index).unwrap();
         let program = policy.classifier(sender).unwrap().fd().unwrap().as_fd();
@@ -169,11 +170,11 @@ fn judged_on_devices() {
     // Without its entry a pod has nothing, at once; and a filter without classid is nobody's.
     let open = out(Ip::new(nets()[0].own, nets()[0].friend, TCP), &tcp(1, 2, SYN));
     wires.check(Side::Vm, &open, Ok(()));
-    let strays = wires.policy.counters(0).unwrap().dropped(Side::Vm, Reason::NoPod);
-    wires.policy.remove_pod(POD_ID, &own).unwrap();
+    let strays = wires.policy.maps.counters(0).unwrap().unwrap().dropped(Side::Vm, Reason::NoPod);
+    wires.policy.maps.remove_pod(&alone(), POD_ID, &own).unwrap();
     let arrived = received(NODE);
     sendto(wires.socket.as_raw_fd(), &open, &link(partner(NODE)), MsgFlags::empty()).unwrap();
-    let after = wires.policy.counters(0).unwrap().dropped(Side::Vm, Reason::NoPod);
+    let after = wires.policy.maps.counters(0).unwrap().unwrap().dropped(Side::Vm, Reason::NoPod);
     assert_eq!((after - strays, received(NODE)), (1, arrived));
     detach(&mut netlink, ETH0).unwrap();
     tell("judged on devices, by classid");

@@ -128,9 +128,9 @@ fn replies_need_more_than_a_port() {
         steps(&mut t, talk, &[(PEER, RST | ACK, OK), (PEER, SYN, no), (VM, SYN, OK)]);
         steps(&mut t, talk, &[(PEER, SYN | ACK, OK)]);
         // A changed policy ends the flow, in both directions; and it may come back.
-        t.world.disallow(web());
+        t.world.disallow(web().0, web().1);
         steps(&mut t, talk, &[(VM, ACK, no), (PEER, ACK, no), (VM, SYN, no)]);
-        t.world.allow(web());
+        t.world.allow(web().0, web().1);
         steps(&mut t, talk, &[(VM, ACK, OK), (PEER, ACK, OK)]);
         // The flow is pod 1's; pod 2 has the other end of it, and its own.
         let kind = if talk.own.is_ipv4() { IPV4 } else { IPV6 };
@@ -272,9 +272,9 @@ fn errors_belong_to_what_they_quote() {
         t.sends("to somebody else", about, Quote);
         let about = out(Ip::new(net.friend, net.blue, net.icmp), &error(&answer));
         t.sends("with another's address", about, SpoofedAddress);
-        t.world.disallow(web());
+        t.world.disallow(web().0, web().1);
         t.gets("when it is no longer allowed", into(router, &error(&quote)), Tenant);
-        t.world.allow(web());
+        t.world.allow(web().0, web().1);
         t.world.age(100);
         t.gets("too late", into(router, &error(&quote)), NoFlow);
         // About echo.

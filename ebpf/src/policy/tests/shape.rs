@@ -48,6 +48,7 @@ fn a_packet_costs_what_is_told() {
     const REPEAT: u32 = 200_000;
     let Some(mut world) = World::new("the cost of the policy's programs") else { return };
     cases::node(&mut world);
+    world.apply();
     tell(&format!("the wire, which judges nothing: {} ns a packet", wire(REPEAT).as_nanos()));
     let stray = world.policy.run(Side::Vm, 9, &[0; 64], REPEAT).unwrap();
     tell(&format!("a packet of no pod: {} ns", stray.time.as_nanos()));

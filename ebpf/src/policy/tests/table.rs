@@ -60,6 +60,7 @@ impl Table {
     pub(super) fn end(mut self, least: usize) {
         self.world.compare_flows();
         self.world.compare_counters();
+        self.world.compare_events();
         tell(&format!("{} packets in the table", self.packets));
         assert!(self.packets >= least, "{} packets", self.packets);
     }

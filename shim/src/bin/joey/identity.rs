@@ -45,7 +45,7 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
     match task {
         Task::Apply { files, dry_run } => {
             let (entries, namespaces) = gather(config, files)?;
-            let what = format!("{} identities", entries.len());
+            let what = format!("{} addresses", entries.len());
             let change = Change::Replace { entries, namespaces };
             let applied = if *dry_run { rehearse(config, change)? } else { apply(config, change)? };
             told(&applied, &what, *dry_run, json);
@@ -101,7 +101,7 @@ fn feed(
         println!("{reply}");
     } else {
         let epoch = reply.get("epoch").unwrap_or(&serde_json::Value::Null);
-        println!("{count} identities are in force: epoch {epoch}");
+        println!("in force: {count} addresses, in epoch {epoch}");
     }
     Ok(())
 }

@@ -68,7 +68,8 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<bool> {
             );
             let change = Change::Policy(documents);
             let applied = if *dry_run { rehearse(config, change)? } else { apply(config, change)? };
-            told(&applied, &format!("{count} documents"), *dry_run, json);
+            let plural = if count == 1 { "" } else { "s" };
+            told(&applied, &format!("{count} document{plural}"), *dry_run, json);
         }
         Task::Show => show(config, json)?,
         Task::Test(test) => return ask(config, test, json),
@@ -123,10 +124,12 @@ pub(super) fn told(applied: &Applied, what: &str, dry_run: bool, json: bool) {
             })
         );
     } else if dry_run {
-        println!("{what} are fine: {identities} identities, {rules} rules; nothing was changed");
+        println!(
+            "fine: {what}, which makes {identities} identities and {rules} rules; nothing was changed"
+        );
     } else {
         println!(
-            "{what} are in force: epoch {epoch}, {identities} identities, {rules} rules, {milliseconds:.1} ms"
+            "in force: {what}, in epoch {epoch} with {identities} identities and {rules} rules; {milliseconds:.1} ms"
         );
     }
 }

@@ -52,11 +52,17 @@ pub struct Applicant {
 }
 
 fn open(bpf_dir: &Path) -> Result<(Maps, Lock), AdmissionError> {
-    let fail =
-        |step| move |source| AdmissionError::Policy { dir: bpf_dir.to_owned(), step, source };
-    let maps = Maps::open(bpf_dir).map_err(fail("open its maps"))?;
-    let lock = Lock::take(bpf_dir).map_err(fail("lock it"))?;
-    Ok((maps, lock))
+    Ok((maps(bpf_dir)?, lock(bpf_dir)?))
+}
+
+fn maps(bpf_dir: &Path) -> Result<Maps, AdmissionError> {
+    let (dir, step) = (bpf_dir.to_owned(), "open its maps");
+    Maps::open(bpf_dir).map_err(|source| AdmissionError::Policy { dir, step, source })
+}
+
+fn lock(bpf_dir: &Path) -> Result<Lock, AdmissionError> {
+    let (dir, step) = (bpf_dir.to_owned(), "lock it");
+    Lock::take(bpf_dir).map_err(|source| AdmissionError::Policy { dir, step, source })
 }
 
 /// Gives a pod with this hardware address and these addresses a place, after `record` has written it down.
@@ -72,8 +78,11 @@ pub(super) fn admit(
     if addresses.iter().any(IpAddr::is_ipv6) {
         addresses.push(link_local(mac).into());
     }
-    let (maps, lock) = open(bpf_dir)?;
-    maps.put_node_addresses(&lock, node)?;
+    let maps = maps(bpf_dir)?;
+    // Others wait for the lock, and these addresses are new once in a while only.
+    let strangers = maps.strangers(node)?;
+    let lock = lock(bpf_dir)?;
+    maps.put_node_addresses(&lock, &strangers)?;
     let tenant = maps.number_of(&lock, &applicant.tenant)?;
     let (id, table) = maps.vacancy(&lock, tenant)?;
     let since = now();
@@ -125,7 +134,11 @@ pub(super) fn own_addresses() -> Result<Vec<IpAddr>, AdmissionError> {
     let fail = |error: &dyn std::fmt::Display| AdmissionError::Addresses(error.to_string());
     let mut socket = Socket::open().map_err(|error| fail(&error))?;
     let addresses = read::addresses(&mut socket).map_err(|error| fail(&error))?;
-    Ok(addresses.into_iter().filter(|ip| !ip.is_loopback()).collect())
+    let mut own: Vec<IpAddr> = addresses.into_iter().filter(|ip| !ip.is_loopback()).collect();
+    // The devices of many pods may have one and the same.
+    own.sort_unstable();
+    own.dedup();
+    Ok(own)
 }
 
 /// The address that the guest's kernel makes of the hardware address (RFC 4291, appendix A).

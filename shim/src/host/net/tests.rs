@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use joey_ebpf::policy::maps::Maps;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::*;
@@ -328,4 +329,103 @@ fn plugging_is_quick() {
         times.sort();
         println!("{what}: p50 {:?}, p99 {:?}", times[25], times[49]);
     }
+}
+
+/// Joey's qdisc of a device of the pod's, as `tc` words it; empty if it has none.
+fn limit_of(lab: &Lab, device: &str) -> String {
+    let shown = run(&format!("tc -n {} qdisc show dev {device}", lab.name("p")));
+    let own = shown.lines().find_map(|line| line.strip_prefix("qdisc tbf 6a79: root refcnt "));
+    own.map_or(String::new(), |line| line[2..].split(" burst").next().unwrap().to_owned())
+}
+
+fn limits(egress_bits: u64, ingress_bits: u64) -> NetLimits {
+    NetLimits { egress_bits, ingress_bits, ..NetLimits::default() }
+}
+
+#[test]
+fn limits_can_be_set_changed_and_taken_off() {
+    let Some(lab) = Lab::with_interface() else { return };
+    let before = lab.left();
+    let wire = lab.plug().unwrap();
+    let guest = start_guest(&lab, &wire);
+    let netns = lab.path("p");
+    let steps = [
+        (limits(10_000_000, 20_000_000), ["rate 10Mbit", "rate 20Mbit"]),
+        // One way only; what the other had goes.
+        (limits(50_000_000, 0), ["rate 50Mbit", ""]),
+        (limits(0, 1_000_000_000), ["", "rate 1Gbit"]),
+        // The least and more than 32 bits of bytes can say.
+        (limits(1000, 100_000_000_000), ["rate 1Kbit", "rate 100Gbit"]),
+        (NetLimits::default(), ["", ""]),
+        (NetLimits::default(), ["", ""]),
+        (limits(100_000_000, 100_000_000), ["rate 100Mbit", "rate 100Mbit"]),
+    ];
+    for (limits, expected) in steps {
+        Wire::limit(&netns, None, &limits).unwrap();
+        assert_eq!(["eth0", TAP].map(|device| limit_of(&lab, device)), expected, "{limits:?}");
+    }
+    echo(&lab, "g", "n", v4(2));
+    echo(&lab, "n", "g", v4(1));
+    Wire::unplug(&netns).unwrap();
+    assert_eq!(lab.left(), before, "unplugging takes the limits off too");
+    drop((guest, wire));
+}
+
+#[test]
+fn limits_that_cannot_be_followed_say_so() {
+    let Some(lab) = Lab::with_interface() else { return };
+    let packets = NetLimits { egress_packets: 1000, ..NetLimits::default() };
+    let error = Wire::limit(&lab.path("p"), None, &packets).unwrap_err().to_string();
+    assert!(error.contains("isolation is off"), "{error}");
+    // No VM is there yet, or no more: nothing to limit.
+    Wire::limit(&lab.path("p"), None, &limits(1_000_000, 0)).unwrap();
+    assert_eq!(limit_of(&lab, "eth0"), "");
+}
+
+#[test]
+fn packets_are_limited_where_the_policy_has_the_pod() {
+    let Some(mut lab) = Lab::with_interface() else { return };
+    lab.config.isolation = true;
+    let (before, netns, mut place) = (lab.left(), lab.path("p"), None);
+    let who = Applicant { tenant: "blue".to_owned(), pod: None };
+    let record = |taken: &PodNetwork| {
+        place = Some(taken.clone());
+        Ok(())
+    };
+    let wire = Wire::plug(&netns, &lab.config, None, &who, record).unwrap();
+    let place = place.unwrap();
+    let maps = Maps::open(&lab.config.bpf_dir).unwrap();
+    let limited = || maps.pod(place.id).unwrap().map(|pod| pod.limited);
+    assert_eq!(limited(), Some(false));
+    // One way packets, the other way bits.
+    let both = NetLimits { ingress_packets: 5, ..limits(1_000_000, 0) };
+    for (limits, packets, bits) in [
+        (both, true, "rate 1Mbit"),
+        (limits(2_000_000, 0), false, "rate 2Mbit"),
+        (both, true, "rate 1Mbit"),
+    ] {
+        Wire::limit(&netns, Some(&place), &limits).unwrap();
+        assert_eq!(limited(), Some(packets), "{limits:?}");
+        assert_eq!(limit_of(&lab, "eth0"), bits);
+        assert_eq!(limit_of(&lab, TAP), "");
+    }
+    drop(wire);
+    Wire::unplug(&netns).unwrap();
+    Wire::dismiss(&place).unwrap();
+    assert_eq!((limited(), lab.left()), (None, before));
+    // The place is gone, and limiting does not take it again.
+    Wire::limit(&netns, Some(&place), &both).unwrap();
+    assert_eq!(limited(), None);
+}
+
+#[test]
+fn a_limit_of_others_is_not_taken_off() {
+    let Some(lab) = Lab::with_interface() else { return };
+    let wire = lab.plug().unwrap();
+    let (netns, pod) = (lab.path("p"), lab.name("p"));
+    run(&format!("tc -n {pod} qdisc add dev eth0 root handle 1: tbf rate 1mbit burst 8k limit 9k"));
+    Wire::limit(&netns, None, &NetLimits::default()).unwrap();
+    Wire::unplug(&netns).unwrap();
+    assert!(run(&format!("tc -n {pod} qdisc show dev eth0")).contains("qdisc tbf 1: root"));
+    drop(wire);
 }

@@ -1,0 +1,82 @@
+//! `bench net`: the pod's wire in a lab of network namespaces ([`crate::lab`]), and between real pods.
+//!
+//! Subjects: `joey` (policy, flows and counters), `joey+wire` (`isolation = false`: every packet is redirected
+//! unseen) and `kata-tcfilter` (the filters that Kata's default network model makes), by turns in one run.
+
+mod fairness;
+mod limits;
+mod packet;
+mod pods;
+mod setup;
+mod wire;
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use super::machine;
+use super::stats::{Report, Samples};
+use crate::node::Node;
+
+/// What can be measured for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// Throughput and round trip of one pod's wire.
+    Wire,
+    /// Joining pods, one at a time and many at once.
+    Setup,
+    /// A packet's time in the programs.
+    Packet,
+    /// What passes under limits of bits and of packets.
+    Limits,
+    /// A pod's round trip while another one floods.
+    Fairness,
+    /// Real pods, beside runc's.
+    Pods,
+}
+
+impl Part {
+    /// Whether it needs a node with containerd.
+    #[must_use]
+    pub fn needs_node(self) -> bool {
+        self == Self::Pods
+    }
+}
+
+/// Measures and returns the report; `progress` is told what happens.
+pub fn net(
+    node: Option<&Node>,
+    parts: &[Part],
+    runs: usize,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report> {
+    let mut samples = Samples::default();
+    for part in parts {
+        let name = part.to_possible_value();
+        progress(&format!("measuring {}", name.as_ref().map_or("", |name| name.get_name())));
+        match part {
+            Part::Wire => wire::measure(runs, &mut samples, progress)?,
+            Part::Setup => setup::measure(runs, &mut samples, progress)?,
+            Part::Packet => packet::measure(runs, &mut samples)?,
+            Part::Limits => limits::measure(runs, &mut samples, progress)?,
+            Part::Fairness => fairness::measure(runs, &mut samples, progress)?,
+            Part::Pods => {
+                if let Some(node) = node {
+                    pods::measure(node, runs, &mut samples, progress)?;
+                }
+            }
+        }
+    }
+    let pairs = [
+        ("joey", "joey+wire"),
+        ("joey", "kata-tcfilter"),
+        ("joey+wire", "kata-tcfilter"),
+        ("joey", "runc"),
+        ("joey+busy", "joey"),
+        ("joey+flood", "joey"),
+        ("joey+flood_limited", "joey"),
+        ("joey+flooded", "joey"),
+        ("joey+flooded_limited", "joey"),
+        ("joey+50_at_once", "joey"),
+    ];
+    Ok(samples.report("net", &machine(), &pairs))
+}

@@ -1,0 +1,64 @@
+//! One pod's wire: streams out of it and into it, and round trips. The other end is a host beyond the node's
+//! router.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::super::stats::Samples;
+use crate::lab::traffic::{Load, round_trips};
+use crate::lab::{Join, Lab, PEER, Pod};
+
+/// The subjects.
+const SUBJECTS: [(&str, Join); 3] =
+    [("joey", Join::Policy), ("joey+wire", Join::Wire), ("kata-tcfilter", Join::Mirred)];
+/// Before anything counts: a stream finds its speed.
+const WARM_UP: Duration = Duration::from_millis(500);
+/// In which the receiver's bytes are counted.
+const WINDOW: Duration = Duration::from_secs(3);
+/// Of round trips, one right after the other.
+const TRIPS: Duration = Duration::from_secs(1);
+
+pub(super) fn measure(
+    runs: usize,
+    samples: &mut Samples,
+    progress: &mut dyn FnMut(&str),
+) -> Result<()> {
+    let lab = Lab::new()?;
+    let mut pods: Vec<(&str, Pod)> = Vec::new();
+    for (number, (subject, join)) in (1..).zip(SUBJECTS) {
+        let mut pod = lab.pod(number)?;
+        lab.plug(&mut pod, join)?;
+        pods.push((subject, pod));
+    }
+    let judged: Vec<&Pod> = pods.iter().take(1).map(|(_, pod)| pod).collect();
+    lab.allow(&judged)?;
+    for run in 1..=runs {
+        // Whoever is first may find the machine otherwise than the others.
+        pods.rotate_left(1);
+        for (subject, pod) in &pods {
+            let mut add = |metric, unit, value| samples.add(subject, metric, unit, value);
+            let out = Load::tcp(&pod.guest, &lab.peer, PEER.into(), 1)?;
+            add("tcp_out", "Gb/s", gigabits(out)?);
+            let into = Load::tcp(&lab.peer, &pod.guest, pod.address(), 1)?;
+            add("tcp_in", "Gb/s", gigabits(into)?);
+            let (address, door) = (pod.address(), pod.group.door());
+            let trips = round_trips(&lab.peer, &pod.guest, address, &door, TRIPS, Duration::ZERO)?;
+            for time in trips.times {
+                add("round_trip", "µs", time.as_secs_f64() * 1e6);
+            }
+        }
+        progress(&format!("{run} of {runs} runs"));
+    }
+    Ok(())
+}
+
+/// What a load's receiver gets, without headers.
+fn gigabits(load: Load) -> Result<f64> {
+    sleep(WARM_UP);
+    let (before, begun) = (load.received(), Instant::now());
+    sleep(WINDOW);
+    let bytes = load.received() - before;
+    Ok(bytes as f64 * 8.0 / begun.elapsed().as_secs_f64() / 1e9)
+}
