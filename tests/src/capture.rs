@@ -1,12 +1,15 @@
-//! What passes a pod's interface, captured on the node's side of it.
+//! What passes a device of a pod's network namespace, captured there.
 
+use std::fs::File;
 use std::io::IoSliceMut;
 use std::os::fd::AsRawFd as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::sockopt::{RcvBufForce, ReceiveTimeout};
 use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recvmsg, setsockopt,
@@ -47,27 +50,28 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Begins at the node's end of the interface `eth0` of a pod's network namespace.
-    pub fn start(node: &Node, netns: &str) -> Result<Self> {
-        let mut command = std::process::Command::new("nsenter");
-        command.args([&format!("--net={netns}"), "ip", "-o", "link", "show", "eth0"]);
-        let shown = node.run_inside(command)?;
-        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
-        let peer = shown.split_once("@if").and_then(|(_, rest)| rest.split_once(':'));
-        let (index, _) = peer.with_context(|| format!("no other end in {shown:?}"))?;
-        let index: usize = index.parse()?;
-        let socket = node.in_network(|| -> Result<_> {
+    /// Begins at a device of a network namespace of the node: of a tap, what the VM sends comes in, and what it is
+    /// sent goes out.
+    pub fn start(node: &Node, netns: &str, device: &str) -> Result<Self> {
+        let root = format!("/proc/{}/root", node.holder());
+        let netns = File::open(Path::new(&root).join(netns.trim_start_matches('/')))?;
+        let open = || -> Result<_> {
+            setns(&netns, CloneFlags::CLONE_NEWNET)?;
             let protocol = SockProtocol::EthAll;
             let socket =
                 socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
             setsockopt(&socket, RcvBufForce, &(64 << 20))?;
             setsockopt(&socket, ReceiveTimeout, &TimeVal::new(0, 50_000))?;
-            let links = nix::ifaddrs::getifaddrs()?;
-            let mut links = links.filter_map(|link| link.address?.as_link_addr().copied());
-            let link = links.find(|link| link.ifindex() == index);
-            bind(socket.as_raw_fd(), &link.with_context(|| format!("no device {index}"))?)?;
-            Ok(socket)
-        })??;
+            let mut links =
+                nix::ifaddrs::getifaddrs()?.filter(|link| link.interface_name == device);
+            let link = links.find_map(|link| link.address?.as_link_addr().copied());
+            let link = link.with_context(|| format!("no device {device}"))?;
+            bind(socket.as_raw_fd(), &link)?;
+            Ok((socket, link.ifindex()))
+        };
+        // A thread of its own: it stays in that namespace.
+        let (socket, index) = std::thread::scope(|scope| scope.spawn(open).join())
+            .unwrap_or_else(|_| bail!("the thread panicked"))?;
         let counts = Arc::new(Counts::default());
         let shared = counts.clone();
         let thread = std::thread::spawn(move || {

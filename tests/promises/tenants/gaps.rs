@@ -128,14 +128,14 @@ pub fn by_kills(ctx: &Context<'_>) -> Result<()> {
     only_joey(ctx)?;
     let policy = Policy::new(ctx);
     watched(ctx, |arrived| {
-        let start = |name: &str| -> Result<Pod<'_>> {
+        let start = |name: &str| -> Result<_> {
             let pod = ctx.pod(name)?;
-            pod.start(&to_the_node())?;
+            let container = pod.start(&to_the_node())?;
             arrived.more()?;
-            Ok(pod)
+            Ok((pod, container))
         };
         // The daemon: the pod goes on.
-        let pod = start("daemon")?;
+        let (pod, _container) = start("daemon")?;
         ctx.node.kill_network()?;
         arrived.more()?;
         ctx.node.start_network()?;
@@ -163,7 +163,7 @@ pub fn by_kills(ctx: &Context<'_>) -> Result<()> {
         pod.remove()?;
         // Those without whom the pod ends.
         for victim in ["shim", "VMM"] {
-            let pod = start(victim)?;
+            let (pod, container) = start(victim)?;
             let told = super::told(ctx, &["ps"])?.to_string();
             let mark = if victim == "shim" { "containerd-shim-joey-v2" } else { "qemu" };
             let found = ctx.node.processes().into_iter().find(|(_, name)| {
@@ -171,7 +171,7 @@ pub fn by_kills(ctx: &Context<'_>) -> Result<()> {
             });
             let (pid, _) = found.with_context(|| format!("no {victim} of {}: {told}", pod.id))?;
             process::kill(pid)?;
-            std::thread::sleep(Duration::from_millis(300));
+            container.wait(pod::SOON)?;
             pod.remove()?;
         }
         Ok(())
