@@ -35,8 +35,8 @@ INLINE int pay(const struct __sk_buff *skb, __u32 pod, __u8 sender, __u64 now)
 		__u64 until = *(volatile __u64 *)&limit->until[sender];
 		__u64 from = (__s64)(until - now) > 0 ? until : now;
 
-		// What is before this packet counts, or a large one would never pass.
-		if (from - now >= limit->burst[sender])
+		// Of a large one, a single packet has to find room, or it would never pass.
+		if (from - now + interval > limit->burst[sender])
 			return DROP_Rate;
 		if (__sync_val_compare_and_swap(&limit->until[sender], until, from + cost) == until)
 			return ALLOWED;

@@ -6,7 +6,7 @@
 //! any other.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use nix::sys::socket::sockopt::ReceiveTimeout;
@@ -240,6 +240,33 @@ impl Socket {
         Ok(Self { fd, sequence: 0, buffer: vec![0; RECEIVE_BYTES] })
     }
 
+    /// A socket that hears of changes to a namespace's addresses (`RTM_NEWADDR`, `RTM_DELADDR`), of the
+    /// calling thread's. It does not block: [`Socket::drain`] it when it is readable.
+    pub fn addresses() -> Result<Self, NetlinkError> {
+        let fd = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+            SockProtocol::NetlinkRoute,
+        )
+        .map_err(failed("open"))?;
+        let groups = (libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR).cast_unsigned();
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups)).map_err(failed("join"))?;
+        Ok(Self { fd, sequence: 0, buffer: vec![0; RECEIVE_BYTES] })
+    }
+
+    /// Throws away what was told, and what the kernel could not tell because nobody had read: in both cases
+    /// something has changed, and a dump says what there is.
+    pub fn drain(&mut self) -> Result<(), NetlinkError> {
+        loop {
+            match recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(_) | Err(nix::Error::ENOBUFS | nix::Error::EINTR) => {}
+                Err(nix::Error::EAGAIN) => return Ok(()),
+                Err(error) => return Err(failed("receive")(error)),
+            }
+        }
+    }
+
     /// Sends one request and waits until the kernel has done it.
     pub fn request(&mut self, message: Message) -> Result<(), NetlinkError> {
         self.batch([message])
@@ -336,6 +363,18 @@ impl Socket {
             rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         }
         Ok(())
+    }
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

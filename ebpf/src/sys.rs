@@ -178,6 +178,29 @@ pub(crate) mod map {
     }
 }
 
+/// Waits until every program that runs now has ended: they run in sections of the kernel's RCU, for whose end
+/// this call waits.
+pub(crate) fn wait_for_programs() -> io::Result<()> {
+    /// `MEMBARRIER_CMD_GLOBAL`.
+    const GLOBAL: libc::c_int = 1;
+    // SAFETY: plain numbers.
+    match unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } {
+        0 => Ok(()),
+        _ => {
+            let error = io::Error::last_os_error();
+            // A kernel without it, or with processors that no clock interrupts: a program runs for
+            // microseconds.
+            match error.raw_os_error() {
+                Some(libc::ENOSYS | libc::EINVAL) => {
+                    std::thread::sleep(std::time::Duration::from_millis(50));
+                    Ok(())
+                }
+                _ => Err(error),
+            }
+        }
+    }
+}
+
 /// Makes a map of one socket, this one.
 pub(crate) fn socket_map(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     /// `BPF_MAP_TYPE_SOCKMAP`.

@@ -6,6 +6,7 @@ pub mod api;
 pub mod bootstrap;
 pub mod config;
 pub mod failpoint;
+pub mod flows;
 pub mod guest;
 pub mod host;
 pub mod log;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::time::Duration;
@@ -18,9 +18,10 @@ use super::maps::{Lock, MapError, Maps, NAMES, directory};
 static OBJECT: &[u8] = include_bytes_aligned!(env!("JOEY_POLICY_OBJECT"));
 /// Length of the kernel's `struct __sk_buff`.
 const CONTEXT: usize = 192;
-/// In it, `mark` and `cb[0]`.
+/// In it, `mark`, `cb[0]` and `gso_size`.
 const MARK: usize = 8;
 const CB: usize = 48;
+const GSO_SIZE: usize = 176;
 /// `TC_ACT_SHOT` and `TC_ACT_REDIRECT`.
 const SHOT: u32 = 2;
 const REDIRECT: u32 = 7;
@@ -106,6 +107,11 @@ fn data(map: &Map) -> Option<&MapData> {
     }
 }
 
+fn map(object: &Ebpf, name: &str) -> io::Result<OwnedFd> {
+    let map = object.map(name).and_then(data).ok_or(io::ErrorKind::NotFound)?;
+    map.fd().as_fd().try_clone_to_owned()
+}
+
 impl Policy {
     /// Loads the programs: each judges for the pod that its filter's classid names. Its maps go with it.
     pub fn load() -> Result<Self, PolicyError> {
@@ -169,11 +175,7 @@ impl Policy {
             }
         }
         let object = loader.load(OBJECT)?;
-        let map = |name| {
-            let map = object.map(name).and_then(data).ok_or(io::ErrorKind::NotFound)?;
-            map.fd().as_fd().try_clone_to_owned()
-        };
-        let maps = Maps::with(map).map_err(PolicyError::Maps)?;
+        let maps = Maps::with(|name| map(&object, name)).map_err(PolicyError::Maps)?;
         maps.put_strays()?;
         Ok(Self { object, maps })
     }
@@ -185,6 +187,12 @@ impl Policy {
             self.program(sender)?.load().map_err(fail)?;
         }
         Ok(())
+    }
+
+    /// A map, for another [`Maps`].
+    #[cfg(test)]
+    pub(super) fn map(&self, name: &str) -> io::Result<OwnedFd> {
+        map(&self.object, name)
     }
 
     /// The events, to be read by one reader.
@@ -219,9 +227,22 @@ impl Policy {
         frame: &[u8],
         repeat: u32,
     ) -> Result<Outcome, PolicyError> {
+        self.run_segmented(sender, pod, frame, repeat, 0)
+    }
+
+    /// The same with a packet that is to be cut into segments of this size later, if it is not 0.
+    pub(super) fn run_segmented(
+        &mut self,
+        sender: Side,
+        pod: PodId,
+        frame: &[u8],
+        repeat: u32,
+        segment: u32,
+    ) -> Result<Outcome, PolicyError> {
         let name = program_of(sender);
         let mut context = [0; CONTEXT];
         context[MARK..MARK + 4].copy_from_slice(&u32::from(pod).to_ne_bytes());
+        context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&segment.to_ne_bytes());
         let mut after = [0; CONTEXT];
         let options = TestRunOptions {
             data_in: Some(frame),

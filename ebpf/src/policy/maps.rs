@@ -379,8 +379,14 @@ impl Maps {
         self.changed()
     }
 
-    /// Removes all entries of other epochs than this one.
-    pub fn keep_only(&self, _lock: &Lock, epoch: u32) -> Result<(), MapError> {
+    /// Removes all entries of other epochs than this one, once no packet is judged by them any more.
+    pub fn keep_only(&self, lock: &Lock, epoch: u32) -> Result<(), MapError> {
+        sys::wait_for_programs().map_err(self.active.fail("wait for who reads an old epoch"))?;
+        self.forget_others(lock, epoch)
+    }
+
+    /// The same without waiting: who is judged meanwhile may see a part of an epoch.
+    pub(super) fn forget_others(&self, _lock: &Lock, epoch: u32) -> Result<(), MapError> {
         let is = |bytes: &[u8]| bytes == epoch.to_ne_bytes();
         for key in self.identities.keys()?.iter().filter(|key| !is(&key[4..8])) {
             self.identities.remove(key)?;
@@ -432,6 +438,11 @@ impl Maps {
     /// Limits a pod's packets. Its entry in `pods` says whether it is limited at all.
     pub fn put_limit(&self, id: PodId, limit: Limit) -> Result<(), MapError> {
         self.limits.put(&pod_key(id).to_ne_bytes(), &limit.encode())
+    }
+
+    /// Forgets a limit; a pod whose entry says that it has one may send nothing then.
+    pub fn remove_limit(&self, id: PodId) -> Result<(), MapError> {
+        self.limits.remove(&pod_key(id).to_ne_bytes()).map(drop)
     }
 
     fn table(&self, table: u32) -> Result<Option<Map<44, 56>>, MapError> {

@@ -9,6 +9,8 @@
 pub mod abi;
 pub mod attach;
 #[cfg(feature = "loader")]
+pub mod events;
+#[cfg(feature = "loader")]
 pub mod loader;
 pub mod maps;
 pub mod model;

@@ -159,13 +159,16 @@ impl NetworkPolicy {
     }
 }
 
+/// Peers and ports of a rule.
+type RawRule = (Option<Vec<RawPeer>>, Option<Vec<RawPort>>);
+
 fn rules(
     field: &str,
     side: &str,
-    raw: impl Iterator<Item = (Option<Vec<RawPeer>>, Option<Vec<RawPort>>)>,
+    raw: impl Iterator<Item = RawRule>,
     namespace: &str,
 ) -> Result<Vec<Rule>, Fault> {
-    let rule = |(at, (peers, ports)): (usize, (Option<Vec<RawPeer>>, Option<Vec<RawPort>>))| {
+    let rule = |(at, (peers, ports)): (usize, RawRule)| {
         let within = |part: &str, inner: usize| format!("{field}[{at}].{part}[{inner}]");
         let peers = peers.unwrap_or_default().into_iter().enumerate().map(|(inner, peer)| {
             peer.check(namespace).map_err(|fault| fault.within(&within(side, inner)))

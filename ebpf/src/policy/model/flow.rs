@@ -20,7 +20,8 @@ pub(super) enum Role {
 }
 
 /// How long after its last packet a flow is known.
-fn lifetime(proto: u8, state: State) -> Duration {
+#[must_use]
+pub fn lifetime(proto: u8, state: State) -> Duration {
     Duration::from_secs(match (proto, state) {
         (TCP, State::New) => 60,
         // RFC 5382: 2 hours and 4 minutes at least.

@@ -21,9 +21,10 @@
 
 mod flow;
 mod neighbour;
-mod packet;
+pub(super) mod packet;
 mod tables;
 
+pub use flow::lifetime;
 pub use tables::{Attempt, Peer, Tables};
 
 use std::collections::{HashMap, HashSet};
@@ -170,7 +171,7 @@ impl Model {
         }
         let until = &mut paid.until[sender.side as usize];
         let from = (*until).max(sender.now);
-        if from - sender.now >= burst {
+        if from - sender.now + interval > burst {
             return Err(Reason::Rate);
         }
         *until = from + interval;

@@ -4,15 +4,15 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::policy::Reason;
 
-pub(super) const ICMP: u8 = 1;
-pub(super) const TCP: u8 = 6;
-pub(super) const UDP: u8 = 17;
-pub(super) const ICMP6: u8 = 58;
+pub(in crate::policy) const ICMP: u8 = 1;
+pub(in crate::policy) const TCP: u8 = 6;
+pub(in crate::policy) const UDP: u8 = 17;
+pub(in crate::policy) const ICMP6: u8 = 58;
 
-pub(super) const FIN: u8 = 1;
-pub(super) const SYN: u8 = 2;
-pub(super) const RST: u8 = 4;
-pub(super) const ACK: u8 = 16;
+pub(in crate::policy) const FIN: u8 = 1;
+pub(in crate::policy) const SYN: u8 = 2;
+pub(in crate::policy) const RST: u8 = 4;
+pub(in crate::policy) const ACK: u8 = 16;
 
 /// Extension headers before a fragment's or the transport's, at most.
 const EXTENSIONS: usize = 4;

@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+pub(super) use crate::policy::model::packet::{ACK, FIN, ICMP, ICMP6, RST, SYN, TCP, UDP};
+
 pub(super) type Mac = [u8; 6];
 
 pub(super) const ARP: u16 = 0x0806;
@@ -10,16 +12,7 @@ pub(super) const IPV6: u16 = 0x86DD;
 /// Where what follows the Ethernet header begins.
 pub(super) const IP: usize = 14;
 
-pub(super) const ICMP: u8 = 1;
-pub(super) const TCP: u8 = 6;
-pub(super) const UDP: u8 = 17;
-pub(super) const ICMP6: u8 = 58;
-
-pub(super) const FIN: u8 = 1;
-pub(super) const SYN: u8 = 2;
-pub(super) const RST: u8 = 4;
 pub(super) const PSH: u8 = 8;
-pub(super) const ACK: u8 = 16;
 
 pub(super) fn ethernet(to: Mac, from: Mac, kind: u16, body: &[u8]) -> Vec<u8> {
     [&to[..], &from, &kind.to_be_bytes(), body].concat()

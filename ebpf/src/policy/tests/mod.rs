@@ -18,8 +18,11 @@ use super::model::{Model, Tables};
 
 mod cases;
 mod device;
+mod events;
 mod frames;
+mod limit;
 mod link;
+mod narrow;
 mod random;
 mod replies;
 mod shape;
@@ -162,7 +165,7 @@ impl World {
         self.write(self.epoch);
         let lock = alone();
         self.maps().activate(&lock, self.epoch).unwrap();
-        self.maps().keep_only(&lock, self.epoch).unwrap();
+        self.maps().forget_others(&lock, self.epoch).unwrap();
     }
 
     /// What the program says, and the model.

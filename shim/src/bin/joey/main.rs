@@ -5,13 +5,16 @@
 mod check;
 mod console;
 mod ebpf;
+mod flows;
 mod identity;
 mod limit;
+mod network;
 mod policy;
 mod sandboxes;
 mod standby;
 mod templates;
 mod timeline;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -64,6 +67,13 @@ enum Task {
     },
     /// Change how much a running sandbox may ask of its disks and its network in a second
     Limit(limit::Limit),
+    /// What tells about the pods' traffic and takes identities
+    #[command(subcommand)]
+    Network(network::Task),
+    /// Who spoke with whom, and what was not let through (asks `joey network serve`)
+    Flows(flows::Flows),
+    /// Traffic of pods and tenants: how much in a second and in all
+    Top(top::Top),
     /// Remove what is left of sandboxes whose shim is gone (the shims do so too, now and then)
     Clean,
     /// The guest's console and the agent's log
@@ -152,6 +162,9 @@ fn run(cli: &Cli) -> Result<bool> {
         Task::Ps => sandboxes::list(&config, cli.json)?,
         Task::Inspect { id } => sandboxes::inspect(&config, id, cli.json)?,
         Task::Limit(limit) => limit::run(&config, limit, cli.json)?,
+        Task::Network(network::Task::Serve(serve)) => network::run(&config, serve)?,
+        Task::Flows(flows) => flows::run(&config, flows, cli.json)?,
+        Task::Top(top) => top::run(&config, top, cli.json)?,
         Task::Clean => return sandboxes::clean(&config, cli.json),
         Task::Console { id, follow } => console::show(&config, id, *follow, cli.json)?,
     }

@@ -42,6 +42,9 @@ struct Space<'a> {
     pods: Vec<&'a Entry>,
 }
 
+/// The peers that an entry is, and the NetworkPolicies that select it.
+type Known = (Rc<[PeerId]>, Rc<[usize]>);
+
 /// The peers by number, and what is needed to find those that an entry is.
 pub(super) struct Peers<'a> {
     ids: HashMap<&'a Peer, PeerId>,
@@ -49,7 +52,7 @@ pub(super) struct Peers<'a> {
     spaces: HashMap<&'a str, Space<'a>>,
     /// Names of ports in rules about what may be opened elsewhere.
     names: BTreeSet<&'a str>,
-    known: HashMap<(&'a str, &'a Labels), (Rc<[PeerId]>, Rc<[usize]>)>,
+    known: HashMap<(&'a str, &'a Labels), Known>,
 }
 
 /// All rules of a policy.

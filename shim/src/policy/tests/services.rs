@@ -50,11 +50,14 @@ fn opens(rule: &str, asked: &[(&str, u16)]) -> Vec<bool> {
     asked.iter().map(may).collect()
 }
 
+/// A rule, what is asked, and the answers.
+type Case<'a> = (String, &'a [(&'a str, u16)], &'a [bool]);
+
 #[test]
 fn a_service_is_the_pods_behind_it() {
     let (web, empty, outside) = ("10.96.0.1", "10.96.0.2", "10.96.0.3");
     let pods = "to: [{podSelector: {matchLabels: {app: web}}}]";
-    let cases: [(String, &[(&str, u16)], &[bool]); 8] = [
+    let cases: [Case<'_>; 8] = [
         // All ports of all pods: all of the Service; one without pods is nobody.
         (
             format!("{{{pods}}}"),
