@@ -154,7 +154,11 @@ async fn sweep(maps: Arc<Maps>, hub: Hub) {
             let whose = |key: &joey_ebpf::policy::abi::FlowKey| {
                 locals.get(&key.remote).map(|local| local.pod)
             };
-            hub.with(|book| book.sweep(&read, &*maps, whose))?;
+            hub.with(|book| {
+                // Addresses that changed hands are not unknown, so nobody would look.
+                book.names.refresh();
+                book.sweep(&read, &*maps, whose)
+            })?;
             Ok(())
         });
         match swept.await.map_err(anyhow::Error::from).and_then(|swept| swept) {
