@@ -33,13 +33,15 @@ pub(super) fn measure(
         let (serving, calling) = (server.start(&idle)?, client.start(&idle)?);
         let address = server.addresses()?.into_iter().next().context("the pod has no address")?;
         rest(node);
+        // A server that has nothing more to say would end the connection.
+        let listen = format!("sleep {} | nc -l -p {PORT} | wc -c", SECONDS + 3);
         for run in 1..=runs {
             let received = thread::scope(|scope| -> Result<u64> {
-                let listen = scope.spawn(|| serving.sh(&format!("nc -l -p {PORT} | wc -c")));
+                let server = scope.spawn(|| serving.sh(&listen));
                 sleep(Duration::from_secs(1));
                 calling
                     .sh(&format!("timeout {SECONDS} nc {address} {PORT} < /dev/zero || true"))?;
-                let counted = listen.join().map_err(|_| anyhow!("the server panicked"))??;
+                let counted = server.join().map_err(|_| anyhow!("the server panicked"))??;
                 Ok(counted.text().trim().parse()?)
             })?;
             let rate = received as f64 * 8.0 / f64::from(SECONDS) / 1e6;
