@@ -21,13 +21,25 @@ enum role {
 	CONTINUES, // a later fragment
 };
 
+// What does not fit on the stack, which is 512 bytes for all functions together: one at a time is under way on a CPU.
+struct draft {
+	struct flow next;
+	struct flow_key key;
+	struct peer peer; // who is known if a verdict was needed
+};
+
+struct {
+	KIND(BPF_MAP_TYPE_PERCPU_ARRAY);
+	__u32 *key;
+	struct draft *value;
+	ENTRIES(1);
+} drafts MAP;
+
 // A packet's flow, as it is known and as it will be.
 struct course {
 	void *table;
 	struct flow *known;
-	struct flow next;
-	struct flow_key key;
-	struct peer peer; // who is known if a verdict was needed
+	struct draft *draft;
 	__u8 judged; // whether it was
 	__u8 fresh;
 	__u8 role;
@@ -89,32 +101,27 @@ INLINE void fragments_of(struct flow_key *key, const struct packet *packet, int 
 	key->fragments = 1;
 }
 
-// What is in force. Read at once, and before the policy, which is written before it: what is decided by an
-// old policy is not kept as if a new one had decided it. volatile, or the compiler might read it twice.
-INLINE struct active in_force(void)
+// volatile, or the compiler might read the generation after the policy.
+INLINE __u32 read_active(__u32 which)
 {
-	__u32 zero = 0;
-	const volatile __u64 *word = map_lookup(&active, &zero);
-	__u64 both = word ? *word : 0;
-	struct active now;
+	const volatile __u32 *word = map_lookup(&active, &which);
 
-	__builtin_memcpy(&now, &both, sizeof(now));
-	return now;
+	return word ? *word : 0;
 }
 
-// Decides about a packet of the flow course->key.
+// Decides about a packet of the flow course->draft->key.
 INLINE int consider(const struct pod *config, const struct packet *packet, __u8 sender,
 		    struct course *course)
 {
-	struct active now = in_force();
-	struct flow *known, *next = &course->next;
-	__u8 proto = course->key.proto;
+	__u32 generation = read_active(GENERATION), epoch = read_active(EPOCH);
+	struct flow *known, *next = &course->draft->next;
+	__u8 proto = course->draft->key.proto;
 	int reason, opens = course->role == OPENS;
 
 	course->table = map_lookup(&flows, &config->table);
 	if (!course->table)
 		return DROP_NoFlow;
-	known = course->known = map_lookup(course->table, &course->key);
+	known = course->known = map_lookup(course->table, &course->draft->key);
 	if (course->role == CONTINUES)
 		return known && (__s64)(known->seen - config->since) >= 0 &&
 				       (__s64)(next->seen - known->seen) < 30 * SECONDS ?
@@ -123,7 +130,7 @@ INLINE int consider(const struct pod *config, const struct packet *packet, __u8 
 	course->fresh = 1;
 	next->begun = next->seen;
 	next->opener = sender;
-	next->generation = now.generation;
+	next->generation = generation;
 	if (known && is_live(config, known, proto, next->seen) &&
 	    !(proto == TCP && opens && known->state == CLOSED)) {
 		course->fresh = 0;
@@ -143,10 +150,10 @@ INLINE int consider(const struct pod *config, const struct packet *packet, __u8 
 	} else if (sender != next->opener) {
 		next->state = ANSWERED;
 	}
-	if (!course->fresh && known->generation == now.generation)
+	if (!course->fresh && known->generation == generation)
 		return ALLOWED;
 	course->judged = 1;
-	return verdict(config, now.epoch, &course->key, next->opener, &course->peer);
+	return verdict(config, epoch, &course->draft->key, next->opener, &course->draft->peer);
 }
 
 // Counts a packet of a known flow, and writes down what it changed: no more, as other CPUs read it.
@@ -166,10 +173,10 @@ INLINE void advance(struct flow *known, const struct flow *next)
 INLINE void tell(struct counters *count, const struct pod *config, __u8 kind,
 		 const struct course *course, const struct flow *flow)
 {
-	struct event *event = new_event(count, course->next.seen);
+	struct event *event = new_event(count, course->draft->next.seen);
 
 	if (event)
-		say(event, kind, ALLOWED, config, &course->peer, &course->key, flow);
+		say(event, kind, ALLOWED, config, &course->draft->peer, &course->draft->key, flow);
 }
 
 // Writes down an allowed packet of a flow.
@@ -180,24 +187,24 @@ INLINE int record(struct counters *count, const struct pod *config, struct cours
 	int ended;
 
 	if (course->fresh) {
-		course->next.packets[sender] = 1;
-		course->next.bytes[sender] = length;
-		if (map_update(course->table, &course->key, &course->next, BPF_ANY))
+		course->draft->next.packets[sender] = 1;
+		course->draft->next.bytes[sender] = length;
+		if (map_update(course->table, &course->draft->key, &course->draft->next, BPF_ANY))
 			return DROP_NoFlow;
-		tell(count, config, OPENED, course, &course->next);
+		tell(count, config, OPENED, course, &course->draft->next);
 		return ALLOWED;
 	}
 	if (!known)
 		return DROP_NoFlow;
-	ended = course->next.state == CLOSED && known->state != CLOSED;
+	ended = course->draft->next.state == CLOSED && known->state != CLOSED;
 	__sync_fetch_and_add(&known->packets[sender], 1);
 	__sync_fetch_and_add(&known->bytes[sender], length);
-	advance(known, &course->next);
+	advance(known, &course->draft->next);
 	if (!ended)
 		return ALLOWED;
 	// Who the peer was is asked for again: it was not needed to let the packet through.
 	if (!course->judged)
-		verdict(config, in_force().epoch, &course->key, known->opener, &course->peer);
+		verdict(config, read_active(EPOCH), &course->draft->key, known->opener, &course->draft->peer);
 	tell(count, config, ENDED, course, known);
 	return ALLOWED;
 }
@@ -206,8 +213,8 @@ INLINE int record(struct counters *count, const struct pod *config, struct cours
 // those of the packet's own are not needed any more.
 INLINE int expect_fragments(const struct packet *packet, struct course *course, __u8 sender)
 {
-	struct flow_key *key = &course->key;
-	struct flow *flow = &course->next;
+	struct flow_key *key = &course->draft->key;
+	struct flow *flow = &course->draft->next;
 	__u64 now = flow->seen;
 
 	fragments_of(key, packet, sender);

@@ -26,7 +26,7 @@ INLINE int icmp(const struct __sk_buff *skb, const struct pod *config, struct pa
 		int sender, struct course *course)
 {
 	int old = packet->family == 4;
-	struct flow_key *key = &course->key;
+	struct flow_key *key = &course->draft->key;
 	__u8 head[8], kind;
 	int reason = read_transport(skb, packet, &head);
 
@@ -75,9 +75,9 @@ INLINE int transport(const struct __sk_buff *skb, const struct pod *config, stru
 			return DROP_Dhcp;
 	}
 	course->role = packet->proto == UDP || (packet->tcp & (SYN | ACK)) == SYN ? OPENS : FOLLOWS;
-	flow_of(&course->key, packet, sender);
-	course->key.local_port = sender == VM ? packet->source_port : packet->destination_port;
-	course->key.remote_port = sender == VM ? packet->destination_port : packet->source_port;
+	flow_of(&course->draft->key, packet, sender);
+	course->draft->key.local_port = sender == VM ? packet->source_port : packet->destination_port;
+	course->draft->key.remote_port = sender == VM ? packet->destination_port : packet->source_port;
 	return ALLOWED;
 }
 
@@ -111,7 +111,7 @@ INLINE int addressed(const struct pod *config, __u32 pod, struct packet *packet,
 INLINE int examine(const struct __sk_buff *skb, const struct pod *config, struct packet *packet,
 		   int sender, struct course *course)
 {
-	__u32 pod = course->key.pod;
+	__u32 pod = course->draft->key.pod;
 	struct ethernet frame;
 	int reason;
 
@@ -140,7 +140,7 @@ INLINE int examine(const struct __sk_buff *skb, const struct pod *config, struct
 		return reason;
 	if (packet->fragment == LATER) {
 		course->role = CONTINUES;
-		fragments_of(&course->key, packet, sender);
+		fragments_of(&course->draft->key, packet, sender);
 		return ALLOWED;
 	}
 	return transport(skb, config, packet, sender, course);
@@ -155,18 +155,24 @@ INLINE int judge(const struct __sk_buff *skb, const struct pod *config, __u32 po
 		.start = (void *)(long)skb->data,
 		.stop = (void *)(long)skb->data_end,
 	};
-	struct course course = { .key = { .pod = pod } };
-	int reason = examine(skb, config, &packet, sender, &course);
+	__u32 only = 0;
+	struct course course = { .draft = map_lookup(&drafts, &only) };
 	__u64 now = ktime();
+	int reason;
 
+	if (!course.draft)
+		return DROP_NoPod;
+	__builtin_memset(course.draft, 0, sizeof(*course.draft));
+	course.draft->key.pod = pod;
+	reason = examine(skb, config, &packet, sender, &course);
 	if (reason)
 		return reason;
 	// The clock's tick may be from before the pod's beginning.
-	course.next.seen = (__s64)(now - config->since) < 0 ? config->since : now;
+	course.draft->next.seen = (__s64)(now - config->since) < 0 ? config->since : now;
 	if (course.role != LINK) {
 		reason = consider(config, &packet, sender, &course);
 		if (reason && course.judged && course.role != QUOTES)
-			deny(count, config, &course.peer, &course.key, &course.next, reason);
+			deny(count, config, &course.draft->peer, &course.draft->key, &course.draft->next, reason);
 		if (reason)
 			return reason;
 	}

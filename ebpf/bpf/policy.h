@@ -64,10 +64,11 @@ struct address_key {
 	__u32 address[4];
 };
 
-// What is in force: read at once, so that nobody sees one field of one policy and one of another.
-struct active {
-	__u32 epoch; // leads the keys of `identities`, `spaces` and `rules`
-	__u32 generation; // counts changes of anything that a verdict depends on; written after the change
+// What is in force. The generation is another one after each change of anything that a verdict depends on, and is
+// written last, so it is read first: what was decided under an old policy is not kept as if a new one had.
+enum active {
+	EPOCH, // leads the keys of `identities`, `spaces` and `rules`
+	GENERATION,
 };
 
 // The node's own addresses, and those of its pods; they go before `identities`.
@@ -215,8 +216,8 @@ struct {
 struct {
 	KIND(BPF_MAP_TYPE_ARRAY);
 	__u32 *key;
-	struct active *value;
-	ENTRIES(1);
+	__u32 *value; // enum active
+	ENTRIES(2);
 } active MAP;
 
 struct {

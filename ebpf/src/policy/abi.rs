@@ -399,23 +399,6 @@ impl Pod {
     }
 }
 
-impl Active {
-    /// The bytes of `struct active`.
-    #[must_use]
-    pub fn encode(&self) -> [u8; 8] {
-        Fields::new().put(self.epoch.to_ne_bytes()).put(self.generation.to_ne_bytes()).bytes
-    }
-
-    /// What the bytes of `struct active` say.
-    #[must_use]
-    pub fn decode(bytes: &[u8; 8]) -> Self {
-        Self {
-            epoch: u32::from_ne_bytes(part(bytes, 0)),
-            generation: u32::from_ne_bytes(part(bytes, 4)),
-        }
-    }
-}
-
 /// Key of `locals`.
 #[must_use]
 pub fn local_key(ip: IpAddr) -> [u8; 20] {

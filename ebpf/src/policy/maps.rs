@@ -1,8 +1,8 @@
 //! The policy's maps as the node reads and writes them: pinned, by the kernel's calls alone, so that a pod's
 //! start pays for nothing else.
 //!
-//! Whoever changes `pods`, `locals`, `names` or what belongs to an epoch holds the [`Lock`]: numbers are
-//! given and generations counted under it. Readers need none.
+//! Whoever removes pods, changes `names` or what belongs to an epoch holds the [`Lock`]. Readers need none, and
+//! neither do pods that start: they take their number by a write that fails if somebody has it.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -10,6 +10,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -21,6 +22,9 @@ use crate::sys;
 
 /// `BPF_NOEXIST`, a flag of map updates.
 const NO_EXIST: u64 = 1;
+/// Keys of `active`, `enum active` in `bpf/policy.h`.
+const EPOCH: [u8; 4] = 0_u32.to_ne_bytes();
+const GENERATION: [u8; 4] = 1_u32.to_ne_bytes();
 /// Names that maps can have; the kernel's is as long.
 const NAME: usize = 256;
 
@@ -125,7 +129,7 @@ impl<const K: usize, const V: usize> Map<K, V> {
 pub struct Maps {
     pods: Map<4, 64>,
     addresses: Map<24, 4>,
-    active: Map<4, 8>,
+    active: Map<4, 4>,
     locals: Map<20, 16>,
     identities: Map<28, 24>,
     spaces: Map<8, 4>,
@@ -194,37 +198,38 @@ impl Maps {
 
     /// What is in force.
     pub fn active(&self) -> Result<Active, MapError> {
-        Ok(self.active.get(&[0; 4])?.map_or_else(Active::default, |bytes| Active::decode(&bytes)))
+        let word = |key| Ok(self.active.get(&key)?.map_or(0, u32::from_ne_bytes));
+        Ok(Active { epoch: word(EPOCH)?, generation: word(GENERATION)? })
     }
 
     /// Puts an epoch in force whose entries are there, and has every flow be judged by it.
     pub fn activate(&self, _lock: &Lock, epoch: u32) -> Result<(), MapError> {
-        let generation = self.active()?.generation.wrapping_add(1);
-        self.active.put(&[0; 4], &Active { epoch, generation }.encode())?;
-        // Who saw half of that write has judged by one epoch under the other's generation: once more.
+        self.active.put(&EPOCH, &epoch.to_ne_bytes())?;
         self.changed()
     }
 
-    /// Has flows be judged anew: what was changed before counts from now on.
+    /// Has flows be judged anew: what was changed before counts from now on. Nobody is waited for: the moment,
+    /// read after the change, is as good as a count, and two who write at once have both changed before either
+    /// is seen.
     fn changed(&self) -> Result<(), MapError> {
-        let Active { epoch, generation } = self.active()?;
-        let active = Active { epoch, generation: generation.wrapping_add(1) };
-        self.active.put(&[0; 4], &active.encode())
+        let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+        let time = Duration::from(time.map_err(io::Error::from).map_err(self.active.fail("date"))?);
+        // Units of 64 ns: the same number comes again after 275 seconds.
+        let generation = (time.as_nanos() >> 6) as u32;
+        self.active.put(&GENERATION, &generation.to_ne_bytes())
     }
 
-    /// Makes or replaces a pod with these addresses, which are known as its own from now on. Its counters
-    /// begin at zero, or go on. A pod that is to have fewer addresses than before has to be removed first.
+    /// Makes a pod with these addresses, which are known as its own from now on, its counters at zero; `false`
+    /// if somebody else has taken the number meanwhile. Needs no lock.
     ///
     /// Its entry in `pods` comes first and goes last: while it is there the number is taken, and what a
     /// killed process left of the rest is found by it.
-    pub fn put_pod(
-        &self,
-        _lock: &Lock,
-        id: PodId,
-        pod: &Pod,
-        own: &[IpAddr],
-    ) -> Result<(), MapError> {
-        self.pods.put(&pod_key(id).to_ne_bytes(), &pod.encode(own))?;
+    pub fn add_pod(&self, id: PodId, pod: &Pod, own: &[IpAddr]) -> Result<bool, MapError> {
+        let key = pod_key(id).to_ne_bytes();
+        match sys::map::put(self.pods.fd.as_fd(), &key, &pod.encode(own), NO_EXIST) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
+            other => other.map_err(self.pods.fail("add a pod"))?,
+        }
         self.put_counters(id)?;
         for address in own {
             self.addresses.put(&address_key(id, *address), &1_u32.to_ne_bytes())?;
@@ -233,6 +238,13 @@ impl Maps {
                 self.locals.put(&local_key(*address), &local.encode())?;
             }
         }
+        self.changed()?;
+        Ok(true)
+    }
+
+    /// Changes what is known of a pod that has these addresses.
+    pub fn change_pod(&self, id: PodId, pod: &Pod, own: &[IpAddr]) -> Result<(), MapError> {
+        self.pods.put(&pod_key(id).to_ne_bytes(), &pod.encode(own))?;
         self.changed()
     }
 
@@ -284,7 +296,7 @@ impl Maps {
 
     /// A number that no pod has, and the table for a new pod of this tenant: an empty one, or else one
     /// that this tenant has for itself, or else the one with the fewest pods.
-    pub fn vacancy(&self, _lock: &Lock, tenant: Tenant) -> Result<(PodId, u32), MapError> {
+    pub fn vacancy(&self, tenant: Tenant) -> Result<(PodId, u32), MapError> {
         let pods = self.pods()?;
         let full = || MapError {
             name: "pods",
@@ -306,17 +318,6 @@ impl Maps {
         Ok((id, table.unwrap_or(0)))
     }
 
-    /// Those of the addresses of which nothing is known on this node.
-    pub fn strangers(&self, addresses: &[IpAddr]) -> Result<Vec<IpAddr>, MapError> {
-        let mut strangers = Vec::new();
-        for address in addresses {
-            if self.locals.get(&local_key(*address))?.is_none() {
-                strangers.push(*address);
-            }
-        }
-        Ok(strangers)
-    }
-
     /// What is known of the node's own addresses and those of its pods.
     pub fn locals(&self) -> Result<HashMap<IpAddr, Local>, MapError> {
         let entries = self.locals.entries()?.into_iter();
@@ -324,7 +325,7 @@ impl Maps {
     }
 
     /// Adds addresses of the node itself that are not known as such. One that a pod has stays the pod's.
-    pub fn put_node_addresses(&self, _lock: &Lock, addresses: &[IpAddr]) -> Result<(), MapError> {
+    pub fn put_node_addresses(&self, addresses: &[IpAddr]) -> Result<(), MapError> {
         let node = Local { name: 0, tenant: 0, pod: 0 }.encode();
         let mut changed = false;
         for address in addresses {
@@ -341,7 +342,7 @@ impl Maps {
     }
 
     /// Forgets addresses that are not the node's any more.
-    pub fn remove_node_addresses(&self, _lock: &Lock, gone: &[IpAddr]) -> Result<(), MapError> {
+    pub fn remove_node_addresses(&self, gone: &[IpAddr]) -> Result<(), MapError> {
         let mut changed = false;
         for address in gone {
             let key = local_key(*address);
@@ -400,24 +401,20 @@ impl Maps {
         Ok(())
     }
 
+    /// The number of a tenant or namespace, if it has one. 0 for no name.
+    pub fn known_number(&self, name: &str) -> Result<Option<u32>, MapError> {
+        if name.is_empty() {
+            return Ok(Some(0));
+        }
+        Ok(self.names.get(&name_key(name)?)?.map(u32::from_ne_bytes))
+    }
+
     /// The number of a tenant or namespace, which it has from now on. 0 for no name.
     pub fn number_of(&self, _lock: &Lock, name: &str) -> Result<u32, MapError> {
-        if name.is_empty() {
-            return Ok(0);
+        if let Some(number) = self.known_number(name)? {
+            return Ok(number);
         }
-        let mut key = [0; NAME];
-        let too_long = || MapError {
-            name: "names",
-            step: "number a name",
-            source: io::Error::other(format!("{name:?} is longer than {} bytes", NAME - 1)),
-        };
-        key[..NAME - 1]
-            .get_mut(..name.len())
-            .ok_or_else(too_long)?
-            .copy_from_slice(name.as_bytes());
-        if let Some(number) = self.names.get(&key)? {
-            return Ok(u32::from_ne_bytes(number));
-        }
+        let key = name_key(name)?;
         // The nameless entry has the last number that was given.
         let last = self.names.get(&[0; NAME])?.map_or(0, u32::from_ne_bytes);
         let number = last + 1;
@@ -555,6 +552,19 @@ impl Maps {
         });
         Ok(entries.collect())
     }
+}
+
+/// Key of `names`.
+fn name_key(name: &str) -> Result<[u8; NAME], MapError> {
+    let mut key = [0; NAME];
+    let too_long = || MapError {
+        name: "names",
+        step: "number a name",
+        source: io::Error::other(format!("{name:?} is longer than {} bytes", NAME - 1)),
+    };
+    let place = key[..NAME - 1].get_mut(..name.len()).ok_or_else(too_long)?;
+    place.copy_from_slice(name.as_bytes());
+    Ok(key)
 }
 
 /// Whether an address is known on one link only, so that it names nobody.

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use joey_ebpf::netlink::{NetlinkError, Socket};
-use joey_ebpf::policy::maps::{Lock, MapError, Maps};
+use joey_ebpf::policy::maps::{MapError, Maps};
 use joey_ebpf::route;
 use tokio::io::unix::AsyncFd;
 
@@ -51,7 +51,6 @@ fn names_somebody(ip: IpAddr) -> bool {
 
 /// Makes the map hold these addresses of the node's and no others. Returns how many were changed.
 pub fn put(bpf_dir: &Path, own: &HashSet<IpAddr>) -> Result<usize, AddressError> {
-    let lock = Lock::take(bpf_dir)?;
     let maps = Maps::open(bpf_dir)?;
     let known = maps.locals()?;
     let new: Vec<IpAddr> = own.iter().filter(|ip| !known.contains_key(ip)).copied().collect();
@@ -60,8 +59,8 @@ pub fn put(bpf_dir: &Path, own: &HashSet<IpAddr>) -> Result<usize, AddressError>
         .filter(|(ip, local)| local.pod == 0 && !own.contains(ip))
         .map(|(ip, _)| *ip)
         .collect();
-    maps.put_node_addresses(&lock, &new)?;
-    maps.remove_node_addresses(&lock, &gone)?;
+    maps.put_node_addresses(&new)?;
+    maps.remove_node_addresses(&gone)?;
     Ok(new.len() + gone.len())
 }
 

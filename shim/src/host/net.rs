@@ -175,7 +175,7 @@ impl Wire {
         config: &Config,
         parked: Option<ParkedTap>,
         applicant: &Applicant,
-        record: impl FnOnce(&PodNetwork) -> io::Result<()> + Send,
+        record: impl FnMut(&PodNetwork) -> io::Result<()> + Send,
     ) -> Result<Self, NetError> {
         if is_host_netns(netns) {
             let reason = "this is the host's own network, which a pod with a VM cannot share";

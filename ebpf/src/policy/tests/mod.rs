@@ -57,6 +57,13 @@ fn alone() -> Lock {
     Lock::of(file.into()).unwrap()
 }
 
+/// Makes a pod, or another one of it.
+fn put_pod(maps: &Maps, id: PodId, pod: &Pod, own: &[IpAddr]) {
+    if !maps.add_pod(id, pod, own).unwrap() {
+        maps.change_pod(id, pod, own).unwrap();
+    }
+}
+
 /// One port of a protocol, or all for 0.
 fn port(proto: u8, port: u16) -> Ports {
     if port == 0 { Ports::Protocol(proto) } else { Ports::Prefix { proto, port, bits: 16 } }
@@ -103,7 +110,7 @@ impl World {
     }
 
     fn pod(&mut self, id: PodId, pod: Pod, addresses: &[IpAddr]) {
-        self.maps().put_pod(&alone(), id, &pod, addresses).unwrap();
+        put_pod(self.maps(), id, &pod, addresses);
         self.model.pods.insert(id, pod);
         self.model.addresses.extend(addresses.iter().map(|address| (id, *address)));
         let local = Local { name: pod.name, tenant: pod.tenant, pod: id };
@@ -122,7 +129,7 @@ impl World {
     }
 
     fn node_address(&mut self, address: IpAddr) {
-        self.maps().put_node_addresses(&alone(), &[address]).unwrap();
+        self.maps().put_node_addresses(&[address]).unwrap();
         let node = Local { name: 0, tenant: 0, pod: 0 };
         self.model.tables.locals.entry(address).or_insert(node);
     }
@@ -273,7 +280,7 @@ impl World {
             self.remove_pod(pod);
         }
         let nodes: Vec<_> = self.model.tables.locals.keys().copied().collect();
-        self.maps().remove_node_addresses(&alone(), &nodes).unwrap();
+        self.maps().remove_node_addresses(&nodes).unwrap();
         self.model.tables = Tables::default();
         self.changed = true;
     }

@@ -73,31 +73,40 @@ pub(super) fn admit(
     mac: [u8; 6],
     mut addresses: Vec<IpAddr>,
     node: &[IpAddr],
-    record: impl FnOnce(&PodNetwork) -> io::Result<()>,
+    mut record: impl FnMut(&PodNetwork) -> io::Result<()>,
 ) -> Result<PodId, AdmissionError> {
     if addresses.iter().any(IpAddr::is_ipv6) {
         addresses.push(link_local(mac).into());
     }
     let maps = maps(bpf_dir)?;
-    // Others wait for the lock, and these addresses are new once in a while only.
-    let strangers = maps.strangers(node)?;
-    let lock = lock(bpf_dir)?;
-    maps.put_node_addresses(&lock, &strangers)?;
-    let tenant = maps.number_of(&lock, &applicant.tenant)?;
-    let (id, table) = maps.vacancy(&lock, tenant)?;
-    let since = now();
-    let (bpf_dir, tenant_name) = (bpf_dir.to_owned(), applicant.tenant.clone());
-    let place = PodNetwork { bpf_dir, id, since, addresses, tenant: tenant_name };
-    record(&place).map_err(AdmissionError::Record)?;
+    maps.put_node_addresses(node)?;
+    // The lock is for names that are new: whoever waits for it waits for all others that start.
+    let number = |name: &str| match maps.known_number(name)? {
+        Some(number) => Ok(number),
+        None => Ok::<_, AdmissionError>(maps.number_of(&lock(bpf_dir)?, name)?),
+    };
+    let tenant = number(&applicant.tenant)?;
     let (name, space) = match &applicant.pod {
-        Some((namespace, name)) => {
-            (name_digest(namespace, name), maps.number_of(&lock, namespace)?)
-        }
+        Some((namespace, name)) => (name_digest(namespace, name), number(namespace)?),
         None => (0, 0),
     };
-    let pod = Pod { since, name, tenant, space, table, limited: false, mac };
-    maps.put_pod(&lock, id, &pod, &place.addresses)?;
-    Ok(id)
+    let since = now();
+    loop {
+        let (id, table) = maps.vacancy(tenant)?;
+        let place = PodNetwork {
+            bpf_dir: bpf_dir.to_owned(),
+            id,
+            since,
+            addresses: addresses.clone(),
+            tenant: applicant.tenant.clone(),
+        };
+        record(&place).map_err(AdmissionError::Record)?;
+        let pod = Pod { since, name, tenant, space, table, limited: false, mac };
+        if maps.add_pod(id, &pod, &addresses)? {
+            return Ok(id);
+        }
+        // Another pod was quicker.
+    }
 }
 
 /// Gives a place back; fine if it was never taken, or given back, or is somebody else's now.
@@ -119,14 +128,14 @@ pub(super) fn dismiss(place: &PodNetwork) -> Result<(), AdmissionError> {
 
 /// Changes how many packets a pod may send and get.
 pub(super) fn limit_packets(place: &PodNetwork, limits: &NetLimits) -> Result<(), AdmissionError> {
-    let (maps, lock) = open(&place.bpf_dir)?;
+    let maps = maps(&place.bpf_dir)?;
     let Some(pod) = maps.pod(place.id)?.filter(|pod| pod.since == place.since) else {
         return Ok(());
     };
     let packets = [limits.egress_packets, limits.ingress_packets];
     maps.put_limit(place.id, Limit { packets })?;
     let pod = Pod { limited: limits.limits_packets(), ..pod };
-    Ok(maps.put_pod(&lock, place.id, &pod, &place.addresses)?)
+    Ok(maps.change_pod(place.id, &pod, &place.addresses)?)
 }
 
 /// The addresses of the namespace that the calling thread is in, but those that only it can use.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use joey_ebpf::policy::abi::{Identity, Pod, Ports, Prefix, Rule, Scope, Side};
 use joey_ebpf::policy::loader::Policy;
 use joey_ebpf::policy::maps::Lock;
@@ -29,7 +29,7 @@ pub(super) fn measure(runs: usize, samples: &mut Samples) -> Result<()> {
     let pod = Pod { since: 0, name: 0, tenant: 1, space: 0, table: 0, limited: false, mac: MAC };
     let own: [IpAddr; 1] = [OWN.into()];
     let maps = &policy.maps;
-    maps.put_pod(&lock, POD, &pod, &own)?;
+    ensure!(maps.add_pod(POD, &pod, &own)?, "the number is taken");
     let identity = Identity { tenant: 2, ..Identity::default() };
     maps.put_identity(1, Prefix { address: OTHER.into(), bits: 32 }, identity)?;
     maps.put_rule(1, &Rule { scope: Scope::Tenants { from: 1, to: 2 }, ports: Ports::Any })?;
