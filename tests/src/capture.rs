@@ -54,7 +54,9 @@ impl Capture {
     /// sent goes out.
     pub fn start(node: &Node, netns: &str, device: &str) -> Result<Self> {
         let root = format!("/proc/{}/root", node.holder());
-        let netns = File::open(Path::new(&root).join(netns.trim_start_matches('/')))?;
+        // /var/run leads out of the node.
+        let netns = netns.trim_start_matches("/var").trim_start_matches('/');
+        let netns = File::open(Path::new(&root).join(netns))?;
         let open = || -> Result<_> {
             setns(&netns, CloneFlags::CLONE_NEWNET)?;
             let protocol = SockProtocol::EthAll;

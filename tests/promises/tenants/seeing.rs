@@ -1,5 +1,6 @@
 //! What is counted is what passed, to the packet; flows have both ends' names; limits are set where they act.
 
+use std::net::{IpAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -108,7 +109,14 @@ pub fn limits(ctx: &Context<'_>) -> Result<()> {
     };
     let first = qdiscs()?;
     ensure!(limited(&first, "eth0", "rate 8Mbit"), "{first}");
-    ctx.inside("ping", &["-f", "-c", "400", "-w", "3", &red.addresses[0]])?;
+    let target = (red.addresses[0].parse::<IpAddr>()?, 9);
+    ctx.node.in_network(|| -> Result<()> {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        for _ in 0..400 {
+            socket.send_to(b"datagram", target)?;
+        }
+        Ok(())
+    })??;
     let line = counted(ctx, "red/red")?.to_string();
     ensure!(line.contains("Rate") || line.contains("limit"), "{line}");
     ctx.node.joey(&["limit", &red.pod.id, "--egress-bits", "0", "--ingress-bits", "20M"])?;
