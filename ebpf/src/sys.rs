@@ -16,6 +16,7 @@ const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_MAP_GET_FD_BY_ID: libc::c_int = 14;
+const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
 /// `BPF_SK_LOOKUP` of `enum bpf_attach_type`.
 const SK_LOOKUP: u32 = 36;
@@ -47,6 +48,19 @@ struct ElementAttributes {
     padding: u32,
     key: u64,
     value: u64,
+    flags: u64,
+}
+
+/// As the commands about many elements of a map read it.
+#[repr(C)]
+struct BatchAttributes {
+    from: u64,
+    to: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
     flags: u64,
 }
 
@@ -165,6 +179,48 @@ pub(crate) mod map {
         let map = unsafe { bpf(BPF_MAP_CREATE, &attributes) }?;
         // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(map) })
+    }
+
+    /// Where a batch ended, for the next one. As large as any map's key, of which some maps make it.
+    pub(crate) type Place = [u8; 256];
+
+    /// Reads as many elements as there is room for, one after another; the place where the first batch begins is
+    /// `None`. Returns how many there were, and whether they were the last.
+    pub(crate) fn batch(
+        map: BorrowedFd<'_>,
+        from: Option<&Place>,
+        to: &mut Place,
+        keys: &mut [u8],
+        values: &mut [u8],
+        count: u32,
+    ) -> io::Result<(u32, bool)> {
+        let mut attributes = BatchAttributes {
+            from: from.map_or(0, |place| place.as_ptr() as u64),
+            to: to.as_mut_ptr() as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count,
+            map: number(map),
+            element_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: keys and values have room for `count` elements, places for any map's.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_MAP_LOOKUP_BATCH,
+                &raw mut attributes,
+                size_of::<BatchAttributes>(),
+            )
+        };
+        match result {
+            0 => Ok((attributes.count, false)),
+            _ => match io::Error::last_os_error() {
+                // The count is that of the last ones.
+                error if error.kind() == io::ErrorKind::NotFound => Ok((attributes.count, true)),
+                error => Err(error),
+            },
+        }
     }
 
     /// Opens the map with this id, which is what user space reads of a map in a map.

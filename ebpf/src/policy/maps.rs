@@ -117,10 +117,24 @@ impl<const K: usize, const V: usize> Map<K, V> {
         }
     }
 
+    /// All entries, read many at a time; of what changes meanwhile, some.
     fn entries(&self) -> Result<Vec<Entry<K, V>>, MapError> {
-        let keys = self.keys()?;
-        let value = |key| self.get(&key).map(|value| value.map(|value| (key, value)));
-        keys.into_iter().filter_map(|key| value(key).transpose()).collect()
+        /// How many at a time.
+        const MANY: usize = 256;
+        let (mut keys, mut values) = (vec![0; MANY * K], vec![0; MANY * V]);
+        let (mut from, mut to): (Option<sys::map::Place>, _) = (None, [0; 256]);
+        let mut entries = Vec::new();
+        loop {
+            let (map, count) = (self.fd.as_fd(), MANY as u32);
+            let batch = sys::map::batch(map, from.as_ref(), &mut to, &mut keys, &mut values, count);
+            let (count, last) = batch.map_err(self.fail("list"))?;
+            let pairs = keys.as_chunks().0.iter().zip(values.as_chunks().0);
+            entries.extend(pairs.take(count as usize).map(|(key, value)| (*key, *value)));
+            if last {
+                return Ok(entries);
+            }
+            from = Some(to);
+        }
     }
 }
 
@@ -328,7 +342,8 @@ impl Maps {
     pub fn put_node_addresses(&self, addresses: &[IpAddr]) -> Result<(), MapError> {
         let node = Local { name: 0, tenant: 0, pod: 0 }.encode();
         let mut changed = false;
-        for address in addresses {
+        let known = self.locals()?;
+        for address in addresses.iter().filter(|address| !known.contains_key(address)) {
             let key = local_key(*address);
             match sys::map::put(self.locals.fd.as_fd(), &key, &node, NO_EXIST) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
