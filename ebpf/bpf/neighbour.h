@@ -23,7 +23,8 @@ enum {
 // Options of a message of neighbour discovery, at most.
 #define ND_OPTIONS 4
 
-INLINE int is_own(const struct pod *config, __u32 pod, __u32 family, const __u32 *address)
+// A function of its own, which the verifier goes through once for each place that calls it and not for each path.
+OUTLINE int is_own(const struct pod *config, __u32 pod, __u32 family, const __u32 *address)
 {
 	struct address_key key = { .pod = pod, .family = family };
 

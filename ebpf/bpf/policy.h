@@ -12,6 +12,7 @@
 
 #define SEC(name) __attribute__((section(name), used))
 #define INLINE static inline __attribute__((always_inline))
+#define OUTLINE static __attribute__((noinline))
 #define KIND(kind) int (*type)[kind]
 #define ENTRIES(count) int (*max_entries)[count]
 #define KEY_SIZE(size) int (*key_size)[size]
