@@ -95,8 +95,10 @@ struct identity {
 	__u64 name; // of the pod that group and policy were made for; 0: not of one pod
 	__u32 tenant; // 0: nobody's
 	__u32 service; // 0: no shared service; else its class
+	__u32 near; // the class of services that name this very address; `service` has those of prefixes, too
 	__u32 group; // as a peer in NetworkPolicies; 0: in none
 	__u32 policy; // NetworkPolicies that select it, and ISOLATED_*; 0: none
+	__u32 padding;
 };
 
 // The class of the node's own addresses.

@@ -49,7 +49,8 @@ INLINE int find_peer(struct peer *peer, __u32 epoch, __u32 family, const __u32 *
 	if (said) {
 		peer->name = said->name;
 		peer->tenant = said->tenant;
-		peer->service = said->service;
+		// Prefixes, as those of the world, do not open what is somebody's.
+		peer->service = said->tenant || (local && !local->pod) ? said->near : said->service;
 		peer->group = said->group;
 		reason = ALLOWED;
 	}

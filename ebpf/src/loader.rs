@@ -53,8 +53,12 @@ pub enum LoadError {
 }
 
 /// Loads and pins the programs, the wire's and the policy's with its maps, unless they are there; returns
-/// where the wire's is.
-pub fn load(bpf_dir: &Path) -> Result<PathBuf, LoadError> {
+/// where the wire's is. `fill` is to put into maps that were just made, as after a boot, what was in force: no pod
+/// starts before it has.
+pub fn load(
+    bpf_dir: &Path,
+    fill: impl FnOnce() -> Result<(), String>,
+) -> Result<PathBuf, LoadError> {
     let fail =
         |step| move |source: io::Error| LoadError::Io { path: bpf_dir.to_owned(), step, source };
     let parent = bpf_dir.parent().unwrap_or(bpf_dir);
@@ -77,7 +81,7 @@ pub fn load(bpf_dir: &Path) -> Result<PathBuf, LoadError> {
     let _lock = Flock::lock(directory, FlockArg::LockExclusive)
         .map_err(|(_, error)| fail("lock")(error.into()))?;
     load_wire(bpf_dir)?;
-    Policy::pin(bpf_dir)?;
+    Policy::pin(bpf_dir, fill)?;
     Ok(crate::pinned_path(bpf_dir))
 }
 
@@ -105,7 +109,7 @@ mod tests {
 
     #[test]
     fn a_directory_elsewhere_is_refused() {
-        let error = load(Path::new("/tmp/joey")).unwrap_err();
+        let error = load(Path::new("/tmp/joey"), || Ok(())).unwrap_err();
         assert!(matches!(error, LoadError::NotBpf(_)), "{error}");
         assert!(error.to_string().contains("mount -t bpf"), "{error}");
     }
@@ -131,7 +135,7 @@ mod tests {
         let loads: Vec<_> = (0..4)
             .map(|_| {
                 let directory = directory.clone();
-                std::thread::spawn(move || load(&directory))
+                std::thread::spawn(move || load(&directory, || Ok(())))
             })
             .collect();
         for load in loads {
@@ -162,7 +166,7 @@ mod tests {
                 let program = crate::policy::maps::directory(&directory);
                 let _ = fs::remove_file(program.join(format!("{side}-{digest}")));
             }
-            load(&directory).unwrap();
+            load(&directory, || Ok(())).unwrap();
             assert_eq!(pins().count(), 16, "without {name:?}");
         }
         let maps = Maps::open(&directory).unwrap();

@@ -102,6 +102,9 @@ pub struct Identity {
     pub tenant: Tenant,
     /// Class of shared services there; 0 for none.
     pub service: u32,
+    /// Class of those that name this very address, and not a prefix around it: they alone open what is a
+    /// tenant's or the node's.
+    pub near: u32,
     /// What it is as a peer in NetworkPolicies; 0: in none.
     pub group: u32,
     /// The NetworkPolicies that select it, with [`ISOLATED_EGRESS`] and [`ISOLATED_INGRESS`]; 0: none.
@@ -454,10 +457,10 @@ impl Prefix {
 impl Identity {
     /// The bytes of `struct identity`.
     #[must_use]
-    pub fn encode(&self) -> [u8; 24] {
+    pub fn encode(&self) -> [u8; 32] {
         let fields = Fields::new().put(self.name.to_ne_bytes()).put(self.tenant.to_ne_bytes());
-        let fields = fields.put(self.service.to_ne_bytes()).put(self.group.to_ne_bytes());
-        fields.put(self.policy.to_ne_bytes()).bytes
+        let fields = fields.put(self.service.to_ne_bytes()).put(self.near.to_ne_bytes());
+        fields.put(self.group.to_ne_bytes()).put(self.policy.to_ne_bytes()).bytes
     }
 }
 

@@ -50,6 +50,9 @@ pub enum PolicyError {
     /// A map could not be read or written, or its layout is another than this crate's.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// What is to be in force is not.
+    #[error("the policy that was applied last cannot be put in force: {0}")]
+    Fill(String),
     /// The maps could not be opened.
     #[error("the policy's maps: {0}")]
     Maps(io::Error),
@@ -131,8 +134,12 @@ impl Policy {
     }
 
     /// Loads and pins what of programs and maps is not pinned yet; for one caller at a time. Whenever it
-    /// ends early, the next call goes on: the programs are pinned last, when the maps are complete.
-    pub(crate) fn pin(bpf_dir: &Path) -> Result<(), PolicyError> {
+    /// ends early, the next call goes on: the programs, by which pods see that all is there, are pinned last,
+    /// when the maps are complete and `fill` has put into new ones what is to be in force.
+    pub(crate) fn pin(
+        bpf_dir: &Path,
+        fill: impl FnOnce() -> Result<(), String>,
+    ) -> Result<(), PolicyError> {
         let directory = directory(bpf_dir);
         let pins =
             [Side::Vm, Side::Peer].map(|side| (side, super::attach::pinned_path(bpf_dir, side)));
@@ -155,6 +162,9 @@ impl Policy {
             policy.maps.activate(&lock, FIRST)?;
         }
         drop(lock);
+        if policy.maps.active()?.epoch == FIRST {
+            fill().map_err(PolicyError::Fill)?;
+        }
         policy.verify()?;
         for (side, path) in pins {
             if fs::symlink_metadata(&path).is_err() {

@@ -145,7 +145,7 @@ pub struct Maps {
     addresses: Map<24, 4>,
     active: Map<4, 4>,
     locals: Map<20, 16>,
-    identities: Map<28, 24>,
+    identities: Map<28, 32>,
     spaces: Map<8, 4>,
     rules: Map<20, 4>,
     flows: Map<4, 4>,
@@ -308,8 +308,7 @@ impl Maps {
         Ok(entries.map(|(key, bytes)| (id(key), Pod::decode(&bytes))).collect())
     }
 
-    /// A number that no pod has, and the table for a new pod of this tenant: an empty one, or else one
-    /// that this tenant has for itself, or else the one with the fewest pods.
+    /// A number that no pod has, and the table for a new pod of this tenant.
     pub fn vacancy(&self, tenant: Tenant) -> Result<(PodId, u32), MapError> {
         let pods = self.pods()?;
         let full = || MapError {
@@ -318,18 +317,14 @@ impl Maps {
             source: io::Error::other("as many pods as the node can have"),
         };
         let id = (1..PodId::MAX).find(|id| !pods.contains_key(id)).ok_or_else(full)?;
-        let mut tables = vec![(false, 0_u32); TABLES as usize];
+        let mut tables = [(false, 0_u32); TABLES as usize];
         for pod in pods.values() {
             if let Some((strangers, count)) = tables.get_mut(pod.table as usize) {
                 *strangers |= pod.tenant != tenant;
                 *count += 1;
             }
         }
-        let table = (0..TABLES).min_by_key(|table| {
-            let (strangers, count) = tables[*table as usize];
-            (count > 0, strangers, count)
-        });
-        Ok((id, table.unwrap_or(0)))
+        Ok((id, table(&tables)))
     }
 
     /// What is known of the node's own addresses and those of its pods.
@@ -569,16 +564,35 @@ impl Maps {
     }
 }
 
+/// The table for a new pod of a tenant, from how many pods have each, and whether any of those is another
+/// tenant's: an empty one, unless the tenant has its share of tables for itself; else one of its own; else the one
+/// with the fewest pods.
+fn table(tables: &[(bool, u32); TABLES as usize]) -> u32 {
+    /// As many tables as a tenant gets while others may come.
+    const SHARE: usize = TABLES as usize / 8;
+    let own = tables.iter().filter(|(strangers, count)| *count > 0 && !strangers).count();
+    let rank = |(strangers, count): (bool, u32)| match (count, strangers) {
+        (0, _) => (if own < SHARE { 0 } else { 2 }, 0),
+        (_, false) => (1, count),
+        (_, true) => (3, count),
+    };
+    let tables = (0..TABLES).zip(tables);
+    tables.min_by_key(|(_, table)| rank(**table)).map_or(0, |(number, _)| number)
+}
+
 /// Key of `names`.
 fn name_key(name: &str) -> Result<[u8; NAME], MapError> {
-    let mut key = [0; NAME];
-    let too_long = || MapError {
+    let wrong = || MapError {
         name: "names",
         step: "number a name",
-        source: io::Error::other(format!("{name:?} is longer than {} bytes", NAME - 1)),
+        source: io::Error::other(format!("{name:?} is not a name of at most {} bytes", NAME - 1)),
     };
-    let place = key[..NAME - 1].get_mut(..name.len()).ok_or_else(too_long)?;
-    place.copy_from_slice(name.as_bytes());
+    // The key ends with the name's first 0.
+    if name.is_empty() || name.len() >= NAME || name.contains('\0') {
+        return Err(wrong());
+    }
+    let mut key = [0; NAME];
+    key[..name.len()].copy_from_slice(name.as_bytes());
     Ok(key)
 }
 
@@ -598,4 +612,44 @@ fn possible_cpus() -> io::Result<usize> {
     last.map(|last| last + 1).ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidData, format!("{path}: {:?}", text.trim()))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What [`table`] is told, for this tenant.
+    fn seen(tables: &[(Tenant, u32)], tenant: Tenant) -> [(bool, u32); TABLES as usize] {
+        let mut all = [(false, 0); TABLES as usize];
+        for (owner, table) in tables {
+            let (strangers, count) = &mut all[*table as usize];
+            *strangers |= *owner != tenant;
+            *count += 1;
+        }
+        all
+    }
+
+    #[test]
+    fn no_tenant_takes_all_tables() {
+        let mut pods = Vec::new();
+        for _ in 0..200 {
+            pods.push((1, table(&seen(&pods, 1))));
+        }
+        for tenant in 2..58 {
+            let own = table(&seen(&pods, tenant));
+            assert!(!pods.iter().any(|(_, table)| *table == own), "{tenant} shares {own}");
+            pods.push((tenant, own));
+        }
+        // As many as there are tables: the next shares with whoever has the fewest pods.
+        let shared = table(&seen(&pods, 99));
+        assert_eq!(pods.iter().filter(|(_, table)| *table == shared).count(), 1);
+    }
+
+    #[test]
+    fn names_are_told_apart() {
+        for name in ["", "\0", "red\0x", &"x".repeat(256)] {
+            assert!(name_key(name).is_err(), "{name:?}");
+        }
+        assert!(name_key(&"x".repeat(255)).is_ok());
+    }
 }

@@ -6,6 +6,15 @@ pub const ANNOTATION: &str = "io.joey.tenant";
 /// syncer writes it over whatever a tenant put there.
 pub const VIRTUAL_CLUSTER: &str = "tenancy.x-k8s.io/cluster";
 
+/// Refuses what cannot be a tenant's name.
+///
+/// # Errors
+/// Why.
+pub fn check(name: &str) -> Result<(), String> {
+    let checked = super::node::name("tenant", name.to_owned());
+    checked.map(drop).map_err(|fault| format!("tenant {name:?} {}", fault.reason))
+}
+
 /// Annotations that are believed unless the configuration names others.
 #[must_use]
 pub fn default_annotations() -> Vec<String> {

@@ -287,6 +287,9 @@ impl Handle {
         let limits =
             NetLimits::default().annotated(&wanted.annotations).map_err(|error| refuse(&error))?;
         let applicant = wanted.applicant(config);
+        if !applicant.tenant.is_empty() {
+            tenant::check(&applicant.tenant).map_err(|error| refuse(&error))?;
+        }
         let record = |place: &PodNetwork| {
             self.record(|record| record.network = Some(place.clone())).map_err(io::Error::other)?;
             failpoint::hold(&config.run_dir, "start.admission");

@@ -56,21 +56,24 @@ impl Tables {
     }
 
     /// Who has an address. A pod of this node is who the node says, not who was said elsewhere to have its
-    /// address: what is known of that one's labels counts if it is the same pod.
+    /// address: what is known of that one's labels counts if it is the same pod. Services by prefix, as the
+    /// world is one, do not open what is a tenant's or the node's: who names these names them.
     #[must_use]
     pub fn peer(&self, ip: IpAddr) -> Option<Peer> {
         let said = self.identity(ip);
         let Some(local) = self.locals.get(&ip) else {
-            return said.map(|identity| Peer { identity, ..Peer::default() });
+            let service = |it: &Identity| if it.tenant != 0 { it.near } else { it.service };
+            let identity = said.map(|it| Identity { service: service(&it), ..it });
+            return identity.map(|identity| Peer { identity, ..Peer::default() });
         };
         let said = said.unwrap_or_default();
         let identity = match local.pod {
-            0 => Identity { tenant: 0, ..said },
+            0 => Identity { tenant: 0, service: said.near, ..said },
             _ => {
                 let same = local.name != 0 && said.name == local.name;
                 let group = if same { said.group } else { 0 };
                 let Local { name, tenant, .. } = *local;
-                Identity { name, tenant, service: 0, group, policy: 0 }
+                Identity { name, tenant, group, ..Identity::default() }
             }
         };
         Some(Peer { node: local.pod == 0, pod: local.pod, identity })

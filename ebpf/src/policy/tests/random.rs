@@ -64,6 +64,7 @@ fn identity(random: &mut Random) -> Identity {
         name: random.below(3) as u64,
         tenant: random.below(4) as u32,
         service: random.below(3) as u32,
+        near: random.below(3) as u32,
         group: random.below(3) as u32,
         policy: random.below(8) as u32,
     }

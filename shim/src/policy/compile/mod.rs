@@ -25,7 +25,7 @@ use super::node::{EVERY, NodePolicy};
 use super::selector::Labels;
 
 use self::peers::{Facts, Peers};
-use self::prefixes::Cuts;
+use self::prefixes::{Cuts, Piece};
 use self::rules::Tenancy;
 pub(super) use self::rules::{Class, Group, Way, allowed};
 
@@ -128,10 +128,15 @@ pub fn compile(
     let mut namer = Namer::new(networks, node.services.len() as u32, peers);
     let mut identities: Vec<(Prefix, Identity)> = Vec::new();
     let mut values: Vec<Identity> = Vec::new();
-    for (prefix, holds, outer) in cuts.resolve() {
+    for Piece { prefix, holds, mut begins, outer } in cuts.resolve() {
         let is_host = prefix == cidr::host(prefix.address);
         let entry = by_address.get(&prefix.address).filter(|_| is_host);
-        let identity = namer.identity(&holds, entry.copied(), number)?;
+        let mut identity = namer.identity(&holds, entry.copied(), number)?;
+        if is_host {
+            begins.sort_unstable();
+            begins.dedup();
+            identity.near = namer.class(&begins);
+        }
         values.push(identity);
         // A prefix that says what the one around it says is not needed.
         let around = outer.map_or_else(Identity::default, |at| values[at]);
@@ -208,6 +213,13 @@ impl<'a> Namer<'a> {
         Self { networks, services, peers, tenants, classes, groups, services_of, tenancy }
     }
 
+    /// The class of the services among this.
+    fn class(&mut self, holds: &[u32]) -> u32 {
+        let services = holds.iter().take_while(|it| **it < self.services);
+        let services: Vec<usize> = services.map(|at| *at as usize).collect();
+        if services.is_empty() { 0 } else { FIRST_CLASS + self.services_of.of(services) }
+    }
+
     /// The identity of addresses of which this holds, or of the one that an entry is about.
     fn identity(
         &mut self,
@@ -215,12 +227,8 @@ impl<'a> Namer<'a> {
         entry: Option<&'a Entry>,
         number: &mut dyn FnMut(&str) -> Result<u32, PolicyError>,
     ) -> Result<Identity, PolicyError> {
-        let (covering, blocks) = holds.split_at(holds.partition_point(|it| *it < self.services));
-        let mut identity = Identity::default();
-        if !covering.is_empty() {
-            let covering = covering.iter().map(|at| *at as usize).collect();
-            identity.service = FIRST_CLASS + self.services_of.of(covering);
-        }
+        let blocks = &holds[holds.partition_point(|it| *it < self.services)..];
+        let mut identity = Identity { service: self.class(holds), ..Identity::default() };
         let mut group = Group::default();
         group.peers.extend(blocks.iter().map(|it| it - self.services));
         if let Some(entry) = entry {

@@ -20,6 +20,18 @@ struct Cut {
     end: Vec<u32>,
 }
 
+/// A prefix in which the same holds everywhere but in prefixes within.
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) prefix: Prefix,
+    /// What holds there, sorted.
+    pub(super) holds: Rc<[u32]>,
+    /// What of it was said of this very prefix.
+    pub(super) begins: Vec<u32>,
+    /// The index of the next outer one.
+    pub(super) outer: Option<usize>,
+}
+
 /// The cuts. What may hold of addresses is a number.
 #[derive(Debug, Default)]
 pub(super) struct Cuts {
@@ -49,17 +61,17 @@ impl Cuts {
         self.at(prefix);
     }
 
-    /// All prefixes with what holds there, sorted, outer ones first; and where the next outer one is.
-    pub(super) fn resolve(self) -> Vec<(Prefix, Rc<[u32]>, Option<usize>)> {
-        let mut all: Vec<(Prefix, Rc<[u32]>, Option<usize>)> = Vec::with_capacity(self.cuts.len());
+    /// All prefixes, sorted, outer ones first.
+    pub(super) fn resolve(self) -> Vec<Piece> {
+        let mut all: Vec<Piece> = Vec::with_capacity(self.cuts.len());
         let mut outer: Vec<usize> = Vec::new();
         let nothing: Rc<[u32]> = Rc::from([]);
         for (prefix, cut) in self.cuts.into_values() {
             let Some(prefix) = prefix else { continue };
-            while outer.last().is_some_and(|at| !cidr::covers(all[*at].0, prefix)) {
+            while outer.last().is_some_and(|at| !cidr::covers(all[*at].prefix, prefix)) {
                 outer.pop();
             }
-            let inherited = outer.last().map_or(&nothing, |at| &all[*at].1);
+            let inherited = outer.last().map_or(&nothing, |at| &all[*at].holds);
             let holds = if cut.begin.is_empty() && cut.end.is_empty() {
                 Rc::clone(inherited)
             } else {
@@ -70,7 +82,7 @@ impl Cuts {
                 holds.dedup();
                 holds.into()
             };
-            all.push((prefix, holds, outer.last().copied()));
+            all.push(Piece { prefix, holds, begins: cut.begin, outer: outer.last().copied() });
             outer.push(all.len() - 1);
         }
         all
@@ -97,7 +109,7 @@ mod tests {
         cuts.cut(prefix("9.9.9.9"));
         cuts.begin(prefix("::/0"), 4);
         let found: Vec<_> =
-            cuts.resolve().into_iter().map(|(at, holds, _)| (at, holds.to_vec())).collect();
+            cuts.resolve().into_iter().map(|it| (it.prefix, it.holds.to_vec())).collect();
         let expected: [(&str, &[u32]); 8] = [
             ("0.0.0.0/0", &[1]),
             ("9.9.9.9", &[1]),
