@@ -21,7 +21,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     // What the policy's maps hold: another version with the same layout goes on with them.
     let mut layout = Sha256::new();
     for header in ["bpf/policy.h", REASONS] {
-        layout.update(std::fs::read(header)?);
+        println!("cargo:rerun-if-changed={header}");
+        for line in std::fs::read_to_string(header)?.lines() {
+            let code = line.split_once("//").map_or(line, |(code, _)| code);
+            // What a reason is called in words changes nothing.
+            let code = code.split_once(", \"").map_or(code, |(code, _)| code).trim();
+            layout.update(code);
+        }
     }
     println!("cargo:rustc-env=JOEY_POLICY_LAYOUT={}", hex(&layout.finalize())?);
     std::fs::write(directory.join("reasons.rs"), reasons(&std::fs::read_to_string(REASONS)?)?)?;

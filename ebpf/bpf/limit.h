@@ -8,12 +8,17 @@
 
 // How often the clock is tried to be pushed on while other CPUs do, too.
 #define TRIES 4
+// The least that a segment has (RFC 879).
+#define LEAST_SEGMENT 536
 
 // How many packets are sent as one that is to be cut later.
 INLINE __u32 segments(const struct __sk_buff *skb)
 {
 	__u32 size = skb->gso_size;
 
+	// The sender says how small; it may not have one packet cost the receiver all of its seconds.
+	if (size && size < LEAST_SEGMENT)
+		size = LEAST_SEGMENT;
 	return size ? (skb->len + size - 1) / size : 1;
 }
 

@@ -21,7 +21,9 @@ enum {
 };
 
 // Options of a message of neighbour discovery, at most.
-#define ND_OPTIONS 4
+#define ND_OPTIONS 2
+// RFC 3971, used by RFC 7527.
+#define NONCE 14
 
 // A function of its own, which the verifier goes through once for each place that calls it and not for each path.
 OUTLINE int is_own(const struct pod *config, __u32 pod, __u32 family, const __u32 *address)
@@ -90,6 +92,9 @@ INLINE int options(const struct __sk_buff *skb, const struct pod *config,
 			// Who has no address yet must not give a hardware address for it.
 			if (packet->unspecified || !same_mac(option + 2, config->mac))
 				return DROP_SpoofedNeighbour;
+		} else if (option[0] != NONCE || option[1] != 1) {
+			// What nobody needs could carry anything to anybody.
+			return DROP_Neighbour;
 		}
 		at += option[1] * 8;
 	}

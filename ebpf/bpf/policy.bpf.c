@@ -176,7 +176,8 @@ INLINE int judge(const struct __sk_buff *skb, const struct pod *config, __u32 po
 		if (reason)
 			return reason;
 	}
-	if (config->limited) {
+	// What keeps the link working comes from anybody on it, and must not use up what is the pod's.
+	if (config->limited && (sender == VM || course.role != LINK)) {
 		reason = pay(skb, pod, sender, now);
 		if (reason)
 			return reason;

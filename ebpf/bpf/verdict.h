@@ -56,6 +56,9 @@ INLINE int find_peer(struct peer *peer, __u32 epoch, __u32 family, const __u32 *
 	}
 	if (!local)
 		return reason;
+	// A Service's address that kube-proxy puts on a device of the node is the Service's.
+	if (!local->pod && peer->tenant)
+		return ALLOWED;
 	if (!local->pod) {
 		peer->node = 1;
 		peer->tenant = 0;

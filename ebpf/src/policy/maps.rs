@@ -69,6 +69,18 @@ pub fn directory(bpf_dir: &Path) -> PathBuf {
     bpf_dir.join(concat!("policy-", env!("JOEY_POLICY_LAYOUT")))
 }
 
+/// Where other layouts' maps are pinned below `bpf_dir`: pods that another version has started may have them still.
+#[must_use]
+pub fn others(bpf_dir: &Path) -> Vec<PathBuf> {
+    let own = directory(bpf_dir);
+    let entries = fs::read_dir(bpf_dir).into_iter().flatten().flatten();
+    let is = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        *path != own && name.is_some_and(|name| name.starts_with("policy-"))
+    };
+    entries.map(|entry| entry.path()).filter(is).collect()
+}
+
 /// A key and its value.
 type Entry<const K: usize, const V: usize> = ([u8; K], [u8; V]);
 
@@ -256,8 +268,14 @@ impl Maps {
         Ok(true)
     }
 
-    /// Changes what is known of a pod that has these addresses.
-    pub fn change_pod(&self, id: PodId, pod: &Pod, own: &[IpAddr]) -> Result<(), MapError> {
+    /// Changes what is known of a pod that has these addresses; under the lock, so that it is still there.
+    pub fn change_pod(
+        &self,
+        _lock: &Lock,
+        id: PodId,
+        pod: &Pod,
+        own: &[IpAddr],
+    ) -> Result<(), MapError> {
         self.pods.put(&pod_key(id).to_ne_bytes(), &pod.encode(own))?;
         self.changed()
     }

@@ -8,13 +8,17 @@ use std::path::Path;
 
 use joey_ebpf::netlink::{NetlinkError, Socket};
 use joey_ebpf::policy::maps::{MapError, Maps};
-use joey_ebpf::route;
 use tokio::io::unix::AsyncFd;
+
+use crate::host::net::{AdmissionError, own_addresses};
 
 /// The addresses are not in the map.
 #[derive(Debug, thiserror::Error)]
 pub enum AddressError {
     /// The kernel did not list them.
+    #[error(transparent)]
+    Own(#[from] AdmissionError),
+    /// The kernel does not tell of changes.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
     /// The map could not be written.
@@ -23,30 +27,6 @@ pub enum AddressError {
     /// The policy is not loaded, or its lock not to be had.
     #[error("the policy's maps: {0}")]
     Maps(#[from] io::Error),
-}
-
-/// All addresses of the calling thread's network namespace.
-pub fn list() -> Result<HashSet<IpAddr>, NetlinkError> {
-    let replies = Socket::open()?.dump(route::list("list addresses", libc::RTM_GETADDR))?;
-    let address = |reply: &joey_ebpf::netlink::Reply| {
-        let attributes = reply.attributes(route::ADDRESS);
-        let bytes = attributes
-            .get(route::ADDRESS_LOCAL)
-            .or_else(|| attributes.get(route::ADDRESS_ADDRESS))?;
-        if let Ok(four) = <[u8; 4]>::try_from(bytes) {
-            return Some(IpAddr::from(four));
-        }
-        <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from)
-    };
-    Ok(replies.iter().filter_map(address).filter(|ip| names_somebody(*ip)).collect())
-}
-
-/// An address of one link is everybody's, and loopback never leaves.
-fn names_somebody(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
-        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
-    }
 }
 
 /// Makes the map hold these addresses of the node's and no others. Returns how many were changed.
@@ -73,7 +53,7 @@ pub async fn keep(bpf_dir: &Path) -> Result<std::convert::Infallible, AddressErr
     )]
     let mut changes = AsyncFd::new(Socket::addresses()?)?;
     loop {
-        let own = list()?;
+        let own = own_addresses()?.into_iter().collect();
         let directory = bpf_dir.to_owned();
         let changed = tokio::task::spawn_blocking(move || put(&directory, &own));
         let changed = changed.await.map_err(io::Error::other)??;

@@ -30,7 +30,7 @@ use crate::net_limits::NetLimits;
 use crate::sandbox::record::PodNetwork;
 use crate::sys;
 
-pub use admission::{AdmissionError, Applicant};
+pub use admission::{AdmissionError, Applicant, own_addresses};
 
 mod admission;
 mod read;
@@ -189,7 +189,7 @@ impl Wire {
         let begun = Instant::now();
         let node = match programs {
             Programs::Wire(_) => Vec::new(),
-            Programs::Policy(_) => admission::own_addresses().map_err(admission)?,
+            Programs::Policy(_) => own_addresses().map_err(admission)?,
         };
         let before = begun.elapsed();
         inside(netns, |place, file| {

@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::failpoint;
 
 /// What is in force now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Applied {
     /// Its epoch.
     pub epoch: u32,
@@ -36,6 +36,8 @@ pub struct Applied {
     pub rules: usize,
     /// How long it took, waiting for others not counted.
     pub took: Duration,
+    /// What does not hold as it was written.
+    pub warnings: Vec<String>,
 }
 
 /// What would be in force, and of what it was made.
@@ -56,7 +58,12 @@ impl Merged {
                 // What is replaced need not be readable.
                 documents = store.policy().unwrap_or_default();
                 documents.content = new;
-                table = store.identities()?;
+                // Neither must be the other's way out: addresses that nobody knows are refused until they
+                // are told again.
+                table = store.identities().unwrap_or_else(|error| {
+                    tracing::error!(%error, "identities are forgotten: apply them anew");
+                    Stored::default()
+                });
             }
             Change::Replace { entries, namespaces } => {
                 documents = store.policy()?;
@@ -156,7 +163,8 @@ pub(super) fn numbers_from(
 
 fn counts(epoch: u32, compiled: &Compiled) -> Applied {
     let (identities, rules) = (compiled.identities.len(), compiled.rules.len());
-    Applied { epoch, identities, rules, took: Duration::ZERO }
+    let warnings = compiled.warnings.clone();
+    Applied { epoch, identities, rules, took: Duration::ZERO, warnings }
 }
 
 /// Makes a change on these maps. `at` is told of the moments at which a kill is of interest.

@@ -25,6 +25,9 @@ pub struct Document {
     pub source: String,
     /// The object, as it was written.
     pub object: Value,
+    /// It is a NetworkPolicy that is refused, and so isolates what it selects and lists nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub isolates: bool,
 }
 
 /// All policy documents.
@@ -38,6 +41,8 @@ pub struct Checked {
     pub(super) node: Option<NodePolicy>,
     pub(super) networks: Vec<NetworkPolicy>,
     pub(super) namespaces: Vec<Namespace>,
+    /// What was refused, and isolates instead.
+    pub(super) warnings: Vec<String>,
 }
 
 /// What Kubernetes has around every object. What is of no use here is passed over: `kubectl get` gives much.
@@ -119,10 +124,21 @@ impl Documents {
             };
             for object in items {
                 number += 1;
-                self.0.push(Document { source: format!("{origin}#{number}"), object });
+                let source = format!("{origin}#{number}");
+                self.0.push(Document { source, object, isolates: false });
             }
         }
         Ok(())
+    }
+
+    /// Has NetworkPolicies that are refused isolate what they select and list nothing, instead of refusing all:
+    /// where tenants write them, one's mistake must not keep the others' from being applied.
+    pub fn isolate_refused(&mut self) {
+        for document in &mut self.0 {
+            let kind = document.object.get("kind").and_then(Value::as_str);
+            let refused = Checked::default().add(document).is_err();
+            document.isolates = kind == Some("NetworkPolicy") && refused;
+        }
     }
 
     /// Checks all of them.
@@ -172,7 +188,7 @@ pub(super) fn typed<T: DeserializeOwned>(document: &str, value: &Value) -> Resul
 impl Checked {
     /// Adds a document; what makes it one of its kind, and how messages call it.
     fn add(&mut self, document: &Document) -> Result<(String, String), PolicyError> {
-        let Document { source, object } = document;
+        let Document { source, object, isolates } = document;
         let text = |field: &str| object.get(field).and_then(Value::as_str).unwrap_or_default();
         let (version, kind) = (text("apiVersion"), text("kind"));
         let inner = |field: &str| {
@@ -195,6 +211,16 @@ impl Checked {
                 }
                 let node = NodePolicy::check(&label, object.spec);
                 self.node = Some(node.map_err(|fault| fault.within("spec").of(&label))?);
+            }
+            ("networking.k8s.io/v1", "NetworkPolicy") if *isolates => {
+                let why = self.add(&Document { isolates: false, ..document.clone() });
+                let why = why.err().map_or_else(String::new, |error| error.to_string());
+                self.warnings.push(format!("{why}; its pods are isolated until it is mended"));
+                let selector = object.pointer("/spec/podSelector").cloned();
+                let selector = selector.and_then(|it| serde_json::from_value(it).ok());
+                let space = if space.is_empty() { "default" } else { space };
+                let policy = NetworkPolicy::isolating(&label, space, name, selector);
+                self.networks.push(policy);
             }
             ("networking.k8s.io/v1", "NetworkPolicy") => {
                 let object: Object<_> = typed(&label, object)?;

@@ -112,7 +112,8 @@ impl Oracle {
             by_name.insert(name.to_owned(), it);
             Ok(it)
         };
-        let Compiled { identities, spaces, rules, meaning } = compile(merged.input(), &mut given)?;
+        let Compiled { identities, spaces, rules, meaning, .. } =
+            compile(merged.input(), &mut given)?;
         let names = by_name.iter().map(|(name, number)| (*number, name.clone())).collect();
         let tables = Tables {
             locals,

@@ -122,6 +122,24 @@ pub(super) struct NetworkPolicy {
 }
 
 impl NetworkPolicy {
+    /// One that lists nothing, for the pods of a selector that can be read, or else all of the namespace.
+    pub(super) fn isolating(
+        label: &str,
+        namespace: &str,
+        name: &str,
+        selector: Option<RawSelector>,
+    ) -> Self {
+        let all = || RawSelector::default().check().unwrap_or_default();
+        Self {
+            label: label.to_owned(),
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            selector: selector.and_then(|raw| raw.check().ok()).unwrap_or_else(all),
+            ingress: Some(Vec::new()),
+            egress: Some(Vec::new()),
+        }
+    }
+
     pub(super) fn check(
         label: &str,
         namespace: String,

@@ -62,8 +62,10 @@ pub struct Damage {
 /// What the node's policy knows of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodNetwork {
-    /// Where that policy is pinned.
+    /// `bpf_dir`.
     pub bpf_dir: PathBuf,
+    /// Where that policy's maps are pinned below it, which names their layout.
+    pub maps: PathBuf,
     /// Its number.
     pub id: u16,
     /// When it got that, in monotonic nanoseconds: tells it from others that had the number.

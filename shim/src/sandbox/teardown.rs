@@ -101,7 +101,8 @@ pub fn release(run_dir: &Path, record: &Record) -> Result<(), Incomplete> {
         left.push(format!("wire in {}: {error}", netns.display()));
     }
     failpoint::hold(run_dir, "teardown.policy");
-    if let Some(place) = &record.network
+    // Only once nobody and nothing speaks for it any more: the next pod gets its number.
+    if let Some(place) = record.network.as_ref().filter(|_| left.is_empty())
         && let Err(error) = Wire::dismiss(place)
     {
         left.push(format!("place in the node's policy: {error}"));

@@ -134,7 +134,7 @@ impl<'a, 'n> Policy<'a, 'n> {
     fn identities(&self, list: &serde_json::Value) -> Result<String> {
         let path = self.ctx.node.dir().join("pods.json");
         fs::write(&path, list.to_string())?;
-        self.ctx.node.joey(&["identity", "apply", "-f", &path.to_string_lossy()])
+        self.ctx.node.joey(&["identity", "apply", "--allow-empty", "-f", &path.to_string_lossy()])
     }
 }
 

@@ -9,7 +9,7 @@ use crate::policy::Reason;
 use crate::policy::abi::Side;
 
 /// Options of a message, at most.
-const OPTIONS: usize = 4;
+const OPTIONS: usize = 2;
 
 impl Model {
     pub(super) fn arp(&self, sender: &Sender, body: &[u8]) -> Result<(), Reason> {
@@ -95,8 +95,8 @@ fn options(sender: &Sender, nameless: bool, mut rest: &[u8]) -> Result<(), Reaso
             (1 | 2, 1) if nameless || *mac != sender.config.mac => {
                 return Err(Reason::SpoofedNeighbour);
             }
-            (1 | 2, 2..) => return Err(Reason::Neighbour),
-            _ => {}
+            (1 | 2 | 14, 1) => {}
+            _ => return Err(Reason::Neighbour),
         }
         rest = rest.get(8 * usize::from(*length)..).ok_or(Reason::Neighbour)?;
     }

@@ -61,7 +61,10 @@ impl Tables {
     #[must_use]
     pub fn peer(&self, ip: IpAddr) -> Option<Peer> {
         let said = self.identity(ip);
-        let Some(local) = self.locals.get(&ip) else {
+        // A Service's address that kube-proxy puts on a device of the node is the Service's.
+        let claimed = said.is_some_and(|said| said.tenant != 0);
+        let local = self.locals.get(&ip).filter(|local| local.pod != 0 || !claimed);
+        let Some(local) = local else {
             let service = |it: &Identity| if it.tenant != 0 { it.near } else { it.service };
             let identity = said.map(|it| Identity { service: service(&it), ..it });
             return identity.map(|identity| Peer { identity, ..Peer::default() });

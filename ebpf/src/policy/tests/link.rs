@@ -134,9 +134,12 @@ fn neighbours_tell_the_truth() {
             Neighbour,
         );
         t.sends("an option beyond the end", with_options(&[14, 2, 0, 0, 0, 0, 0, 0]), Neighbour);
-        t.sends("4 options", with_options(&[nonce; 4].concat()), Yes);
-        t.sends("5 options", with_options(&[nonce; 5].concat()), Neighbour);
-        let hidden = [&[nonce; 3].concat()[..], &others].concat();
+        t.sends("2 options", with_options(&[nonce; 2].concat()), Yes);
+        t.sends("3 options", with_options(&[nonce; 3].concat()), Neighbour);
+        t.sends("an option of others", with_options(&with(nonce.to_vec(), 0, &[99])), Neighbour);
+        let long = [&with(nonce.to_vec(), 1, &[2])[..], &nonce].concat();
+        t.sends("a long nonce", with_options(&long), Neighbour);
+        let hidden = [&nonce[..], &others].concat();
         t.sends("the last is another's", with_options(&hidden), SpoofedNeighbour);
         for piece in [(1, 0, true), (1, 0, false)] {
             let ip = ip.fragment(piece.0, piece.1, piece.2);

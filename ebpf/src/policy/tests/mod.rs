@@ -60,7 +60,7 @@ fn alone() -> Lock {
 /// Makes a pod, or another one of it.
 fn put_pod(maps: &Maps, id: PodId, pod: &Pod, own: &[IpAddr]) {
     if !maps.add_pod(id, pod, own).unwrap() {
-        maps.change_pod(id, pod, own).unwrap();
+        maps.change_pod(&alone(), id, pod, own).unwrap();
     }
 }
 

@@ -4,10 +4,11 @@ use std::fs::OpenOptions;
 use std::path::Path;
 
 use anyhow::Result;
-use joey_ebpf::policy::maps::Maps;
+use joey_ebpf::policy::maps::{Maps, directory};
 use joey_shim::config::Config;
 use joey_shim::policy::state::Store;
 use joey_shim::sandbox::pod_disk;
+use joey_shim::sandbox::record::Record;
 use joey_shim::vmm::template::TemplateStore;
 use joey_shim::vmm::{accel, qemu};
 use serde::Serialize;
@@ -124,6 +125,14 @@ fn policy(config: &Config) -> Finding {
     if !config.isolation {
         let advice = "set isolation = true, or see to it that the CNI keeps tenants apart";
         return finding(WHAT, Level::Warning, "isolation is off: every packet passes", advice);
+    }
+    let records = Record::all(&config.run_dir).unwrap_or_default();
+    let places = records.iter().filter_map(|record| record.network.as_ref());
+    let old = places.filter(|place| place.maps != directory(&config.bpf_dir)).count();
+    if old > 0 {
+        let found =
+            format!("{old} pods have the policy of another version, which changes do not reach");
+        return finding(WHAT, Level::Warning, found, "replace these pods: drain the node, say");
     }
     let (store, maps) = (Store::new(&config.state_dir), Maps::open(&config.bpf_dir));
     let active = maps.map_err(anyhow::Error::from).and_then(|maps| Ok(maps.active()?));

@@ -30,6 +30,9 @@ pub(crate) enum Task {
         /// Check and compile, change nothing
         #[arg(long)]
         dry_run: bool,
+        /// Have nobody's address be known
+        #[arg(long)]
+        allow_empty: bool,
     },
     /// The same by the daemon's socket, which needs no rights on maps
     Feed {
@@ -43,15 +46,15 @@ pub(crate) enum Task {
 
 pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
     match task {
-        Task::Apply { files, dry_run } => {
-            let (entries, namespaces) = gather(config, files)?;
+        Task::Apply { files, dry_run, allow_empty } => {
+            let (entries, namespaces) = gather(config, files, *allow_empty)?;
             let what = format!("{} addresses", entries.len());
             let change = Change::Replace { entries, namespaces };
             let applied = if *dry_run { rehearse(config, change)? } else { apply(config, change)? };
             told(&applied, &what, *dry_run, json);
         }
         Task::Feed { files } => {
-            let (entries, namespaces) = gather(config, files)?;
+            let (entries, namespaces) = gather(config, files, false)?;
             feed(config, entries, namespaces, json)?;
         }
         Task::Show => show(config, json)?,
@@ -59,15 +62,20 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn gather(config: &Config, files: &[PathBuf]) -> Result<(Vec<Entry>, Vec<Namespace>)> {
+fn gather(
+    config: &Config,
+    files: &[PathBuf],
+    allow_empty: bool,
+) -> Result<(Vec<Entry>, Vec<Namespace>)> {
     let mut feed = Feed::default();
     for (name, text) in read(files, MOST_IDENTITIES)? {
         feed.read(&name, &text)?;
     }
     let (entries, namespaces) = feed.finish(&config.tenant_annotations)?;
     ensure!(
-        !entries.is_empty(),
-        "nobody has an address in the files; with an empty table pods would reach no other node"
+        allow_empty || !entries.is_empty(),
+        "nobody has an address in the files; with an empty table pods would reach no other node \
+         (--allow-empty)"
     );
     Ok((entries, namespaces))
 }

@@ -28,6 +28,9 @@ pub(crate) enum Task {
         /// Check and compile, change nothing
         #[arg(long)]
         dry_run: bool,
+        /// Have NetworkPolicies that are refused isolate what they select, instead of refusing all
+        #[arg(long)]
+        isolate_refused: bool,
     },
     /// What is in force
     Show,
@@ -59,8 +62,11 @@ pub(crate) struct Test {
 
 pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<bool> {
     match task {
-        Task::Apply { files, dry_run } => {
-            let documents = documents(files)?;
+        Task::Apply { files, dry_run, isolate_refused } => {
+            let mut documents = documents(files)?;
+            if *isolate_refused {
+                documents.isolate_refused();
+            }
             let count = documents.0.len();
             ensure!(
                 count > 0,
@@ -113,14 +119,17 @@ pub(super) fn read(files: &[PathBuf], most: usize) -> Result<Vec<(String, String
 
 /// Tells what was applied.
 pub(super) fn told(applied: &Applied, what: &str, dry_run: bool, json: bool) {
-    let Applied { epoch, identities, rules, took } = *applied;
+    let Applied { epoch, identities, rules, took, ref warnings } = *applied;
+    for warning in warnings.iter().filter(|_| !json) {
+        println!("WARNING {warning}");
+    }
     let milliseconds = took.as_secs_f64() * 1000.0;
     if json {
         let epoch = (!dry_run).then_some(epoch);
         println!(
             "{}",
             serde_json::json!({
-                "epoch": epoch, "identities": identities, "rules": rules, "milliseconds": milliseconds,
+                "epoch": epoch, "warnings": warnings, "identities": identities, "rules": rules, "milliseconds": milliseconds,
             })
         );
     } else if dry_run {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use joey_ebpf::netlink::Socket;
 use joey_ebpf::policy::abi::{Limit, Pod, PodId, name_digest};
-use joey_ebpf::policy::maps::{Lock, MapError, Maps};
+use joey_ebpf::policy::maps::{Lock, MapError, Maps, directory};
 use nix::time::{ClockId, clock_gettime};
 
 use super::read;
@@ -90,11 +90,12 @@ pub(super) fn admit(
         Some((namespace, name)) => (name_digest(namespace, name), number(namespace)?),
         None => (0, 0),
     };
-    let since = now();
     loop {
         let (id, table) = maps.vacancy(tenant)?;
+        let since = now();
         let place = PodNetwork {
             bpf_dir: bpf_dir.to_owned(),
+            maps: directory(bpf_dir),
             id,
             since,
             addresses: addresses.clone(),
@@ -111,6 +112,10 @@ pub(super) fn admit(
 
 /// Gives a place back; fine if it was never taken, or given back, or is somebody else's now.
 pub(super) fn dismiss(place: &PodNetwork) -> Result<(), AdmissionError> {
+    // Another version's maps, whose layout is not known here: they go with the last pods that have them.
+    if place.maps != directory(&place.bpf_dir) {
+        return Ok(());
+    }
     let (maps, lock) = match open(&place.bpf_dir) {
         // Nothing is loaded, so nothing is left.
         Err(AdmissionError::Policy { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
@@ -128,18 +133,21 @@ pub(super) fn dismiss(place: &PodNetwork) -> Result<(), AdmissionError> {
 
 /// Changes how many packets a pod may send and get.
 pub(super) fn limit_packets(place: &PodNetwork, limits: &NetLimits) -> Result<(), AdmissionError> {
-    let maps = maps(&place.bpf_dir)?;
+    let (maps, lock) = open(&place.bpf_dir)?;
     let Some(pod) = maps.pod(place.id)?.filter(|pod| pod.since == place.since) else {
         return Ok(());
     };
     let packets = [limits.egress_packets, limits.ingress_packets];
     maps.put_limit(place.id, Limit { packets })?;
     let pod = Pod { limited: limits.limits_packets(), ..pod };
-    Ok(maps.change_pod(place.id, &pod, &place.addresses)?)
+    Ok(maps.change_pod(&lock, place.id, &pod, &place.addresses)?)
 }
 
 /// The addresses of the namespace that the calling thread is in, but those that only it can use.
-pub(super) fn own_addresses() -> Result<Vec<IpAddr>, AdmissionError> {
+///
+/// # Errors
+/// The kernel does not list them.
+pub fn own_addresses() -> Result<Vec<IpAddr>, AdmissionError> {
     let fail = |error: &dyn std::fmt::Display| AdmissionError::Addresses(error.to_string());
     let mut socket = Socket::open().map_err(|error| fail(&error))?;
     let addresses = read::addresses(&mut socket).map_err(|error| fail(&error))?;

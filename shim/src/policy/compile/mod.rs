@@ -59,6 +59,8 @@ pub struct Compiled {
     pub spaces: Vec<(u32, u32)>,
     /// What is allowed.
     pub rules: Vec<Rule>,
+    /// What does not hold as it was written.
+    pub warnings: Vec<String>,
     /// What the numbers mean.
     pub(super) meaning: Meaning,
 }
@@ -167,7 +169,8 @@ pub fn compile(
         peers: peers.all().iter().map(|peer| (*peer).clone()).collect(),
     };
     let spaces = spaces(networks, number)?;
-    Ok(Compiled { identities, spaces, rules: rules.finish(), meaning })
+    let warnings = input.documents.warnings.iter().cloned().chain(rules.full()).collect();
+    Ok(Compiled { identities, spaces, rules: rules.finish(), warnings, meaning })
 }
 
 /// Where what is said of addresses changes. What may hold of them is a number: that of a service, or behind

@@ -126,6 +126,9 @@ fn behind(port: &Port, front: &Front) -> bool {
         }
 }
 
+/// Into how many parts the room for rules is cut, of which a namespace's NetworkPolicies may have one.
+const SHARES: usize = 8;
+
 /// Rules as they come, counted, so that what is too much is noticed before there is no memory left.
 #[derive(Debug)]
 pub(super) struct Rules {
@@ -133,11 +136,15 @@ pub(super) struct Rules {
     count: usize,
     most: usize,
     by: HashMap<String, usize>,
+    /// Rules of the NetworkPolicies of each namespace, and those namespaces that had more than their share.
+    shares: HashMap<String, usize>,
+    full: BTreeSet<String>,
 }
 
 impl Rules {
     pub(super) fn new(most: usize) -> Self {
-        Self { found: HashMap::new(), count: 0, most, by: HashMap::new() }
+        let (found, by, shares) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { found, count: 0, most, by, shares, full: BTreeSet::new() }
     }
 
     /// Adds what `of` allows.
@@ -178,6 +185,37 @@ impl Rules {
             return Err(PolicyError::TooMany { what: "rules", count, most, largest });
         }
         Ok(())
+    }
+
+    /// Adds what a NetworkPolicy lists, unless its namespace has had its share: what is not listed stays
+    /// closed, and nobody else is held up.
+    fn add_listed(
+        &mut self,
+        scope: Scope,
+        ports: &[Ports],
+        network: &NetworkPolicy,
+    ) -> Result<(), PolicyError> {
+        let share = self.shares.get(&network.namespace).copied().unwrap_or(0);
+        if share >= self.most / SHARES {
+            self.full.insert(network.namespace.clone());
+            return Ok(());
+        }
+        let before = self.count;
+        self.add(scope, ports, &network.label)?;
+        let more = self.count.saturating_sub(before);
+        self.shares.insert(network.namespace.clone(), share + more);
+        Ok(())
+    }
+
+    /// Namespaces whose NetworkPolicies list more than was written.
+    pub(super) fn full(&self) -> impl Iterator<Item = String> {
+        let most = self.most / SHARES;
+        self.full.iter().map(move |namespace| {
+            format!(
+                "NetworkPolicies of namespace {namespace} need more than {most} rules: what is beyond \
+                 them is not allowed"
+            )
+        })
     }
 
     pub(super) fn finish(self) -> Vec<Entry> {
@@ -287,7 +325,7 @@ impl Numbered<'_> {
                 return Ok(());
             }
             let ports = allowed(rule, way, class, peer, behind);
-            rules.add(way.scope(policy, group), &ports, &network.label)
+            rules.add_listed(way.scope(policy, group), &ports, network)
         };
         let networks = || class.networks.iter().map(|at| &self.networks[*at]);
         let all = || {

@@ -123,12 +123,21 @@ impl World {
             (_, None, said) => said.map(|pod| &pod.tenant),
         };
         let field = if opens { "ports" } else { "opens" };
+        let owned = node || tenant.is_some();
         let services = list(self.node_spec(), "services").iter().filter(|service| {
             let any = |field| {
                 let prefixes = list(service, field).iter().filter_map(Value::as_str);
                 prefixes.into_iter().any(|prefix| in_prefix(prefix, remote))
             };
-            here.is_none() && any("addresses") && !any("except")
+            // What is somebody's is opened by its very address alone.
+            let named = || {
+                list(service, "addresses").iter().filter_map(Value::as_str).any(|prefix| {
+                    let (address, bits) = prefix.split_once('/').unwrap_or((prefix, ""));
+                    let whole = if remote.is_ipv4() { "32" } else { "128" };
+                    address.parse() == Ok(remote) && (bits.is_empty() || bits == whole)
+                })
+            };
+            here.is_none() && any("addresses") && !any("except") && (!owned || named())
         });
         let shared = services.into_iter().any(|it| words_allow(list(it, field), proto, port));
         let of_node = &self.node_spec()["node"];

@@ -18,6 +18,7 @@ mod documents;
 mod feed;
 mod maps;
 mod random;
+mod refused;
 mod scale;
 mod services;
 

@@ -268,7 +268,10 @@ fn stored<T: Default>(content: T) -> Applied<T> {
 fn examine(random: &mut Random, questions: usize) -> (usize, usize) {
     let world = world(random);
     let objects = std::iter::once(&world.node).chain(&world.networks);
-    let document = |object: &Value| Document { source: "random".into(), object: object.clone() };
+    let document = |object: &Value| {
+        let (source, object) = ("random".into(), object.clone());
+        Document { source, object, isolates: false }
+    };
     let documents = Documents(objects.map(document).collect());
     let namespaces = world.namespaces.iter();
     let namespaces =
