@@ -90,6 +90,8 @@ pub struct Book {
     flows: HashMap<FlowKey, Live>,
     denials: HashMap<FlowKey, Live>,
     past: VecDeque<Arc<Record>>,
+    /// How many of the past's records each tenant has, by its pods.
+    shares: HashMap<String, usize>,
     /// Of flows that ended lately: when they began and ended.
     ended: HashMap<FlowKey, (u64, u64)>,
     told: Vec<Arc<Record>>,
@@ -119,6 +121,7 @@ impl Book {
             flows: HashMap::new(),
             denials: HashMap::new(),
             past: VecDeque::new(),
+            shares: HashMap::new(),
             ended: HashMap::new(),
             told: Vec::new(),
             next: 1,
@@ -298,10 +301,24 @@ impl Book {
         let record = Arc::new(record);
         self.told.push(Arc::clone(&record));
         if self.past.len() >= self.past_limit {
-            self.past.pop_front();
+            self.make_room();
+        }
+        *self.shares.entry(record.pod.tenant.clone()).or_default() += 1;
+        self.past.push_back(record);
+    }
+
+    /// Forgets the oldest record of the tenant that has the most: one that makes many pushes out its own.
+    fn make_room(&mut self) {
+        let most = self.shares.iter().max_by_key(|(_, count)| **count);
+        let of = most.map(|(tenant, _)| tenant.clone()).unwrap_or_default();
+        let at = self.past.iter().position(|record| record.pod.tenant == of).unwrap_or(0);
+        if self.past.remove(at).is_some() {
             self.dropped += 1;
         }
-        self.past.push_back(record);
+        match self.shares.get_mut(&of) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(self.shares.remove(&of)),
+        }
     }
 
     /// Puts the book right by what the tables said; `locals` tells who the peers of unknown flows are.

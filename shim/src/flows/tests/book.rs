@@ -60,6 +60,18 @@ fn the_past_is_bounded_and_what_made_room_is_counted() {
 }
 
 #[test]
+fn who_has_many_records_pushes_out_its_own() {
+    let mut book = book(4);
+    let mut end = |key| book.note(&event(EventKind::Ended, key, closed(2 * SECOND, 3 * SECOND)), 0);
+    end(FlowKey { pod: 2, ..key(9) });
+    for port in 1..=10 {
+        end(key(port));
+    }
+    let of_red = Filter { tenant: Some("red".to_owned()), ..Filter::default() };
+    assert_eq!((all(&book).len(), book.select(&of_red).len()), (4, 3));
+}
+
+#[test]
 fn a_sweep_finds_what_was_not_told() {
     let mut book = book(8);
     let live = flow(2 * SECOND, 9 * SECOND);
