@@ -19,7 +19,7 @@ while :; do
         mv "$state/identities.new" "$state/identities"
     fi
     if kubectl get networkpolicies -A -o yaml >"$state/policies.new" && changed policies &&
-        joey policy apply -f "$node_policy" -f "$state/policies.new"; then
+        joey policy apply --isolate-refused -f "$node_policy" -f "$state/policies.new"; then
         mv "$state/policies.new" "$state/policies"
     fi
     sleep "$every"
