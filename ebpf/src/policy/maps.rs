@@ -94,7 +94,11 @@ struct Map<const K: usize, const V: usize> {
 impl<const K: usize, const V: usize> Map<K, V> {
     fn fail(&self, step: &'static str) -> impl FnOnce(io::Error) -> MapError {
         let name = self.name;
-        move |source| MapError { name, step, source }
+        move |source| match source.raw_os_error() {
+            // The kernel's words would be of a list of arguments.
+            Some(libc::E2BIG) => MapError { name, step, source: io::Error::other("it is full") },
+            _ => MapError { name, step, source },
+        }
     }
 
     fn get(&self, key: &[u8; K]) -> Result<Option<[u8; V]>, MapError> {

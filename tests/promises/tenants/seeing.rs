@@ -1,9 +1,13 @@
 //! What is counted is what passed, to the packet; flows have both ends' names; limits are set where they act.
 
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, UdpSocket};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use joey_tests::capture::{Capture, Seen};
 use serde_json::Value;
 
@@ -82,6 +86,50 @@ pub fn flows(ctx: &Context<'_>) -> Result<()> {
     holds("an allowed flow", &allowed, "red/friend")?;
     let denied = flows(&["--tenant", "blue", "--verdict", "drop"])?;
     holds("a denied flow", &denied, "red/red")?;
+    // What is followed comes as it happens.
+    let mut command = Command::new(joey_tests::paths::joey());
+    command.args(["flows", "--follow", "--json", "--pod", "red/friend"]);
+    command.env("JOEY_CONFIG", ctx.node.dir().join("joey.toml"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut follower = ctx.node.spawn_inside(command)?;
+    let lines = BufReader::new(follower.stdout.take().context("no output")?).lines();
+    let (send, receive) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in lines.map_while(Result::ok) {
+            if send.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    friend.expect(&red, 81, true)?;
+    let end = Instant::now() + joey_tests::pod::SOON;
+    let is_that = |line: &String| line.contains("\"port\":81") && !line.contains("\"open\"");
+    let followed = loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match receive.recv_timeout(left) {
+            Ok(line) if is_that(&line) => break Ok(()),
+            Ok(_) => {}
+            Err(_) => break Err(anyhow!("the end of a flow was not told to who follows")),
+        }
+    };
+    let _ = follower.kill();
+    follower.wait()?;
+    followed?;
+    // The same for machines, by pod and by tenant.
+    let mut metrics = UnixStream::connect(ctx.node.metrics())?;
+    metrics.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+    let mut text = String::new();
+    metrics.read_to_string(&mut text)?;
+    let told = |name: &str, words: &[&str]| {
+        let mut lines = text.lines().filter(|line| line.starts_with(&format!("{name}{{")));
+        ensure!(
+            lines.any(|line| words.iter().all(|word| line.contains(word)) && !line.ends_with(" 0")),
+            "no {name} with {words:?}: {text}"
+        );
+        Ok(())
+    };
+    told("joey_pod_packets_total", &["namespace=\"red\"", "pod=\"friend\"", "egress"])?;
+    told("joey_tenant_drops_total", &["tenant=\"blue\"", "Tenant"])?;
     // The record of a pod outlives it.
     blue.remove()?;
     holds("a flow of the past", &flows(&["--tenant", "blue"])?, "blue/blue")?;

@@ -142,10 +142,17 @@ impl Node {
         Ok(())
     }
 
+    /// Where `joey network serve` tells its metrics.
+    pub fn metrics(&self) -> PathBuf {
+        self.dir.join("jrun/metrics.sock")
+    }
+
     /// Starts `joey network serve` (again) and waits until it serves.
     pub fn start_network(&self) -> Result<()> {
         let mut command = Command::new(paths::joey());
-        command.args(["network", "serve"]).env("JOEY_CONFIG", self.dir.join("joey.toml"));
+        command.args(["network", "serve", "--metrics"]);
+        command.arg(format!("unix:{}", self.metrics().display()));
+        command.env("JOEY_CONFIG", self.dir.join("joey.toml"));
         let child = self.serve("network", command, &self.dir.join("jrun/network.sock"))?;
         *lock(&self.network) = Some(child);
         Ok(())
