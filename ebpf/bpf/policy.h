@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the policy's programs share with the node: maps and their layouts. src/policy/abi.rs has the
-// same layouts; src/policy/maps.rs reads and writes them, pinned in a directory named by this file's digest.
+// What the policy's programs share with the node: maps and their layouts. src/policy/abi has the
+// same layouts; src/policy/maps reads and writes them, pinned in a directory named by this file's digest.
 //
 // Addresses and ports are in network order. An IPv4 address is the first word of four, the rest 0;
 // the family beside it (4 or 6) keeps it apart from IPv6.

@@ -5,20 +5,25 @@
 //! neither do pods that start: they take their number by a write that fails if somebody has it.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
-
-use nix::fcntl::{Flock, FlockArg};
 
 use super::abi::{
     Active, Counters, Denied, Flow, FlowKey, FragmentKey, Identity, Limit, Local, Pod, PodId,
     Prefix, Rule, TABLES, Tenant, address_key, local_address, local_key, pod_key, space_key,
 };
 use crate::sys;
+
+mod map;
+mod pins;
+
+use map::Map;
+pub use map::MapError;
+pub use pins::{Lock, directory, others};
 
 /// `BPF_NOEXIST`, a flag of map updates.
 const NO_EXIST: u64 = 1;
@@ -27,132 +32,6 @@ const EPOCH: [u8; 4] = 0_u32.to_ne_bytes();
 const GENERATION: [u8; 4] = 1_u32.to_ne_bytes();
 /// Names that maps can have; the kernel's is as long.
 const NAME: usize = 256;
-
-/// A map could not be read or written.
-#[derive(Debug, thiserror::Error)]
-#[error("the policy's map {name}: {step}: {source}")]
-pub struct MapError {
-    /// Which.
-    pub name: &'static str,
-    /// What was being done.
-    pub step: &'static str,
-    /// Why it failed.
-    pub source: io::Error,
-}
-
-/// Keeps others from changing the maps of a node.
-#[derive(Debug)]
-pub struct Lock {
-    _directory: Flock<File>,
-}
-
-impl Lock {
-    /// Waits for it.
-    ///
-    /// # Errors
-    /// The policy is not loaded, or the kernel refuses.
-    pub fn take(bpf_dir: &Path) -> io::Result<Self> {
-        // A BPF file system has no plain files, so the directory itself is what is locked.
-        Self::of(File::open(directory(bpf_dir))?)
-    }
-
-    pub(super) fn of(file: File) -> io::Result<Self> {
-        let lock = Flock::lock(file, FlockArg::LockExclusive);
-        Ok(Self { _directory: lock.map_err(|(_, error)| error)? })
-    }
-}
-
-/// Where the maps and programs are pinned below `bpf_dir`. The name holds the digest of their layout: another
-/// version with the same one goes on with them, one with another pins beside.
-#[must_use]
-pub fn directory(bpf_dir: &Path) -> PathBuf {
-    bpf_dir.join(concat!("policy-", env!("JOEY_POLICY_LAYOUT")))
-}
-
-/// Where other layouts' maps are pinned below `bpf_dir`: pods that another version has started may have them still.
-#[must_use]
-pub fn others(bpf_dir: &Path) -> Vec<PathBuf> {
-    let own = directory(bpf_dir);
-    let entries = fs::read_dir(bpf_dir).into_iter().flatten().flatten();
-    let is = |path: &PathBuf| {
-        let name = path.file_name().and_then(|name| name.to_str());
-        *path != own && name.is_some_and(|name| name.starts_with("policy-"))
-    };
-    entries.map(|entry| entry.path()).filter(is).collect()
-}
-
-/// A key and its value.
-type Entry<const K: usize, const V: usize> = ([u8; K], [u8; V]);
-
-/// A map with keys of `K` bytes and values of `V`.
-#[derive(Debug)]
-struct Map<const K: usize, const V: usize> {
-    name: &'static str,
-    fd: OwnedFd,
-}
-
-impl<const K: usize, const V: usize> Map<K, V> {
-    fn fail(&self, step: &'static str) -> impl FnOnce(io::Error) -> MapError {
-        let name = self.name;
-        move |source| match source.raw_os_error() {
-            // The kernel's words would be of a list of arguments.
-            Some(libc::E2BIG) => MapError { name, step, source: io::Error::other("it is full") },
-            _ => MapError { name, step, source },
-        }
-    }
-
-    fn get(&self, key: &[u8; K]) -> Result<Option<[u8; V]>, MapError> {
-        let mut value = [0; V];
-        let found = sys::map::get(self.fd.as_fd(), key, &mut value).map_err(self.fail("read"))?;
-        Ok(found.then_some(value))
-    }
-
-    fn put(&self, key: &[u8; K], value: &[u8; V]) -> Result<(), MapError> {
-        sys::map::put(self.fd.as_fd(), key, value, 0).map_err(self.fail("write"))
-    }
-
-    fn remove(&self, key: &[u8; K]) -> Result<bool, MapError> {
-        sys::map::remove(self.fd.as_fd(), key).map_err(self.fail("remove"))
-    }
-
-    /// The keys. What changes meanwhile may end the list early or have it hold a key twice.
-    fn keys(&self) -> Result<Vec<[u8; K]>, MapError> {
-        let mut keys: Vec<[u8; K]> = Vec::new();
-        let mut next = [0; K];
-        loop {
-            let last = keys.last().map(|key| &key[..]);
-            let more = sys::map::next(self.fd.as_fd(), last, &mut next);
-            if !more.map_err(self.fail("list"))? {
-                return Ok(keys);
-            }
-            // The last key is gone, and the kernel begins again.
-            if keys.first() == Some(&next) {
-                return Ok(keys);
-            }
-            keys.push(next);
-        }
-    }
-
-    /// All entries, read many at a time; of what changes meanwhile, some.
-    fn entries(&self) -> Result<Vec<Entry<K, V>>, MapError> {
-        /// How many at a time.
-        const MANY: usize = 256;
-        let (mut keys, mut values) = (vec![0; MANY * K], vec![0; MANY * V]);
-        let (mut from, mut to): (Option<sys::map::Place>, _) = (None, [0; 256]);
-        let mut entries = Vec::new();
-        loop {
-            let (map, count) = (self.fd.as_fd(), MANY as u32);
-            let batch = sys::map::batch(map, from.as_ref(), &mut to, &mut keys, &mut values, count);
-            let (count, last) = batch.map_err(self.fail("list"))?;
-            let pairs = keys.as_chunks().0.iter().zip(values.as_chunks().0);
-            entries.extend(pairs.take(count as usize).map(|(key, value)| (*key, *value)));
-            if last {
-                return Ok(entries);
-            }
-            from = Some(to);
-        }
-    }
-}
 
 /// The maps.
 #[derive(Debug)]
