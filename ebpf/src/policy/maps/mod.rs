@@ -13,11 +13,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::abi::{
-    Active, Counters, Denied, Flow, FlowKey, FragmentKey, Identity, Limit, Local, Pod, PodId,
-    Prefix, Rule, TABLES, Tenant, address_key, local_address, local_key, pod_key, space_key,
+    Active, Counters, Denied, Flow, FlowKey, Identity, Limit, Local, Pod, PodId, Prefix, Rule,
+    TABLES, Tenant, address_key, local_address, local_key, pod_key, space_key,
 };
 use crate::sys;
 
+#[cfg(test)]
+mod by_hand;
 mod map;
 mod pins;
 
@@ -285,12 +287,6 @@ impl Maps {
         self.rules.put(&rule.encode(epoch), &1_u32.to_ne_bytes())
     }
 
-    /// Forbids it again: for tests; a policy is replaced by another epoch.
-    pub fn remove_rule(&self, epoch: u32, rule: &Rule) -> Result<(), MapError> {
-        self.rules.remove(&rule.encode(epoch))?;
-        self.changed()
-    }
-
     /// Removes all entries of other epochs than this one, once no packet is judged by them any more.
     pub fn keep_only(&self, lock: &Lock, epoch: u32) -> Result<(), MapError> {
         sys::wait_for_programs().map_err(self.active.fail("wait for who reads an old epoch"))?;
@@ -348,11 +344,6 @@ impl Maps {
         self.limits.put(&pod_key(id).to_ne_bytes(), &limit.encode())
     }
 
-    /// Forgets a limit; a pod whose entry says that it has one may send nothing then.
-    pub fn remove_limit(&self, id: PodId) -> Result<(), MapError> {
-        self.limits.remove(&pod_key(id).to_ne_bytes()).map(drop)
-    }
-
     fn table(&self, table: u32) -> Result<Option<Map<44, 56>>, MapError> {
         let Some(id) = self.flows.get(&table.to_ne_bytes())? else { return Ok(None) };
         let fd = sys::map::by_id(u32::from_ne_bytes(id));
@@ -366,36 +357,6 @@ impl Maps {
         Ok(entries
             .filter_map(|(key, flow)| FlowKey::decode(&key).zip(Flow::decode(&flow)))
             .collect())
-    }
-
-    /// What is known of a flow.
-    pub fn flow(&self, table: u32, key: &FlowKey) -> Result<Option<Flow>, MapError> {
-        let Some(table) = self.table(table)? else { return Ok(None) };
-        Ok(table.get(&key.encode())?.and_then(|flow| Flow::decode(&flow)))
-    }
-
-    /// Writes down a flow.
-    pub fn put_flow(&self, table: u32, key: &FlowKey, flow: &Flow) -> Result<(), MapError> {
-        let Some(table) = self.table(table)? else { return Ok(()) };
-        table.put(&key.encode(), &flow.encode())
-    }
-
-    /// Forgets a flow.
-    pub fn remove_flow(&self, table: u32, key: &FlowKey) -> Result<(), MapError> {
-        let Some(table) = self.table(table)? else { return Ok(()) };
-        table.remove(&key.encode()).map(drop)
-    }
-
-    /// Writes down when a first fragment was let through.
-    pub fn put_fragment(&self, table: u32, key: &FragmentKey, flow: &Flow) -> Result<(), MapError> {
-        let Some(table) = self.table(table)? else { return Ok(()) };
-        table.put(&key.encode(), &flow.encode())
-    }
-
-    /// Forgets a first fragment.
-    pub fn remove_fragment(&self, table: u32, key: &FragmentKey) -> Result<(), MapError> {
-        let Some(table) = self.table(table)? else { return Ok(()) };
-        table.remove(&key.encode()).map(drop)
     }
 
     /// Attempts that were refused.
