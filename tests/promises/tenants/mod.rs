@@ -130,18 +130,23 @@ impl<'a, 'n> Policy<'a, 'n> {
         self.ctx.node.joey(&["policy", "apply", "-f", &path.to_string_lossy()])
     }
 
-    /// Says who peers are, in the words of `kubectl get … -o json`.
+    /// Says who peers are, in the words of `kubectl get … -o json`, to the daemon, as a feeder does.
     fn identities(&self, list: &serde_json::Value) -> Result<String> {
+        self.told(&["identity", "feed"], list)
+    }
+
+    fn told(&self, arguments: &[&str], list: &serde_json::Value) -> Result<String> {
         let path = self.ctx.node.dir().join("pods.json");
         fs::write(&path, list.to_string())?;
-        self.ctx.node.joey(&["identity", "apply", "--allow-empty", "-f", &path.to_string_lossy()])
+        self.ctx.node.joey(&[arguments, &["-f", &path.to_string_lossy()]].concat())
     }
 }
 
 impl Drop for Policy<'_, '_> {
     fn drop(&mut self) {
         let _ = self.apply("");
-        let _ = self.identities(&serde_json::json!({"kind": "List", "items": []}));
+        let nobody = serde_json::json!({"kind": "List", "items": []});
+        let _ = self.told(&["identity", "apply", "--allow-empty"], &nobody);
         for file in ["more.yaml", "pods.json"] {
             let _ = fs::remove_file(self.ctx.node.dir().join(file));
         }
