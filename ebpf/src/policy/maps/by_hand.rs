@@ -9,16 +9,6 @@ impl Maps {
         self.limits.remove(&pod_key(id).to_ne_bytes()).map(drop)
     }
 
-    /// What is known of a flow.
-    pub(in super::super) fn flow(
-        &self,
-        table: u32,
-        key: &FlowKey,
-    ) -> Result<Option<Flow>, MapError> {
-        let Some(table) = self.table(table)? else { return Ok(None) };
-        Ok(table.get(&key.encode())?.and_then(|flow| Flow::decode(&flow)))
-    }
-
     /// Writes down a flow.
     pub(in super::super) fn put_flow(
         &self,

@@ -359,6 +359,12 @@ impl Maps {
             .collect())
     }
 
+    /// What is known of a flow.
+    pub fn flow(&self, table: u32, key: &FlowKey) -> Result<Option<Flow>, MapError> {
+        let Some(table) = self.table(table)? else { return Ok(None) };
+        Ok(table.get(&key.encode())?.and_then(|flow| Flow::decode(&flow)))
+    }
+
     /// Attempts that were refused.
     pub fn denials(&self) -> Result<Vec<(FlowKey, Denied)>, MapError> {
         let entries = self.denials.entries()?.into_iter();
