@@ -11,8 +11,8 @@ use joey_tests::pod::{self, Pod};
 use joey_tests::process;
 use k8s_cri::v1::{ContainerConfig, ContainerState};
 
-use super::{Context, Policy, only_joey};
-use crate::context::same;
+use super::{Context, Peer, Policy, only_joey};
+use crate::context::{refused, same};
 use crate::volumes::probed;
 
 /// Addresses of the node: at the first nothing is allowed, at the second everything.
@@ -121,6 +121,47 @@ pub fn at_the_start(ctx: &Context<'_>) -> Result<()> {
     })?;
     same("what floods goes on", flood.status()?.state(), ContainerState::ContainerRunning)?;
     blue.remove()
+}
+
+/// What a boot leaves: the maps are gone, what was applied is on the disk. No pod starts before it is in force
+/// again, whoever is killed on the way, and one that cannot be keeps pods from starting until it is mended.
+pub fn after_a_boot(ctx: &Context<'_>) -> Result<()> {
+    only_joey(ctx)?;
+    let policy = Policy::new(ctx);
+    let allow = "  allow:\n  - {from: red, to: blue, ports: [80/tcp]}\n";
+    policy.apply(allow)?;
+    ctx.node.kill_network()?;
+    let forget = || ctx.inside("sh", &["-c", "rm -r /sys/fs/bpf/joey/policy-*"]);
+    ensure!(forget()?.status.success(), "the maps are still pinned");
+    let identities = ctx.node.dir().join("joey/network/identities.json");
+    let before = std::fs::read(&identities).ok();
+    std::fs::write(&identities, "{")?;
+    refused("a pod without a policy", ctx.pod("early"), "cannot be put in force")?;
+    policy.apply(allow)?;
+    if let Some(before) = before {
+        std::fs::write(&identities, before)?;
+    }
+    let works = || -> Result<()> {
+        let (red, blue) = (Peer::run(ctx, "red", "red")?, Peer::run(ctx, "blue", "blue")?);
+        red.expect(&blue, 80, true)?;
+        red.expect(&blue, 81, false)?;
+        blue.expect(&red, 80, false)?;
+        red.remove()?;
+        blue.remove()
+    };
+    works()?;
+    ensure!(forget()?.status.success(), "the maps are still pinned");
+    for milliseconds in 0..20 {
+        let mut command = Command::new(joey_tests::paths::joey());
+        command.args(["ebpf", "load"]).env("JOEY_CONFIG", ctx.node.dir().join("joey.toml"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = ctx.node.spawn_inside(command)?;
+        std::thread::sleep(Duration::from_millis(milliseconds * 12));
+        let _ = child.kill();
+        child.wait()?;
+    }
+    works()?;
+    ctx.node.start_network()
 }
 
 /// Shim, VMM, containerd, the network daemon, a policy that is being applied: killed while a pod sends.

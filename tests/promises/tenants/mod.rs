@@ -25,6 +25,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "tenants::spoofing", run: spoofing::spoofing },
     Test { name: "tenants::no_gap_at_the_start", run: gaps::at_the_start },
     Test { name: "tenants::no_gap_by_kills", run: gaps::by_kills },
+    Test { name: "tenants::no_gap_after_a_boot", run: gaps::after_a_boot },
     Test { name: "tenants::counted_as_captured", run: seeing::counted_as_captured },
     Test { name: "tenants::flows", run: seeing::flows },
     Test { name: "tenants::limits", run: seeing::limits },
