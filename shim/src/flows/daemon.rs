@@ -14,6 +14,7 @@ use joey_ebpf::policy::maps::Maps;
 use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -178,31 +179,39 @@ async fn expose(address: &str, maps: &Arc<Maps>, hub: &Hub, seen: Arc<Told>) -> 
     };
     let failed = || format!("serve metrics at {address}: unix:PATH or HOST:PORT is wanted");
     if let Some(path) = address.strip_prefix("unix:") {
-        let listener = listen(&PathBuf::from(path)).with_context(failed)?;
-        tokio::spawn(async move {
-            loop {
-                if let Ok((stream, _)) = listener.accept().await {
-                    let _ = tokio::time::timeout(metrics::PATIENCE, metrics::answer(stream, &body))
-                        .await;
-                } else {
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                }
-            }
-        });
+        let listener = Arc::new(listen(&PathBuf::from(path)).with_context(failed)?);
+        tokio::spawn(answer_all(body, move || {
+            let listener = Arc::clone(&listener);
+            async move { Ok(listener.accept().await?.0) }
+        }));
     } else {
-        let listener = TcpListener::bind(address).await.with_context(failed)?;
-        tokio::spawn(async move {
-            loop {
-                if let Ok((stream, _)) = listener.accept().await {
-                    let _ = tokio::time::timeout(metrics::PATIENCE, metrics::answer(stream, &body))
-                        .await;
-                } else {
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                }
-            }
-        });
+        let listener = Arc::new(TcpListener::bind(address).await.with_context(failed)?);
+        tokio::spawn(answer_all(body, move || {
+            let listener = Arc::clone(&listener);
+            async move { Ok(listener.accept().await?.0) }
+        }));
     }
     Ok(())
+}
+
+/// Answers who connects, one after the other.
+async fn answer_all<S, A, T>(body: impl Fn() -> T, accept: impl Fn() -> A)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    A: Future<Output = io::Result<S>>,
+    T: Future<Output = io::Result<String>>,
+{
+    loop {
+        if let Ok(stream) = accept().await {
+            let _ = tokio::time::timeout(
+                metrics::PATIENCE,
+                metrics::answer(stream, async || body().await),
+            )
+            .await;
+        } else {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
 }
 
 /// The metrics' text.

@@ -235,14 +235,9 @@ impl Feed {
             self.put(
                 &object.metadata,
                 Entry {
-                    address,
-                    tenant: tenant_of(&object.metadata, keys),
-                    namespace: object.metadata.namespace.clone(),
-                    name: object.metadata.name.clone(),
-                    kind: Kind::Pod,
                     labels: object.metadata.labels.clone().unwrap_or_default(),
                     ports: ports.clone(),
-                    targets: Vec::new(),
+                    ..entry(&object.metadata, keys, address, Kind::Pod)
                 },
             );
         }
@@ -272,14 +267,9 @@ impl Feed {
             self.put(
                 &object.metadata,
                 Entry {
-                    address,
-                    tenant: tenant_of(&object.metadata, keys),
-                    namespace: object.metadata.namespace.clone(),
-                    name: object.metadata.name.clone(),
-                    kind: Kind::Service,
                     labels: labels.clone(),
-                    ports: Vec::new(),
                     targets: targets.clone(),
+                    ..entry(&object.metadata, keys, address, Kind::Service)
                 },
             );
         }
@@ -303,6 +293,20 @@ impl Feed {
                 self.entries.push(entry);
             }
         }
+    }
+}
+
+/// What an object has at an address, but for what only its kind has.
+fn entry(metadata: &Metadata, keys: &[String], address: IpAddr, kind: Kind) -> Entry {
+    Entry {
+        address,
+        tenant: tenant_of(metadata, keys),
+        namespace: metadata.namespace.clone(),
+        name: metadata.name.clone(),
+        kind,
+        labels: BTreeMap::new(),
+        ports: Vec::new(),
+        targets: Vec::new(),
     }
 }
 
