@@ -362,14 +362,18 @@ pub fn once_reached<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
     loop {
         match attempt() {
             // Refused, or cut off because the snapshotter was killed just then.
-            Err(error)
-                if Instant::now() < end && format!("{error:#}").contains("connection error") =>
-            {
+            Err(error) if Instant::now() < end && is_cut_off(&error) => {
                 std::thread::sleep(Duration::from_millis(200));
             }
             done => return done,
         }
     }
+}
+
+/// The words of containerd's gRPC client.
+fn is_cut_off(error: &anyhow::Error) -> bool {
+    let words = format!("{error:#}");
+    ["connection error", "error reading from server"].iter().any(|cut| words.contains(cut))
 }
 
 fn killed_at_every_write(ctx: &Context<'_>) -> Result<()> {

@@ -80,7 +80,8 @@ pub async fn serve(config: Config, metrics: Option<&str>) -> Result<()> {
     let events = Events::open(&bpf_dir).with_context(load)?;
     let clock = Clock { boot: nanoseconds(ClockId::CLOCK_REALTIME)?.saturating_sub(monotonic()?) };
     let (run_dir, state_dir) = (config.run_dir.clone(), config.state_dir.clone());
-    let mut names = Names::new(Places { run_dir, state_dir, bpf_dir: bpf_dir.clone() });
+    let places = Places { run_dir, state_dir, bpf_dir: bpf_dir.clone(), maps: Arc::clone(&maps) };
+    let mut names = Names::new(places);
     names.refresh();
     let socket = config.run_dir.join(SOCKET);
     let listener = listen(&socket).with_context(|| format!("listen on {}", socket.display()))?;

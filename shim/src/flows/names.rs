@@ -1,8 +1,8 @@
 //! Names of those at both ends of a flow.
 //!
 //! Pods of this node are known by their sandboxes' records, others by the identity table, tenants by the map
-//! of names. What is not known is looked for once a second at most; a pod that is gone keeps its name until its
-//! number was given twice more.
+//! of names. What is not known is looked for once a second at most, and a pod as soon as its number is given
+//! to it; one that is gone keeps its name until its number was given twice more.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use joey_ebpf::policy::abi::{PodId, Tenant};
-use joey_ebpf::policy::maps::Maps;
+use joey_ebpf::policy::maps::{Maps, directory};
 
 use crate::policy::state::Store;
 use crate::sandbox::record::Record;
@@ -37,8 +37,10 @@ pub struct Places {
     pub run_dir: PathBuf,
     /// The identity table.
     pub state_dir: PathBuf,
-    /// The maps.
+    /// Where the maps are pinned.
     pub bpf_dir: PathBuf,
+    /// The maps.
+    pub maps: Arc<Maps>,
 }
 
 /// What is known.
@@ -47,6 +49,8 @@ pub struct Names {
     places: Option<Places>,
     /// With the time from which on the number was this pod's; ascending.
     pods: HashMap<PodId, Vec<(u64, Arc<Who>)>>,
+    /// The last time from which on a number was somebody's who was looked for.
+    sought: HashMap<PodId, u64>,
     peers: HashMap<IpAddr, Arc<Who>>,
     peers_of: Option<SystemTime>,
     tenants: HashMap<Tenant, String>,
@@ -81,17 +85,23 @@ impl Names {
         self.peers.insert(address, Arc::new(who));
     }
 
-    fn known(&self, id: PodId, at: u64) -> Option<Arc<Who>> {
-        let pods = self.pods.get(&id)?;
-        pods.iter().rev().find(|(since, _)| *since <= at).map(|(_, who)| Arc::clone(who))
-    }
-
     /// The pod that had a number at a time (monotonic nanoseconds).
     pub fn pod(&mut self, id: PodId, at: u64) -> Option<Arc<Who>> {
-        self.known(id, at).or_else(|| {
-            self.look();
-            self.known(id, at)
-        })
+        let given = self.given(id).filter(|since| *since <= at);
+        // Its record was there before it had the number, so that one look is enough.
+        if given.is_some_and(|since| self.sought.insert(id, since) != Some(since)) {
+            self.refresh();
+        }
+        let (since, who) = self.pods.get(&id)?.iter().rev().find(|(since, _)| *since <= at)?;
+        given.is_none_or(|given| given == *since).then(|| Arc::clone(who))
+    }
+
+    /// Since when a number is a pod's.
+    fn given(&self, id: PodId) -> Option<u64> {
+        let pod = self.places.as_ref()?.maps.pod(id);
+        pod.inspect_err(|error| tracing::warn!(%error, "a pod unreadable"))
+            .ok()?
+            .map(|pod| pod.since)
     }
 
     /// A tenant's name; empty for none.
@@ -118,18 +128,15 @@ impl Names {
     pub fn refresh(&mut self) {
         let Some(places) = self.places.clone() else { return };
         self.read = Some(Instant::now());
-        match Maps::open(&places.bpf_dir).map_err(|error| error.to_string()) {
-            Ok(maps) => match maps.names() {
-                Ok(names) => self.tenants = names,
-                Err(error) => tracing::warn!(%error, "tenants' names unreadable"),
-            },
+        match places.maps.names() {
+            Ok(names) => self.tenants = names,
             Err(error) => tracing::warn!(%error, "tenants' names unreadable"),
         }
         match Record::all(&places.run_dir) {
             Ok(records) => {
                 for record in records {
                     let Some(network) = record.network else { continue };
-                    if network.bpf_dir == places.bpf_dir {
+                    if network.maps == directory(&places.bpf_dir) {
                         let name = record.pod.unwrap_or(record.id);
                         let who = Who { tenant: network.tenant, name };
                         self.put_pod(network.id, network.since, who);

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, Write as _};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -25,13 +26,14 @@ pub(crate) struct Top {
 }
 
 pub(crate) fn run(config: &Config, top: &Top, json: bool) -> Result<()> {
-    let maps = Maps::open(&config.bpf_dir).with_context(|| {
+    let maps = Arc::new(Maps::open(&config.bpf_dir).with_context(|| {
         format!("the policy below {}; `joey ebpf load` loads it", config.bpf_dir.display())
-    })?;
+    })?);
     let mut names = Names::new(Places {
         run_dir: config.run_dir.clone(),
         state_dir: config.state_dir.clone(),
         bpf_dir: config.bpf_dir.clone(),
+        maps: Arc::clone(&maps),
     });
     let mut last: Option<(Instant, HashMap<String, [u64; 2]>)> = None;
     loop {
