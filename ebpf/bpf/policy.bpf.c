@@ -10,6 +10,7 @@
 //
 // Fails closed: a map's missing entry is a drop.
 #include <linux/bpf.h>
+#include <linux/if_packet.h>
 #include <linux/pkt_cls.h>
 
 #include "flow.h"
@@ -191,6 +192,29 @@ INLINE int judge(const struct __sk_buff *skb, const struct pod *config, __u32 po
 	return reason || !packet.more ? reason : expect_fragments(&packet, &course, sender);
 }
 
+// Whether the VM's frame may go to the interface's other end without passing the interface, which saves a queue and
+// a turn of the kernel's. Only what is for that very device: how others' frames, and those for many, are to be taken
+// is decided by passing the interface.
+INLINE int for_other_end(const struct __sk_buff *skb, const struct pod *config)
+{
+	const __u8 *to = (void *)(long)skb->data;
+
+	return config->direct && (void *)(to + 6) <= (void *)(long)skb->data_end &&
+	       same_mac(to, config->other_end);
+}
+
+// Out of the partner. The kernel drops what it cannot hand to another end (skb_do_redirect() in net/core/filter.c).
+INLINE int pass_on(struct __sk_buff *skb, const struct pod *config, int sender)
+{
+	__u32 partner = skb->ifindex ^ PARTNER;
+
+	if (sender == PEER || !for_other_end(skb, config))
+		return redirect(partner, 0);
+	// The tap took it for another host's, as which IP would throw it away; kernels do this themselves from 6.15 on.
+	change_type(skb, PACKET_HOST);
+	return redirect_peer(partner, 0);
+}
+
 INLINE int decide(struct __sk_buff *skb, int sender)
 {
 	__u32 pod = pod_by_mark ? skb->mark : skb->tc_classid & 0xffff, counted = pod;
@@ -203,7 +227,8 @@ INLINE int decide(struct __sk_buff *skb, int sender)
 	count = map_lookup(&counters, &counted);
 	if (config)
 		reason = judge(skb, config, pod, count, sender);
-	if (reason) {
+	// No reason where there is no pod: the verifier is told.
+	if (reason || !config) {
 		if (count && reason < REASONS)
 			count->drops[sender][reason]++;
 		// For who runs the program by hand; the packet ends here.
@@ -214,7 +239,7 @@ INLINE int decide(struct __sk_buff *skb, int sender)
 		count->packets[sender]++;
 		count->bytes[sender] += skb->len;
 	}
-	return redirect(skb->ifindex ^ PARTNER, 0);
+	return pass_on(skb, config, sender);
 }
 
 SEC("classifier")

@@ -29,6 +29,8 @@ static __u64 (*const ktime)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
 static void *(*const reserve)(void *ring, __u64 size, __u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
 static void (*const submit)(void *data, __u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
 static long (*const redirect)(__u32 ifindex, __u64 flags) = (void *)BPF_FUNC_redirect;
+static long (*const redirect_peer)(__u32 ifindex, __u64 flags) = (void *)BPF_FUNC_redirect_peer;
+static long (*const change_type)(struct __sk_buff *skb, __u32 type) = (void *)BPF_FUNC_skb_change_type;
 static long (*const load_bytes)(const struct __sk_buff *skb, __u32 offset, void *to,
 				__u32 length) = (void *)BPF_FUNC_skb_load_bytes;
 
@@ -50,13 +52,13 @@ struct pod {
 	__u32 tenant; // 0: of none, so the same as nobody's
 	__u32 space; // number of its Kubernetes namespace; 0 for none
 	__u32 table; // index in `flows`
-	__u32 limited; // has an entry in `limits`
+	__u16 limited; // has an entry in `limits`
+	__u16 direct; // frames for `other_end` are handed to it, past the interface: see for_other_end()
 	__u8 mac[6];
-	__u8 unused[2];
+	__u8 other_end[6]; // hardware address of the interface's other end
 	// The first address of each family, 0 for none; `addresses` has the others.
 	__u32 ip4;
 	__u32 ip6[4];
-	__u32 padding;
 };
 
 struct address_key {

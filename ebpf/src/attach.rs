@@ -26,6 +26,8 @@ const TCA_BPF_FD: u16 = 6;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_FLAGS: u16 = 8;
 const ACT_DIRECT: u32 = 1;
+/// What the kernel answers where nothing is: EINVAL if there is no qdisc for filters at all.
+const GONE: [i32; 3] = [libc::ENOENT, libc::ENODEV, libc::EINVAL];
 /// Difference between the indices of two paired devices; `bpf/wire.bpf.c` has the same number.
 const PARTNER: u32 = 0x4000_0000;
 
@@ -81,25 +83,33 @@ pub fn carry(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
 ///
 /// Fine when nothing is attached or the device is gone.
 pub fn detach(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
-    // The kernel answers EINVAL where there is no qdisc for filters at all.
-    let gone = [libc::ENOENT, libc::ENODEV, libc::EINVAL];
     let step = format!("detach the wire from interface {index}");
     let delete =
         Message::new(step, libc::RTM_DELTFILTER, 0, &filter(index)).text(libc::TCA_KIND, "bpf");
-    ignore(socket.request(delete), &gone)?;
+    ignore(socket.request(delete), &GONE)?;
     for parent in [INGRESS, EGRESS] {
-        let step = format!("list the filters of interface {index}");
-        let list = Message::new(step, libc::RTM_GETTFILTER, 0, &tcmsg(index, 0, parent, 0));
-        match socket.dump(list) {
-            Ok(filters) if filters.is_empty() => {}
-            Ok(_) => return Ok(()),
-            Err(error) => return ignore(Err(error), &gone),
+        if has_filters(socket, index, parent)? {
+            return Ok(());
         }
     }
     let step = format!("remove the clsact qdisc of interface {index}");
     let header = tcmsg(index, CLSACT_HANDLE, CLSACT, 0);
     let delete = Message::new(step, libc::RTM_DELQDISC, 0, &header).text(libc::TCA_KIND, "clsact");
-    ignore(socket.request(delete), &gone)
+    ignore(socket.request(delete), &GONE)
+}
+
+/// Whether somebody's filters see what leaves a device.
+pub fn is_watched(socket: &mut Socket, index: u32) -> Result<bool, NetlinkError> {
+    has_filters(socket, index, EGRESS)
+}
+
+fn has_filters(socket: &mut Socket, index: u32, parent: u32) -> Result<bool, NetlinkError> {
+    let step = format!("list the filters of interface {index}");
+    let list = Message::new(step, libc::RTM_GETTFILTER, 0, &tcmsg(index, 0, parent, 0));
+    match socket.dump(list) {
+        Ok(filters) => Ok(!filters.is_empty()),
+        Err(error) => ignore(Err(error), &GONE).map(|()| false),
+    }
 }
 
 fn ignore(result: Result<(), NetlinkError>, fine: &[i32]) -> Result<(), NetlinkError> {

@@ -145,7 +145,7 @@ impl Message {
     }
 }
 
-/// One answer of a dump, without netlink's own header.
+/// One object that was asked for, without netlink's own header.
 #[derive(Debug, Clone)]
 pub struct Reply {
     bytes: Vec<u8>,
@@ -310,10 +310,20 @@ impl Socket {
     }
 
     /// Asks for all objects of a kind.
-    pub fn dump(&mut self, mut message: Message) -> Result<Vec<Reply>, NetlinkError> {
+    pub fn dump(&mut self, message: Message) -> Result<Vec<Reply>, NetlinkError> {
+        self.ask(message, libc::NLM_F_DUMP)
+    }
+
+    /// Asks for one object.
+    pub fn get(&mut self, message: Message) -> Result<Reply, NetlinkError> {
+        let step = message.step.clone();
+        self.ask(message, libc::NLM_F_ACK)?.pop().ok_or(NetlinkError::Answer(step))
+    }
+
+    fn ask(&mut self, mut message: Message, flags: i32) -> Result<Vec<Reply>, NetlinkError> {
         self.sequence = self.sequence.wrapping_add(1);
         let wanted = self.sequence;
-        message.finish(wanted, libc::NLM_F_DUMP);
+        message.finish(wanted, flags);
         self.send(&message.bytes)?;
         let mut replies = Vec::new();
         let mut done = false;

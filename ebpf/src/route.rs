@@ -17,6 +17,18 @@ pub const LINK_MAC: u16 = 1;
 pub const LINK_NAME: u16 = 3;
 /// `IFLA_MTU`.
 pub const LINK_MTU: u16 = 4;
+/// `IFLA_LINK`: the index of what the link leads to, as a veth device's other end.
+pub const LINK_LINK: u16 = 5;
+/// `IFLA_QDISC`: kind of the qdisc at its root.
+pub const LINK_QDISC: u16 = 6;
+/// `IFLA_LINKINFO`, and in it `IFLA_INFO_KIND`.
+pub const LINK_INFO: u16 = 18;
+/// See [`LINK_INFO`].
+pub const LINK_KIND: u16 = 1;
+/// `IFLA_LINK_NETNSID`: the namespace of [`LINK_LINK`], where it is another one.
+pub const LINK_LINK_NETNS: u16 = 37;
+/// `IFLA_TARGET_NETNSID`: has a request be about the links of that namespace.
+pub const LINK_TARGET_NETNS: u16 = 46;
 /// `IFLA_NET_NS_FD`: moves the link into the namespace that the descriptor stands for.
 pub const LINK_NETNS_FD: u16 = 28;
 /// `IFLA_NEW_IFINDEX`: the index that a moved link gets (Linux 5.13).

@@ -214,7 +214,7 @@ impl Wire {
                 Programs::Wire(_) => 0,
                 Programs::Policy(_) => {
                     let (dir, own) = (&config.bpf_dir, read::own(&pod.network));
-                    admission::admit(dir, applicant, interface.mac, own, &node, record)
+                    admission::admit(dir, applicant, &interface, own, &node, record)
                         .map_err(|source| NetError::Admission { netns: netns.clone(), source })?
                 }
             };
@@ -257,15 +257,22 @@ impl Wire {
             admission::limit_packets(place, limits)
                 .map_err(|source| NetError::Admission { netns: netns.to_owned(), source })?;
         }
-        inside(netns, |place, _| {
+        inside(netns, |socket, _| {
             let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
-            let links = read::links(place, netns)?;
+            let links = read::links(socket, netns)?;
             let Some(tap) = links.iter().find(|link| link.name == TAP) else { return Ok(()) };
+            shape::shape(socket, tap.index, limits.ingress_bits).map_err(netlink)?;
             let interface = attach::partner(tap.index);
-            if links.iter().any(|link| link.index == interface) {
-                shape::shape(place, interface, limits.egress_bits).map_err(netlink)?;
+            if !links.iter().any(|link| link.index == interface) {
+                return Ok(());
             }
-            shape::shape(place, tap.index, limits.ingress_bits).map_err(netlink)
+            shape::shape(socket, interface, limits.egress_bits).map_err(netlink)?;
+            // Only now, so that no frame goes past what shapes it.
+            let links = read::links(socket, netns)?;
+            let interface = links.iter().find(|link| link.index == interface);
+            let Some((place, interface)) = place.zip(interface) else { return Ok(()) };
+            admission::set_direct(place, read::direct(socket, interface).map_err(netlink)?)
+                .map_err(|source| NetError::Admission { netns: netns.to_owned(), source })
         })
     }
 

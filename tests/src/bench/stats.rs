@@ -34,6 +34,22 @@ pub struct Ratio {
     pub p50: f64,
     /// Of the 99th percentiles.
     pub p99: f64,
+    /// Of one sample to the other's of the same turn, where both have as many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paired: Option<Paired>,
+}
+
+/// Ratios of samples that were taken one right after the other: what the machine did meanwhile is in both.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Paired {
+    /// Number of pairs.
+    pub n: usize,
+    /// 10th percentile.
+    pub p10: f64,
+    /// Median.
+    pub p50: f64,
+    /// 90th percentile.
+    pub p90: f64,
 }
 
 /// A benchmark's outcome.
@@ -64,9 +80,7 @@ impl Samples {
 
     /// The report with ratios of the first over the second of each pair, for every metric both have.
     pub fn report(self, name: &str, machine: &str, pairs: &[(&str, &str)]) -> Report {
-        let rows: Vec<Row> = self
-            .0
-            .into_iter()
+        let rows: Vec<Row> = (self.0.iter().cloned())
             .map(|(subject, metric, unit, mut values)| {
                 values.sort_by(f64::total_cmp);
                 let at = |percent| round(percentile(&values, percent));
@@ -85,6 +99,7 @@ impl Samples {
                 to: to.into(),
                 p50: round(row.p50 / base.p50),
                 p99: round(row.p99 / base.p99),
+                paired: self.paired(&row.subject, to, &row.metric),
             })
         };
         let of_row = |row: &Row| -> Vec<Ratio> {
@@ -96,6 +111,18 @@ impl Samples {
         };
         let ratios = rows.iter().flat_map(of_row).collect();
         Report { name: name.into(), machine: machine.into(), rows, ratios }
+    }
+
+    fn paired(&self, of: &str, to: &str, metric: &str) -> Option<Paired> {
+        let values = |subject| self.0.iter().find(|(s, m, ..)| s == subject && m == metric);
+        let (of, to) = (&values(of)?.3, &values(to)?.3);
+        if of.len() != to.len() || to.iter().any(|value| *value <= 0.0) {
+            return None;
+        }
+        let mut ratios: Vec<f64> = of.iter().zip(to).map(|(of, to)| of / to).collect();
+        ratios.sort_by(f64::total_cmp);
+        let at = |percent| round(percentile(&ratios, percent));
+        Some(Paired { n: ratios.len(), p10: at(10.0), p50: at(50.0), p90: at(90.0) })
     }
 }
 
@@ -139,7 +166,11 @@ impl Report {
             }
             for ratio in self.ratios.iter().filter(|ratio| ratio.metric == metric) {
                 let pair = format!("{} : {}", ratio.of, ratio.to);
-                text += &format!("{:<22} {pair:<24} {:>5.2} {:>17.2}\n", "", ratio.p50, ratio.p99);
+                text += &format!("{:<22} {pair:<24} {:>5.2} {:>17.2}", "", ratio.p50, ratio.p99);
+                if let Some(Paired { n, p10, p50, p90 }) = ratio.paired {
+                    text += &format!("   by turns {p50:.2} ({p10:.2} to {p90:.2}, n = {n})");
+                }
+                text += "\n";
             }
         }
         text
@@ -167,6 +198,8 @@ mod tests {
         samples.add("joey", "only", "MiB", 1.0);
         let report = samples.report("start", "here", &[("joey", "runc")]);
         assert_eq!(report.ratios.len(), 1);
+        let paired = Some(Paired { n: 1, p10: 1.5, p50: 1.5, p90: 1.5 });
+        assert_eq!(report.ratios[0].paired, paired);
         assert_eq!(report.ratios[0].p50, 1.5);
         assert!(report.table().contains("run"));
     }

@@ -62,6 +62,8 @@ pub struct Pod {
     pub limited: bool,
     /// The one hardware address that it sends with.
     pub mac: [u8; 6],
+    /// Hardware address of its interface's other end, if frames for that may be handed to it past the interface.
+    pub direct: Option<[u8; 6]>,
 }
 
 impl Pod {
@@ -75,7 +77,9 @@ impl Pod {
         let fields = Fields::new().put(self.since.to_ne_bytes()).put(self.name.to_ne_bytes());
         let fields = fields.put(self.tenant.to_ne_bytes()).put(self.space.to_ne_bytes());
         let fields = fields.put(self.table.to_ne_bytes());
-        let fields = fields.put(u32::from(self.limited).to_ne_bytes()).put(self.mac).put([0; 2]);
+        let flags = [self.limited, self.direct.is_some()].map(u16::from);
+        let fields = fields.put(flags[0].to_ne_bytes()).put(flags[1].to_ne_bytes());
+        let fields = fields.put(self.mac).put(self.direct.unwrap_or_default());
         fields.put([a, b, c, d]).put(words(false)).bytes
     }
 
@@ -88,8 +92,9 @@ impl Pod {
             tenant: u32::from_ne_bytes(part(bytes, 16)),
             space: u32::from_ne_bytes(part(bytes, 20)),
             table: u32::from_ne_bytes(part(bytes, 24)),
-            limited: u32::from_ne_bytes(part(bytes, 28)) != 0,
+            limited: u16::from_ne_bytes(part(bytes, 28)) != 0,
             mac: part(bytes, 32),
+            direct: (u16::from_ne_bytes(part(bytes, 30)) != 0).then(|| part(bytes, 38)),
         }
     }
 }

@@ -14,7 +14,7 @@ use joey_ebpf::policy::abi::{Limit, Pod, PodId, name_digest};
 use joey_ebpf::policy::maps::{Lock, MapError, Maps, directory};
 use nix::time::{ClockId, clock_gettime};
 
-use super::read;
+use super::read::{self, PodInterface};
 use crate::net_limits::NetLimits;
 use crate::sandbox::record::PodNetwork;
 
@@ -65,16 +65,17 @@ fn lock(bpf_dir: &Path) -> Result<Lock, AdmissionError> {
     Lock::take(bpf_dir).map_err(|source| AdmissionError::Policy { dir, step, source })
 }
 
-/// Gives a pod with this hardware address and these addresses a place, after `record` has written it down.
+/// Gives a pod with this interface and these addresses a place, after `record` has written it down.
 /// `node` are the node's own addresses, which may speak with its pods.
 pub(super) fn admit(
     bpf_dir: &Path,
     applicant: &Applicant,
-    mac: [u8; 6],
+    interface: &PodInterface,
     mut addresses: Vec<IpAddr>,
     node: &[IpAddr],
     mut record: impl FnMut(&PodNetwork) -> io::Result<()>,
 ) -> Result<PodId, AdmissionError> {
+    let PodInterface { mac, direct, .. } = *interface;
     if addresses.iter().any(IpAddr::is_ipv6) {
         addresses.push(link_local(mac).into());
     }
@@ -102,7 +103,7 @@ pub(super) fn admit(
             tenant: applicant.tenant.clone(),
         };
         record(&place).map_err(AdmissionError::Record)?;
-        let pod = Pod { since, name, tenant, space, table, limited: false, mac };
+        let pod = Pod { since, name, tenant, space, table, limited: false, mac, direct };
         if maps.add_pod(id, &pod, &addresses)? {
             return Ok(id);
         }
@@ -131,16 +132,38 @@ pub(super) fn dismiss(place: &PodNetwork) -> Result<(), AdmissionError> {
     }
 }
 
-/// Changes how many packets a pod may send and get.
+/// Changes how many packets a pod may send and get. If bits are limited that it sends, they pass the interface from
+/// now on, where they are shaped.
 pub(super) fn limit_packets(place: &PodNetwork, limits: &NetLimits) -> Result<(), AdmissionError> {
+    change(place, |maps, pod| {
+        let packets = [limits.egress_packets, limits.ingress_packets];
+        maps.put_limit(place.id, Limit { packets })?;
+        let direct = pod.direct.filter(|_| limits.egress_bits == 0);
+        Ok(Pod { limited: limits.limits_packets(), direct, ..pod })
+    })
+}
+
+/// Says whether frames may be handed to the interface's other end: see [`read::direct`].
+pub(super) fn set_direct(
+    place: &PodNetwork,
+    direct: Option<[u8; 6]>,
+) -> Result<(), AdmissionError> {
+    change(place, |_, pod| Ok(Pod { direct, ..pod }))
+}
+
+/// Changes what is known of a pod, if it still has its place.
+fn change(
+    place: &PodNetwork,
+    new: impl FnOnce(&Maps, Pod) -> Result<Pod, MapError>,
+) -> Result<(), AdmissionError> {
     let (maps, lock) = open(&place.bpf_dir)?;
-    let Some(pod) = maps.pod(place.id)?.filter(|pod| pod.since == place.since) else {
+    let Some(old) = maps.pod(place.id)?.filter(|pod| pod.since == place.since) else {
         return Ok(());
     };
-    let packets = [limits.egress_packets, limits.ingress_packets];
-    maps.put_limit(place.id, Limit { packets })?;
-    let pod = Pod { limited: limits.limits_packets(), ..pod };
-    Ok(maps.change_pod(&lock, place.id, &pod, &place.addresses)?)
+    match new(&maps, old)? {
+        pod if pod == old => Ok(()),
+        pod => Ok(maps.change_pod(&lock, place.id, &pod, &place.addresses)?),
+    }
 }
 
 /// The addresses of the namespace that the calling thread is in, but those that only it can use.

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::Path;
 
+use joey_ebpf::attach;
 use joey_ebpf::netlink::{Attributes, NetlinkError, Reply, Socket};
 use joey_ebpf::route::{self, word};
 use joey_protocol::api::{Address, Interface, Neighbour, Network, Route};
@@ -22,6 +23,9 @@ pub(super) struct Link {
     pub(super) mtu: u32,
     pub(super) mac: Option<[u8; 6]>,
     loopback: bool,
+    /// Number of the namespace that a veth device's other end is in, and its index there, unless it is in this one
+    /// or the device has a qdisc.
+    other_end: Option<(u32, u32)>,
 }
 
 /// The interface that the guest gets.
@@ -30,6 +34,8 @@ pub(super) struct PodInterface {
     pub(super) index: u32,
     pub(super) mtu: u32,
     pub(super) mac: [u8; 6],
+    /// See [`direct`].
+    pub(super) direct: Option<[u8; 6]>,
 }
 
 /// The namespace's content.
@@ -45,6 +51,23 @@ pub(super) struct Pod {
 pub(super) fn links(place: &mut Socket, netns: &Path) -> Result<Vec<Link>, NetError> {
     let links = list(place, netns, "list links", libc::RTM_GETLINK)?;
     Ok(links.iter().filter_map(link).collect())
+}
+
+/// The hardware address of an interface's other end, if the kernel can hand frames to that without passing the
+/// interface, and nobody there would miss them: no qdisc that shapes, no filter that watches. A netkit device
+/// is passed, as the CNI plugin's programs are on it.
+pub(super) fn direct(place: &mut Socket, link: &Link) -> Result<Option<[u8; 6]>, NetlinkError> {
+    let Some((namespace, index)) = link.other_end else { return Ok(None) };
+    if attach::is_watched(place, link.index)? {
+        return Ok(None);
+    }
+    let get = route::link("look at the interface's other end", libc::RTM_GETLINK, index, false);
+    match place.get(get.number(route::LINK_TARGET_NETNS, namespace)) {
+        Ok(reply) => Ok(self::link(&reply).and_then(|link| link.mac)),
+        // It is not to be seen from here.
+        Err(error) if error.errno().is_some() => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// All global addresses.
@@ -114,7 +137,9 @@ pub(super) fn pod(place: &mut Socket, netns: &Path) -> Result<Pod, NetError> {
         neighbours: neighbours.iter().filter_map(|reply| neighbour(reply, link)).collect(),
         ..Default::default()
     };
-    let interface = PodInterface { index: link.index, mtu: link.mtu, mac };
+    let direct = direct(place, link)
+        .map_err(|source| NetError::Netlink { netns: netns.to_owned(), source })?;
+    let interface = PodInterface { index: link.index, mtu: link.mtu, mac, direct };
     Ok(Pod { interface: Some(interface), tap, network })
 }
 
@@ -131,12 +156,18 @@ fn list(
 
 fn link(reply: &Reply) -> Option<Link> {
     let attributes = reply.attributes(route::LINK);
+    let info = Attributes::of(attributes.get(route::LINK_INFO).unwrap_or_default());
+    let plain = info.text(route::LINK_KIND) == Some("veth")
+        && attributes.text(route::LINK_QDISC) == Some("noqueue");
+    let other_end =
+        attributes.number(route::LINK_LINK_NETNS).zip(attributes.number(route::LINK_LINK));
     Some(Link {
         index: word(reply, 4)?,
         name: attributes.text(route::LINK_NAME)?.to_owned(),
         mtu: attributes.number(route::LINK_MTU)?,
         mac: attributes.get(route::LINK_MAC).and_then(|mac| mac.try_into().ok()),
         loopback: word(reply, 8)? & libc::IFF_LOOPBACK as u32 != 0,
+        other_end: other_end.filter(|_| plain),
     })
 }
 

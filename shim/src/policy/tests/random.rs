@@ -289,7 +289,16 @@ fn examine(random: &mut Random, questions: usize) -> (usize, usize) {
         let (name, tenant) = (name_digest(&pod.namespace, &pod.name), names[&pod.tenant]);
         tables.locals.insert(pod.address, Local { name, tenant, pod: id });
         let space = names[&pod.namespace];
-        let pod = MapPod { since: 0, name, tenant, space, table: 0, limited: false, mac: [0; 6] };
+        let pod = MapPod {
+            since: 0,
+            name,
+            tenant,
+            space,
+            table: 0,
+            limited: false,
+            direct: None,
+            mac: [0; 6],
+        };
         pods.insert(id, pod);
     }
     for address in &world.node_addresses {

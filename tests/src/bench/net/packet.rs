@@ -26,7 +26,9 @@ pub(super) fn measure(runs: usize, samples: &mut Samples) -> Result<()> {
     lab.wire(&mut first, &config)?;
     let lock = Lock::take(&config.bpf_dir).context("lock the policy")?;
     let mut policy = Policy::load_to_run()?;
-    let pod = Pod { since: 0, name: 0, tenant: 1, space: 0, table: 0, limited: false, mac: MAC };
+    let direct = Some(ROUTER);
+    let (tenant, mac) = (1, MAC);
+    let pod = Pod { since: 0, name: 0, tenant, space: 0, table: 0, limited: false, mac, direct };
     let own: [IpAddr; 1] = [OWN.into()];
     let maps = &policy.maps;
     ensure!(maps.add_pod(POD, &pod, &own)?, "the number is taken");

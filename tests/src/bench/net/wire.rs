@@ -14,11 +14,13 @@ use crate::lab::{Join, Lab, PEER, Pod};
 const SUBJECTS: [(&str, Join); 3] =
     [("joey", Join::Policy), ("joey+wire", Join::Wire), ("kata-tcfilter", Join::Mirred)];
 /// Before anything counts: a stream finds its speed.
-const WARM_UP: Duration = Duration::from_millis(500);
-/// In which the receiver's bytes are counted.
-const WINDOW: Duration = Duration::from_secs(3);
+const WARM_UP: Duration = Duration::from_millis(300);
+/// In which the receiver's bytes are counted: short, so that subjects meet the same machine.
+const WINDOW: Duration = Duration::from_millis(700);
 /// Of round trips, one right after the other.
-const TRIPS: Duration = Duration::from_secs(1);
+const TRIPS: Duration = Duration::from_millis(300);
+/// How often in a run each subject has its turn at each metric.
+const TURNS: usize = 3;
 
 pub(super) fn measure(
     runs: usize,
@@ -35,18 +37,24 @@ pub(super) fn measure(
     let judged: Vec<&Pod> = pods.iter().take(1).map(|(_, pod)| pod).collect();
     lab.allow(&judged)?;
     for run in 1..=runs {
-        // Whoever is first may find the machine otherwise than the others.
-        pods.rotate_left(1);
-        for (subject, pod) in &pods {
-            let mut add = |metric, unit, value| samples.add(subject, metric, unit, value);
-            let out = Load::tcp(&pod.guest, &lab.peer, PEER.into(), 1)?;
-            add("tcp_out", "Gb/s", gigabits(out)?);
-            let into = Load::tcp(&lab.peer, &pod.guest, pod.address(), 1)?;
-            add("tcp_in", "Gb/s", gigabits(into)?);
-            let (address, door) = (pod.address(), pod.group.door());
-            let trips = round_trips(&lab.peer, &pod.guest, address, &door, TRIPS, Duration::ZERO)?;
-            for time in trips.times {
-                add("round_trip", "µs", time.as_secs_f64() * 1e6);
+        for _ in 0..TURNS {
+            // Whoever is first may find the machine otherwise than the others.
+            pods.rotate_left(1);
+            for (subject, pod) in &pods {
+                let out = Load::tcp(&pod.guest, &lab.peer, PEER.into(), 1)?;
+                samples.add(subject, "tcp_out", "Gb/s", gigabits(out)?);
+            }
+            for (subject, pod) in &pods {
+                let into = Load::tcp(&lab.peer, &pod.guest, pod.address(), 1)?;
+                samples.add(subject, "tcp_in", "Gb/s", gigabits(into)?);
+            }
+            for (subject, pod) in &pods {
+                let (address, door) = (pod.address(), pod.group.door());
+                let trips =
+                    round_trips(&lab.peer, &pod.guest, address, &door, TRIPS, Duration::ZERO)?;
+                for time in trips.times {
+                    samples.add(subject, "round_trip", "µs", time.as_secs_f64() * 1e6);
+                }
             }
         }
         progress(&format!("{run} of {runs} runs"));
