@@ -113,7 +113,7 @@ INLINE __u32 read_active(__u32 which)
 INLINE int consider(const struct pod *config, const struct packet *packet, __u8 sender,
 		    struct course *course)
 {
-	__u32 generation = read_active(GENERATION), epoch = read_active(EPOCH);
+	__u32 generation = read_active(GENERATION);
 	struct flow *known, *next = &course->draft->next;
 	__u8 proto = course->draft->key.proto;
 	int reason, opens = course->role == OPENS;
@@ -153,7 +153,7 @@ INLINE int consider(const struct pod *config, const struct packet *packet, __u8 
 	if (!course->fresh && known->generation == generation)
 		return ALLOWED;
 	course->judged = 1;
-	return verdict(config, epoch, &course->draft->key, next->opener, &course->draft->peer);
+	return verdict(config, read_active(EPOCH), &course->draft->key, next->opener, &course->draft->peer);
 }
 
 // Counts a packet of a known flow, and writes down what it changed: no more, as other CPUs read it.

@@ -78,7 +78,7 @@ INLINE int options(const struct __sk_buff *skb, const struct pod *config,
 
 #pragma unroll
 	for (i = 0; i < ND_OPTIONS; i++) {
-		__u8 option[8];
+		__u8 option[8] __attribute__((aligned(2)));
 
 		if (at == packet->end)
 			return ALLOWED;

@@ -83,10 +83,13 @@ struct packet {
 	__u8 kind; // type of ICMP
 };
 
-INLINE int same_mac(const __u8 *one, const __u8 *other)
+// They begin at even offsets, wherever they are.
+INLINE int same_mac(const __u8 *mac, const __u8 *of)
 {
-	return !((one[0] ^ other[0]) | (one[1] ^ other[1]) | (one[2] ^ other[2]) |
-		 (one[3] ^ other[3]) | (one[4] ^ other[4]) | (one[5] ^ other[5]));
+	typedef __u16 __attribute__((may_alias)) half;
+	const half *one = (const half *)mac, *other = (const half *)of;
+
+	return !((one[0] ^ other[0]) | (one[1] ^ other[1]) | (one[2] ^ other[2]));
 }
 
 INLINE void copy_address(__u32 *to, const __u32 *from)

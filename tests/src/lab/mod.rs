@@ -36,6 +36,8 @@ use crate::sys;
 
 /// The peer's addresses.
 pub const PEER: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 2);
+/// Whom the node's router drops everything for.
+pub const NOBODY: Ipv4Addr = Ipv4Addr::new(10, 201, 0, 1);
 const PEER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0xffff, 0, 0, 0, 0, 0, 2);
 /// What every pod knows as its router, as with CNI's plugin ptp.
 const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 9, 255, 1);
@@ -90,6 +92,7 @@ impl Lab {
             "link set out gso_max_segs 1 up",
             "addr add 10.200.0.1/24 dev out",
             "addr add fd09:ffff::1/64 dev out nodad",
+            &format!("route add blackhole {NOBODY}/32"),
         ])?;
         lab.peer.ip(&[
             &format!("addr add {}/24 dev eth0", far[0]),
@@ -122,8 +125,17 @@ impl Lab {
         }
     }
 
-    /// Makes a pod's namespace and interface; `number` is its own, from 1 to 199.
+    /// Makes a pod's namespace and interface; `number` is its own, from 1 to 199. It is alone in its tenant.
     pub fn pod(&self, number: u8) -> Result<Pod> {
+        self.pod_of(&format!("pod{number}"), number)
+    }
+
+    /// The same in the tenant of another pod.
+    pub fn sibling(&self, of: &Pod, number: u8) -> Result<Pod> {
+        self.pod_of(&of.tenant, number)
+    }
+
+    fn pod_of(&self, tenant: &str, number: u8) -> Result<Pod> {
         let pod = NetNs::add(format!("{}p{number}", self.tag))?;
         let guest = NetNs::add(format!("{}g{number}", self.tag))?;
         self.node.ip(&[
@@ -136,7 +148,8 @@ impl Lab {
         ])?;
         pod.ip(&network(number))?;
         let group = Group::add(&format!("{}p{number}", self.tag))?;
-        Ok(Pod { number, netns: pod, guest, vm: None, wire: None, place: None, group })
+        let tenant = tenant.to_owned();
+        Ok(Pod { number, tenant, netns: pod, guest, vm: None, wire: None, place: None, group })
     }
 
     /// Puts the pod on its wire, as its shim would.
@@ -157,7 +170,7 @@ impl Lab {
     /// The shim's part of it: until [`Wire::open`] nothing passes.
     pub fn wire(&self, pod: &mut Pod, config: &Config) -> Result<Wire> {
         let name = format!("pod{}", pod.number);
-        let who = Applicant { tenant: name.clone(), pod: Some((name.clone(), name)) };
+        let who = Applicant { tenant: pod.tenant.clone(), pod: Some((pod.tenant.clone(), name)) };
         let (netns, mut place) = (pod.netns.path(), None);
         let record = |taken: &PodNetwork| {
             place = Some(taken.clone());
@@ -181,7 +194,7 @@ impl Lab {
             maps.put_identity(epoch, Prefix { address, bits }, identity)?;
         }
         for pod in pods {
-            let own = maps.number_of(&lock, &format!("pod{}", pod.number))?;
+            let own = maps.number_of(&lock, &pod.tenant)?;
             for (from, to) in [(own, outside), (outside, own)] {
                 maps.put_rule(
                     epoch,
@@ -222,6 +235,7 @@ fn network(number: u8) -> [String; 7] {
 #[derive(Debug)]
 pub struct Pod {
     number: u8,
+    tenant: String,
     vm: Option<Vm>,
     wire: Option<Wire>,
     place: Option<PodNetwork>,

@@ -28,14 +28,23 @@ const BEAT: Duration = Duration::from_millis(1);
 pub struct Load {
     stop: Arc<AtomicBool>,
     received: Arc<AtomicU64>,
+    sent: Arc<AtomicU64>,
+    /// Where datagrams arrive that nobody reads.
+    sink: Option<UdpSocket>,
     streams: Vec<TcpStream>,
     threads: Vec<JoinHandle<Result<()>>>,
 }
 
 impl Load {
     fn new() -> Self {
-        let (stop, received) = (Arc::default(), Arc::default());
-        Self { stop, received, streams: Vec::new(), threads: Vec::new() }
+        Self {
+            stop: Arc::default(),
+            received: Arc::default(),
+            sent: Arc::default(),
+            sink: None,
+            streams: Vec::new(),
+            threads: Vec::new(),
+        }
     }
 
     /// As many streams as `flows`, each as fast as it can.
@@ -127,19 +136,30 @@ impl Load {
         size: usize,
         door: Door,
     ) -> Result<Self> {
-        let mut load = Self::new();
         let sink = to.inside(|| Ok(UdpSocket::bind((address, 0))?))?;
         let address = sink.local_addr()?;
-        let sender = from.inside(|| sender(address))?;
-        let stop = load.stop.clone();
+        let mut load = Self::paced(from, address, size, 0, door)?;
+        load.sink = Some(sink);
+        Ok(load)
+    }
+
+    /// `rate` datagrams of `size` bytes a second, 0: as many as it can, from one thread of the group behind `door`
+    /// that never rests.
+    pub fn paced(from: &NetNs, to: SocketAddr, size: usize, rate: u64, door: Door) -> Result<Self> {
+        let mut load = Self::new();
+        let sender = from.inside(|| sender(to))?;
+        let (stop, sent) = (load.stop.clone(), load.sent.clone());
         load.threads.push(thread::spawn(move || {
             door.enter();
-            let datagram = vec![0; size];
+            let (datagram, begun) = (vec![0; size], Instant::now());
             while !stop.load(Ordering::Relaxed) {
-                // One that cannot be sent is as lost as one on the way.
-                let _ = sender.send(&datagram);
+                let due = begun.elapsed().as_nanos() * u128::from(rate) / 1_000_000_000;
+                if rate == 0 || u128::from(sent.load(Ordering::Relaxed)) < due {
+                    // One that cannot be sent is as lost as one on the way.
+                    let _ = sender.send(&datagram);
+                    sent.fetch_add(1, Ordering::Relaxed);
+                }
             }
-            drop(sink);
             Ok(())
         }));
         Ok(load)
@@ -158,6 +178,12 @@ impl Load {
             Ok(())
         }));
         load
+    }
+
+    /// Datagrams that a flood has sent so far.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
     }
 
     /// Bytes that arrived so far, without headers.

@@ -74,7 +74,12 @@ pub fn net(
         ("joey+busy", "joey"),
         ("joey+flood", "joey"),
         ("joey+flood_limited", "joey"),
+        ("joey+flood", "joey+busy"),
         ("joey+flooded", "joey"),
+        ("joey+flooded", "joey+sending"),
+        ("joey+flooded", "joey+sending+busy"),
+        ("joey+flood_pod", "joey"),
+        ("joey+flood_pod", "joey+busy+busy"),
         ("joey+flooded_limited", "joey"),
         ("joey+50_at_once", "joey"),
     ];
