@@ -55,7 +55,7 @@ struct pod {
 	__u16 limited; // has an entry in `limits`
 	__u16 direct; // frames for `other_end` are handed to it, past the interface: see for_other_end()
 	__u8 mac[6];
-	__u8 other_end[6]; // hardware address of the interface's other end
+	__u8 other_end[6]; // hardware address of the interface's other end, 0 if not known
 	// The first address of each family, 0 for none; `addresses` has the others.
 	__u32 ip4;
 	__u32 ip6[4];

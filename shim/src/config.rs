@@ -84,6 +84,9 @@ pub struct Config {
     pub bpf_dir: PathBuf,
     /// Whether pods are kept from other tenants' (docs/network.md); if not, every packet passes.
     pub isolation: bool,
+    /// Whether what a pod sends to the other end of its interface goes there past the interface, which then does
+    /// not count it as sent (docs/network.md). With `isolation`.
+    pub direct: bool,
     /// Annotations that say whose a pod is, the first one that is there; else its namespace is. Whoever may
     /// set them on a pod can make it another tenant's.
     pub tenant_annotations: Vec<String>,
@@ -129,6 +132,7 @@ impl Default for Config {
             qemu: None,
             bpf_dir: "/sys/fs/bpf/joey".into(),
             isolation: true,
+            direct: true,
             tenant_annotations: tenant::default_annotations(),
             joey: None,
             jail_first_id: 1_900_000_000,

@@ -205,7 +205,7 @@ impl Wire {
                 Some(parked) => parked.enter(netns, file, index)?,
             };
             let netns = netns.to_owned();
-            let Some(interface) = pod.interface else {
+            let Some(mut interface) = pod.interface else {
                 let network = Network::new();
                 return Ok(Self { netns, tap, index, mac: NO_MAC, network, judged: None });
             };
@@ -214,6 +214,7 @@ impl Wire {
                 Programs::Wire(_) => 0,
                 Programs::Policy(_) => {
                     let (dir, own) = (&config.bpf_dir, read::own(&pod.network));
+                    interface.other_end = interface.other_end.filter(|_| config.direct);
                     admission::admit(dir, applicant, &interface, own, &node, record)
                         .map_err(|source| NetError::Admission { netns: netns.clone(), source })?
                 }
@@ -271,7 +272,8 @@ impl Wire {
             let links = read::links(socket, netns)?;
             let interface = links.iter().find(|link| link.index == interface);
             let Some((place, interface)) = place.zip(interface) else { return Ok(()) };
-            admission::set_direct(place, read::direct(socket, interface).map_err(netlink)?)
+            let other_end = read::other_end(socket, interface).map_err(netlink)?;
+            admission::set_direct(place, other_end.is_some())
                 .map_err(|source| NetError::Admission { netns: netns.to_owned(), source })
         })
     }

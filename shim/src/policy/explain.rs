@@ -179,7 +179,7 @@ impl Oracle {
                 space: self.number(&entry.namespace),
                 table: 0,
                 limited: false,
-                direct: None,
+                other_end: None,
                 mac: [0; 6],
             },
             _ => return None,

@@ -50,6 +50,8 @@ const OUTSIDE: &str = "outside";
 pub enum Join {
     /// By Joey, under the node's policy.
     Policy,
+    /// The same with `direct = false`: every frame passes the pod's interface.
+    Indirect,
     /// By Joey with `isolation = false`: every packet passes.
     Wire,
     /// As Kata's model `tcfilter` does: a filter on each that matches everything and redirects it.
@@ -118,7 +120,8 @@ impl Lab {
         Config {
             bpf_dir: self.bpf_dir(),
             state_dir: self.state.path().to_owned(),
-            isolation: join == Join::Policy,
+            isolation: matches!(join, Join::Policy | Join::Indirect),
+            direct: join == Join::Policy,
             joey: Some(crate::paths::joey()),
             file: Some(self.file()),
             ..Config::default()
@@ -156,7 +159,7 @@ impl Lab {
     pub fn plug(&self, pod: &mut Pod, join: Join) -> Result<()> {
         let tap = match join {
             Join::Mirred => pod.redirect()?,
-            Join::Policy | Join::Wire => {
+            Join::Policy | Join::Indirect | Join::Wire => {
                 let wire = self.wire(pod, &self.config(join))?;
                 wire.open()?;
                 let tap = wire.tap_fd()?;

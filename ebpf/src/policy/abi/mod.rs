@@ -62,8 +62,17 @@ pub struct Pod {
     pub limited: bool,
     /// The one hardware address that it sends with.
     pub mac: [u8; 6],
-    /// Hardware address of its interface's other end, if frames for that may be handed to it past the interface.
-    pub direct: Option<[u8; 6]>,
+    /// The other end of its interface, if frames may ever be handed to it past the interface.
+    pub other_end: Option<OtherEnd>,
+}
+
+/// The other end of a pod's interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OtherEnd {
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// Whether frames for it are handed to it now.
+    pub direct: bool,
 }
 
 impl Pod {
@@ -77,9 +86,10 @@ impl Pod {
         let fields = Fields::new().put(self.since.to_ne_bytes()).put(self.name.to_ne_bytes());
         let fields = fields.put(self.tenant.to_ne_bytes()).put(self.space.to_ne_bytes());
         let fields = fields.put(self.table.to_ne_bytes());
-        let flags = [self.limited, self.direct.is_some()].map(u16::from);
+        let other_end = self.other_end.unwrap_or(OtherEnd { mac: [0; 6], direct: false });
+        let flags = [self.limited, other_end.direct].map(u16::from);
         let fields = fields.put(flags[0].to_ne_bytes()).put(flags[1].to_ne_bytes());
-        let fields = fields.put(self.mac).put(self.direct.unwrap_or_default());
+        let fields = fields.put(self.mac).put(other_end.mac);
         fields.put([a, b, c, d]).put(words(false)).bytes
     }
 
@@ -94,7 +104,11 @@ impl Pod {
             table: u32::from_ne_bytes(part(bytes, 24)),
             limited: u16::from_ne_bytes(part(bytes, 28)) != 0,
             mac: part(bytes, 32),
-            direct: (u16::from_ne_bytes(part(bytes, 30)) != 0).then(|| part(bytes, 38)),
+            other_end: Some(OtherEnd {
+                mac: part(bytes, 38),
+                direct: u16::from_ne_bytes(part(bytes, 30)) != 0,
+            })
+            .filter(|other_end| other_end.mac != [0; 6]),
         }
     }
 }

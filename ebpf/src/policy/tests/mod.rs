@@ -48,7 +48,7 @@ fn now() -> u64 {
 /// A pod that is limited by nothing, whose flows may be as old as a test makes them.
 fn pod(tenant: Tenant, mac: [u8; 6]) -> Pod {
     let since = now().wrapping_sub(1 << 62);
-    Pod { since, name: 0, tenant, space: 0, table: 0, limited: false, direct: None, mac }
+    Pod { since, name: 0, tenant, space: 0, table: 0, limited: false, other_end: None, mac }
 }
 
 /// For maps that nobody else has.

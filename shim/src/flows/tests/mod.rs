@@ -46,7 +46,16 @@ impl Tables for Fake {
 }
 
 fn pod(since: u64) -> Pod {
-    Pod { since, name: 1, tenant: 1, space: 1, table: 0, limited: false, direct: None, mac: [2; 6] }
+    Pod {
+        since,
+        name: 1,
+        tenant: 1,
+        space: 1,
+        table: 0,
+        limited: false,
+        other_end: None,
+        mac: [2; 6],
+    }
 }
 
 fn key(port: u16) -> FlowKey {

@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use joey_ebpf::netlink::Socket;
-use joey_ebpf::policy::abi::{Limit, Pod, PodId, name_digest};
+use joey_ebpf::policy::abi::{Limit, OtherEnd, Pod, PodId, name_digest};
 use joey_ebpf::policy::maps::{Lock, MapError, Maps, directory};
 use nix::time::{ClockId, clock_gettime};
 
@@ -75,7 +75,8 @@ pub(super) fn admit(
     node: &[IpAddr],
     mut record: impl FnMut(&PodNetwork) -> io::Result<()>,
 ) -> Result<PodId, AdmissionError> {
-    let PodInterface { mac, direct, .. } = *interface;
+    let PodInterface { mac, other_end, .. } = *interface;
+    let other_end = other_end.map(|mac| OtherEnd { mac, direct: true });
     if addresses.iter().any(IpAddr::is_ipv6) {
         addresses.push(link_local(mac).into());
     }
@@ -103,7 +104,7 @@ pub(super) fn admit(
             tenant: applicant.tenant.clone(),
         };
         record(&place).map_err(AdmissionError::Record)?;
-        let pod = Pod { since, name, tenant, space, table, limited: false, mac, direct };
+        let pod = Pod { since, name, tenant, space, table, limited: false, mac, other_end };
         if maps.add_pod(id, &pod, &addresses)? {
             return Ok(id);
         }
@@ -138,17 +139,19 @@ pub(super) fn limit_packets(place: &PodNetwork, limits: &NetLimits) -> Result<()
     change(place, |maps, pod| {
         let packets = [limits.egress_packets, limits.ingress_packets];
         maps.put_limit(place.id, Limit { packets })?;
-        let direct = pod.direct.filter(|_| limits.egress_bits == 0);
-        Ok(Pod { limited: limits.limits_packets(), direct, ..pod })
+        let shaped =
+            |end: OtherEnd| OtherEnd { direct: end.direct && limits.egress_bits == 0, ..end };
+        let other_end = pod.other_end.map(shaped);
+        Ok(Pod { limited: limits.limits_packets(), other_end, ..pod })
     })
 }
 
-/// Says whether frames may be handed to the interface's other end: see [`read::direct`].
-pub(super) fn set_direct(
-    place: &PodNetwork,
-    direct: Option<[u8; 6]>,
-) -> Result<(), AdmissionError> {
-    change(place, |_, pod| Ok(Pod { direct, ..pod }))
+/// Says whether frames are handed to the interface's other end, where they may ever be.
+pub(super) fn set_direct(place: &PodNetwork, direct: bool) -> Result<(), AdmissionError> {
+    change(place, |_, pod| {
+        let other_end = pod.other_end.map(|end| OtherEnd { direct, ..end });
+        Ok(Pod { other_end, ..pod })
+    })
 }
 
 /// Changes what is known of a pod, if it still has its place.

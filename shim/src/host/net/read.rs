@@ -34,8 +34,8 @@ pub(super) struct PodInterface {
     pub(super) index: u32,
     pub(super) mtu: u32,
     pub(super) mac: [u8; 6],
-    /// See [`direct`].
-    pub(super) direct: Option<[u8; 6]>,
+    /// See [`other_end`].
+    pub(super) other_end: Option<[u8; 6]>,
 }
 
 /// The namespace's content.
@@ -56,7 +56,7 @@ pub(super) fn links(place: &mut Socket, netns: &Path) -> Result<Vec<Link>, NetEr
 /// The hardware address of an interface's other end, if the kernel can hand frames to that without passing the
 /// interface, and nobody there would miss them: no qdisc that shapes, no filter that watches. A netkit device
 /// is passed, as the CNI plugin's programs are on it.
-pub(super) fn direct(place: &mut Socket, link: &Link) -> Result<Option<[u8; 6]>, NetlinkError> {
+pub(super) fn other_end(place: &mut Socket, link: &Link) -> Result<Option<[u8; 6]>, NetlinkError> {
     let Some((namespace, index)) = link.other_end else { return Ok(None) };
     if attach::is_watched(place, link.index)? {
         return Ok(None);
@@ -137,9 +137,9 @@ pub(super) fn pod(place: &mut Socket, netns: &Path) -> Result<Pod, NetError> {
         neighbours: neighbours.iter().filter_map(|reply| neighbour(reply, link)).collect(),
         ..Default::default()
     };
-    let direct = direct(place, link)
+    let other_end = other_end(place, link)
         .map_err(|source| NetError::Netlink { netns: netns.to_owned(), source })?;
-    let interface = PodInterface { index: link.index, mtu: link.mtu, mac, direct };
+    let interface = PodInterface { index: link.index, mtu: link.mtu, mac, other_end };
     Ok(Pod { interface: Some(interface), tap, network })
 }
 

@@ -195,7 +195,7 @@ fn the_programs_decide_by_what_was_applied() {
     let name = name_digest("a", "10.0.0.1");
     let mac = [2, 0, 0, 0, 0, 1];
     let pod =
-        Pod { since: 0, name, tenant: a, space: a, table: 0, limited: false, direct: None, mac };
+        Pod { since: 0, name, tenant: a, space: a, table: 0, limited: false, other_end: None, mac };
     assert!(maps.add_pod(1, &pod, &[ip("10.0.0.1")]).unwrap());
     let deny = "
 apiVersion: networking.k8s.io/v1

@@ -296,7 +296,7 @@ fn examine(random: &mut Random, questions: usize) -> (usize, usize) {
             space,
             table: 0,
             limited: false,
-            direct: None,
+            other_end: None,
             mac: [0; 6],
         };
         pods.insert(id, pod);

@@ -40,7 +40,7 @@ fn opens(rule: &str, asked: &[(&str, u16)]) -> Vec<bool> {
         space: names["a"],
         table: 0,
         limited: false,
-        direct: None,
+        other_end: None,
         mac: [0; 6],
     };
     let may = |(remote, port): &(&str, u16)| {

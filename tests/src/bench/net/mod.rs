@@ -1,7 +1,8 @@
 //! `bench net`: the pod's wire in a lab of network namespaces ([`crate::lab`]), and between real pods.
 //!
-//! Subjects: `joey` (policy, flows and counters), `joey+wire` (`isolation = false`: every packet is redirected
-//! unseen) and `kata-tcfilter` (the filters that Kata's default network model makes), by turns in one run.
+//! Subjects: `joey` (policy, flows and counters), `joey+indirect` (`direct = false`: the same by way of the pod's
+//! interface), `joey+wire` (`isolation = false`: every packet is redirected unseen) and `kata-tcfilter` (the filters
+//! that Kata's default network model makes), by turns in one run.
 
 mod fairness;
 mod limits;
@@ -69,6 +70,9 @@ pub fn net(
     let pairs = [
         ("joey", "joey+wire"),
         ("joey", "kata-tcfilter"),
+        ("joey", "joey+indirect"),
+        ("joey+indirect", "joey+wire"),
+        ("joey+indirect", "kata-tcfilter"),
         ("joey+wire", "kata-tcfilter"),
         ("joey", "runc"),
         ("joey+busy", "joey"),

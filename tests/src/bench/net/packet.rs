@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context as _, Result, ensure};
-use joey_ebpf::policy::abi::{Identity, Pod, Ports, Prefix, Rule, Scope, Side};
+use joey_ebpf::policy::abi::{Identity, OtherEnd, Pod, Ports, Prefix, Rule, Scope, Side};
 use joey_ebpf::policy::loader::Policy;
 use joey_ebpf::policy::maps::Lock;
 
@@ -26,9 +26,9 @@ pub(super) fn measure(runs: usize, samples: &mut Samples) -> Result<()> {
     lab.wire(&mut first, &config)?;
     let lock = Lock::take(&config.bpf_dir).context("lock the policy")?;
     let mut policy = Policy::load_to_run()?;
-    let direct = Some(ROUTER);
+    let other_end = Some(OtherEnd { mac: ROUTER, direct: true });
     let (tenant, mac) = (1, MAC);
-    let pod = Pod { since: 0, name: 0, tenant, space: 0, table: 0, limited: false, mac, direct };
+    let pod = Pod { since: 0, name: 0, tenant, space: 0, table: 0, limited: false, mac, other_end };
     let own: [IpAddr; 1] = [OWN.into()];
     let maps = &policy.maps;
     ensure!(maps.add_pod(POD, &pod, &own)?, "the number is taken");

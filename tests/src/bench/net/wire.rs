@@ -11,8 +11,12 @@ use crate::lab::traffic::{Load, round_trips};
 use crate::lab::{Join, Lab, PEER, Pod};
 
 /// The subjects.
-const SUBJECTS: [(&str, Join); 3] =
-    [("joey", Join::Policy), ("joey+wire", Join::Wire), ("kata-tcfilter", Join::Mirred)];
+const SUBJECTS: [(&str, Join); 4] = [
+    ("joey", Join::Policy),
+    ("joey+indirect", Join::Indirect),
+    ("joey+wire", Join::Wire),
+    ("kata-tcfilter", Join::Mirred),
+];
 /// Before anything counts: a stream finds its speed.
 const WARM_UP: Duration = Duration::from_millis(300);
 /// In which the receiver's bytes are counted: short, so that subjects meet the same machine.
@@ -34,7 +38,7 @@ pub(super) fn measure(
         lab.plug(&mut pod, join)?;
         pods.push((subject, pod));
     }
-    let judged: Vec<&Pod> = pods.iter().take(1).map(|(_, pod)| pod).collect();
+    let judged: Vec<&Pod> = pods.iter().take(2).map(|(_, pod)| pod).collect();
     lab.allow(&judged)?;
     for run in 1..=runs {
         for _ in 0..TURNS {

@@ -34,8 +34,10 @@ impl Joined {
         Self { lab, wire, place, maps }
     }
 
+    /// The other end, if frames are handed to it.
     fn direct(&self) -> Option<[u8; 6]> {
-        self.maps.pod(self.place.id).unwrap().unwrap().direct
+        let other_end = self.maps.pod(self.place.id).unwrap().unwrap().other_end;
+        other_end.filter(|end| end.direct).map(|end| end.mac)
     }
 
     fn limit(&self, egress_bits: u64) {
@@ -107,6 +109,16 @@ fn frames_pass_an_interface_that_somebody_else_uses() {
         }
         assert_eq!(Joined::new(lab).direct(), None, "{command}");
     }
+}
+
+#[test]
+fn frames_pass_the_interface_if_the_operator_says_so() {
+    let Some(mut lab) = Lab::with_interface() else { return };
+    lab.config.direct = false;
+    let pod = Joined::new(lab);
+    assert_eq!(pod.direct(), None);
+    pod.limit(0);
+    assert_eq!(pod.direct(), None);
 }
 
 #[test]
