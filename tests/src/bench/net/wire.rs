@@ -5,7 +5,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use nix::time::{ClockId, clock_gettime};
 
+use super::super::milliseconds;
 use super::super::stats::Samples;
 use crate::lab::traffic::{Load, round_trips};
 use crate::lab::{Join, Lab, PEER, Pod};
@@ -46,11 +48,15 @@ pub(super) fn measure(
             pods.rotate_left(1);
             for (subject, pod) in &pods {
                 let out = Load::tcp(&pod.guest, &lab.peer, PEER.into(), 1)?;
-                samples.add(subject, "tcp_out", "Gb/s", gigabits(out)?);
+                stream(out, |what, unit, value| {
+                    samples.add(subject, &format!("tcp_out{what}"), unit, value);
+                })?;
             }
             for (subject, pod) in &pods {
                 let into = Load::tcp(&lab.peer, &pod.guest, pod.address(), 1)?;
-                samples.add(subject, "tcp_in", "Gb/s", gigabits(into)?);
+                stream(into, |what, unit, value| {
+                    samples.add(subject, &format!("tcp_in{what}"), unit, value);
+                })?;
             }
             for (subject, pod) in &pods {
                 let (address, door) = (pod.address(), pod.group.door());
@@ -66,11 +72,16 @@ pub(super) fn measure(
     Ok(())
 }
 
-/// What a load's receiver gets, without headers.
-fn gigabits(load: Load) -> Result<f64> {
+/// What a stream's receiver gets, without headers, and the processor time that this takes sender, receiver, fake VM and
+/// all between them, which what else the machine does hardly changes.
+fn stream(load: Load, mut add: impl FnMut(&str, &str, f64)) -> Result<()> {
     sleep(WARM_UP);
-    let (before, begun) = (load.received(), Instant::now());
+    // Packets are worked on by the threads that send them.
+    let used = || clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from);
+    let (before, used_before, begun) = (load.received(), used()?, Instant::now());
     sleep(WINDOW);
-    let bytes = load.received() - before;
-    Ok(bytes as f64 * 8.0 / begun.elapsed().as_secs_f64() / 1e9)
+    let gigabits = (load.received() - before) as f64 * 8.0 / 1e9;
+    add("", "Gb/s", gigabits / begun.elapsed().as_secs_f64());
+    add("_cpu", "ms/Gb", milliseconds(used()? - used_before) / gigabits);
+    Ok(())
 }
