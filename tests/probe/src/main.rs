@@ -79,6 +79,50 @@ fn exchange(port: &str, targets: &[&str]) -> Result<()> {
     }
 }
 
+/// Sends datagrams as fast as it can.
+fn flood(to: &str, seconds: u64) -> Result<()> {
+    let (end, socket) = (after(seconds), UdpSocket::bind("0.0.0.0:0").context("bind")?);
+    while Instant::now() < end {
+        for _ in 0..64 {
+            // Refused or without room: as lost as on the way.
+            let _ = socket.send_to(&[0; 18], to);
+        }
+    }
+    Ok(())
+}
+
+/// Has datagrams arrive, and reads none.
+fn sink(port: &str, seconds: u64) -> Result<()> {
+    let _socket = UdpSocket::bind(("0.0.0.0", port.parse()?)).context("bind")?;
+    std::thread::sleep(Duration::from_secs(seconds));
+    Ok(())
+}
+
+/// Sends back what it gets.
+fn echo(port: &str, seconds: u64) -> Result<()> {
+    let (end, socket) = (after(seconds), UdpSocket::bind(("0.0.0.0", port.parse()?))?);
+    socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let mut buffer = [0; 64];
+    while Instant::now() < end {
+        if let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            socket.send_to(&buffer[..length], from)?;
+        }
+    }
+    Ok(())
+}
+
+/// Computes.
+fn spin(seconds: u64) {
+    let end = after(seconds);
+    while Instant::now() < end {
+        std::hint::spin_loop();
+    }
+}
+
+fn after(seconds: u64) -> Instant {
+    Instant::now() + Duration::from_secs(seconds)
+}
+
 /// Answers one question.
 fn serve(path: &str) -> Result<()> {
     let listener = UnixListener::bind(path).context("bind")?;
@@ -159,6 +203,13 @@ fn main() -> Result<()> {
         ["serve", path] => serve(path),
         ["ask", path, question] => ask(path, question),
         ["exchange", port, ..] => exchange(port, &texts[2..]),
+        ["flood", to, seconds] => flood(to, seconds.parse()?),
+        ["sink", port, seconds] => sink(port, seconds.parse()?),
+        ["echo", port, seconds] => echo(port, seconds.parse()?),
+        ["spin", seconds] => {
+            spin(seconds.parse()?);
+            Ok(())
+        }
         ["watch", ..] => watch(words.get(1..).unwrap_or_default()),
         _ => bail!("{words:?}"),
     }

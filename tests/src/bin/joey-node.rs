@@ -97,7 +97,7 @@ enum Bench {
         #[arg(
             long,
             value_delimiter = ',',
-            default_value = "wire,setup,packet,limits,fairness,pods"
+            default_value = "wire,setup,packet,limits,fairness,pods,crowd"
         )]
         parts: Vec<bench::net::Part>,
     },

@@ -261,7 +261,8 @@ pub fn round_trips(
     })
 }
 
-fn ping(own: &UdpSocket, window: Duration, pause: Duration) -> Result<RoundTrips> {
+/// The same by a socket that is connected to somebody who sends back what he gets.
+pub fn ping(own: &UdpSocket, window: Duration, pause: Duration) -> Result<RoundTrips> {
     let mut trips = RoundTrips::default();
     let mut answer = [0; 64];
     let end = Instant::now() + window;

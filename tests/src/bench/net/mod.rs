@@ -4,6 +4,7 @@
 //! interface), `joey+wire` (`isolation = false`: every packet is redirected unseen) and `kata-tcfilter` (the filters
 //! that Kata's default network model makes), by turns in one run.
 
+mod crowd;
 mod fairness;
 mod limits;
 mod packet;
@@ -33,13 +34,15 @@ pub enum Part {
     Fairness,
     /// Real pods, beside runc's.
     Pods,
+    /// A real pod's round trip while other pods flood each other.
+    Crowd,
 }
 
 impl Part {
     /// Whether it needs a node with containerd.
     #[must_use]
     pub fn needs_node(self) -> bool {
-        self == Self::Pods
+        matches!(self, Self::Pods | Self::Crowd)
     }
 }
 
@@ -65,6 +68,11 @@ pub fn net(
                     pods::measure(node, runs, &mut samples, progress)?;
                 }
             }
+            Part::Crowd => {
+                if let Some(node) = node {
+                    crowd::measure(node, runs, &mut samples, progress)?;
+                }
+            }
         }
     }
     let pairs = [
@@ -82,6 +90,7 @@ pub fn net(
         ("joey+flooded", "joey"),
         ("joey+flooded", "joey+sending"),
         ("joey+flooded", "joey+sending+busy"),
+        ("joey+busy+busy", "joey"),
         ("joey+flood_pod", "joey"),
         ("joey+flood_pod", "joey+busy+busy"),
         ("joey+flooded_limited", "joey"),
