@@ -14,7 +14,7 @@ use super::{Model, World, alone, tell};
 use crate::attach::{carry, detach, partner};
 use crate::netlink::{Message, Socket};
 use crate::policy::Reason;
-use crate::policy::abi::Side;
+use crate::policy::abi::{Pod, Side};
 use crate::policy::attach::attach;
 use crate::policy::loader::Policy;
 use crate::route;
@@ -130,7 +130,8 @@ fn judged_on_devices() {
 
     let mut world = World::of(Policy::load().unwrap());
     node(&mut world);
-    let pod = world.model.pods[&1];
+    // Its interface's other end is in the same namespace.
+    let pod = Pod { other_end: None, ..world.model.pods[&1] };
     let own = world.model.addresses.iter().filter(|(id, _)| *id == 1);
     let own: Vec<_> = own.map(|(_, address)| *address).collect();
     world.pod(POD_ID, pod, &own);

@@ -9,8 +9,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::Reason;
 use super::abi::{
-    Counters, Event, EventKind, Flow, Identity, Local, Pod, PodId, Ports, Prefix, Rule, Scope,
-    Side, State, Tenant,
+    Counters, Event, EventKind, Flow, Identity, Local, OtherEnd, Pod, PodId, Ports, Prefix, Rule,
+    Scope, Side, State, Tenant,
 };
 use super::loader::Policy;
 use super::maps::{Lock, Maps, is_link_local};
@@ -45,10 +45,13 @@ fn now() -> u64 {
     u64::try_from(time.tv_sec() * 1_000_000_000 + time.tv_nsec()).unwrap()
 }
 
-/// A pod that is limited by nothing, whose flows may be as old as a test makes them.
+/// A pod that is limited by nothing, whose flows may be as old as a test makes them. What it sends to the other of
+/// the tests' two hardware addresses goes past its interface.
 fn pod(tenant: Tenant, mac: [u8; 6]) -> Pod {
     let since = now().wrapping_sub(1 << 62);
-    Pod { since, name: 0, tenant, space: 0, table: 0, limited: false, other_end: None, mac }
+    let [a, b, c, d, e, last] = mac;
+    let other_end = Some(OtherEnd { mac: [a, b, c, d, e, last ^ 3], direct: true });
+    Pod { since, name: 0, tenant, space: 0, table: 0, limited: false, mac, other_end }
 }
 
 /// For maps that nobody else has.
