@@ -26,6 +26,8 @@ const TCA_BPF_FD: u16 = 6;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_FLAGS: u16 = 8;
 const ACT_DIRECT: u32 = 1;
+/// What the kernel answers where something is not attached: EINVAL where there is no qdisc for filters at all.
+const GONE: [i32; 3] = [libc::ENOENT, libc::ENODEV, libc::EINVAL];
 /// Difference between the indices of two paired devices; `bpf/wire.bpf.c` has the same number.
 const PARTNER: u32 = 0x4000_0000;
 
@@ -68,45 +70,38 @@ pub(crate) fn run(
         })
 }
 
-/// Makes a device able to carry filters. One that others made is used as it is.
-pub fn carry(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
+/// The request that makes a device able to carry filters. What others made for that is used as it is.
+#[must_use]
+pub fn carry(index: u32) -> Message {
     let step = format!("add the clsact qdisc to interface {index}");
     let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
-    let header = tcmsg(index, CLSACT_HANDLE, CLSACT, 0);
-    let add = Message::new(step, libc::RTM_NEWQDISC, flags, &header).text(libc::TCA_KIND, "clsact");
-    ignore(socket.request(add), &[libc::EEXIST])
+    Message::new(step, libc::RTM_NEWQDISC, flags, &tcmsg(index, CLSACT_HANDLE, CLSACT, 0))
+        .text(libc::TCA_KIND, "clsact")
+        .or(&[libc::EEXIST])
 }
 
 /// Takes the wire off a device, and the qdisc too unless somebody else's filter is on it.
 ///
 /// Fine when nothing is attached or the device is gone.
 pub fn detach(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
-    // The kernel answers EINVAL where there is no qdisc for filters at all.
-    let gone = [libc::ENOENT, libc::ENODEV, libc::EINVAL];
     let step = format!("detach the wire from interface {index}");
     let delete =
         Message::new(step, libc::RTM_DELTFILTER, 0, &filter(index)).text(libc::TCA_KIND, "bpf");
-    ignore(socket.request(delete), &gone)?;
+    socket.request(delete.or(&GONE))?;
     for parent in [INGRESS, EGRESS] {
         let step = format!("list the filters of interface {index}");
         let list = Message::new(step, libc::RTM_GETTFILTER, 0, &tcmsg(index, 0, parent, 0));
         match socket.dump(list) {
             Ok(filters) if filters.is_empty() => {}
             Ok(_) => return Ok(()),
-            Err(error) => return ignore(Err(error), &gone),
+            Err(error) if error.errno().is_some_and(|errno| GONE.contains(&errno)) => return Ok(()),
+            Err(error) => return Err(error),
         }
     }
     let step = format!("remove the clsact qdisc of interface {index}");
     let header = tcmsg(index, CLSACT_HANDLE, CLSACT, 0);
     let delete = Message::new(step, libc::RTM_DELQDISC, 0, &header).text(libc::TCA_KIND, "clsact");
-    ignore(socket.request(delete), &gone)
-}
-
-fn ignore(result: Result<(), NetlinkError>, fine: &[i32]) -> Result<(), NetlinkError> {
-    match result {
-        Err(error) if error.errno().is_some_and(|errno| fine.contains(&errno)) => Ok(()),
-        other => other,
-    }
+    socket.request(delete.or(&GONE))
 }
 
 /// The header of a request about Joey's filter of what enters a device.

@@ -24,21 +24,26 @@ use joey_ebpf::policy::abi::PodId;
 use joey_ebpf::{attach, policy, route, shape};
 use joey_protocol::api::Network;
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::config::Config;
 use crate::net_limits::NetLimits;
 use crate::sandbox::record::PodNetwork;
 use crate::sys;
 
-pub use admission::{AdmissionError, Applicant, own_addresses};
+pub use admission::{AdmissionError, Applicant};
+pub use node::{Keeper, own_addresses};
 
 mod admission;
+mod node;
 mod read;
 #[cfg(test)]
 mod tests;
 
 /// Name of the tap in the pod's namespace.
 const TAP: &str = "joey0";
+/// The MTU that a tap is made with.
+const TAP_MTU: u32 = 1500;
 /// What the VM's device is called by hardware when the pod has no interface.
 const NO_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
 
@@ -108,7 +113,39 @@ pub struct Wire {
     index: Option<u32>,
     mac: [u8; 6],
     network: Network,
-    judged: Option<(Instant, Duration)>,
+    judged: Option<Judged>,
+}
+
+/// What putting a pod under the policy took: its place there, and the programs on its devices. The part of
+/// [`Wire::plug`] that is not making the tap.
+#[derive(Debug, Clone, Copy)]
+pub struct Judged {
+    /// When it began.
+    pub begun: Instant,
+    /// How long it took.
+    pub took: Duration,
+    /// How long its thread had a processor meanwhile.
+    pub processor: Duration,
+}
+
+/// The beginning of a [`Judged`].
+struct Begun(Instant, Duration);
+
+impl Begun {
+    fn now() -> Self {
+        Self(Instant::now(), processor_time())
+    }
+
+    fn judged(&self) -> Judged {
+        let Self(begun, processor) = *self;
+        let processor = processor_time().saturating_sub(processor);
+        Judged { begun, took: begun.elapsed(), processor }
+    }
+}
+
+/// How long the calling thread has had a processor.
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// A tap that a VM has before its pod is known, in a namespace of its own that goes with it.
@@ -186,12 +223,14 @@ impl Wire {
         }
         let programs = Programs::open(config)?;
         let admission = |source| NetError::Admission { netns: netns.to_owned(), source };
-        let begun = Instant::now();
+        let begun = Begun::now();
         let node = match programs {
-            Programs::Wire(_) => Vec::new(),
-            Programs::Policy(_) => own_addresses().map_err(admission)?,
+            Programs::Policy(_) if !node::are_kept(&config.bpf_dir) => {
+                own_addresses().map_err(admission)?
+            }
+            _ => Vec::new(),
         };
-        let before = begun.elapsed();
+        let before = begun.judged();
         inside(netns, |place, file| {
             let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
             let pod = read::pod(place, netns)?;
@@ -209,7 +248,7 @@ impl Wire {
                 let network = Network::new();
                 return Ok(Self { netns, tap, index, mac: NO_MAC, network, judged: None });
             };
-            let begun = Instant::now();
+            let begun = Begun::now();
             let id = match programs {
                 Programs::Wire(_) => 0,
                 Programs::Policy(_) => {
@@ -223,7 +262,10 @@ impl Wire {
                 let _ = attach::detach(place, interface.index);
                 return Err(netlink(error));
             }
-            let judged = Some((begun, before + begun.elapsed()));
+            let mut judged = begun.judged();
+            judged.took += before.took;
+            judged.processor += before.processor;
+            let judged = Some(judged);
             Ok(Self { netns, tap, index, mac: interface.mac, network: pod.network, judged })
         })
     }
@@ -291,10 +333,9 @@ impl Wire {
         self.network.clone()
     }
 
-    /// When the pod's place in the policy and its programs were put there, and how long that took: the part of
-    /// [`Wire::plug`] that is not making the tap. `None` where there is nothing to judge.
+    /// What putting the pod under the policy took. `None` where there is nothing to judge.
     #[must_use]
-    pub fn judged(&self) -> Option<(Instant, Duration)> {
+    pub fn judged(&self) -> Option<Judged> {
         self.judged
     }
 
@@ -433,7 +474,8 @@ impl Programs {
         })
     }
 
-    /// Puts them on a pod's interface and its tap.
+    /// Puts them on a pod's interface and its tap, by one call: a thread that went back in between would queue
+    /// anew for the kernel's lock on network devices, behind all pods that start or end.
     fn join(
         &self,
         place: &mut Socket,
@@ -441,18 +483,20 @@ impl Programs {
         mtu: u32,
         id: PodId,
     ) -> Result<(), NetlinkError> {
-        let tap = attach::partner(index);
+        let devices = [attach::partner(index), index];
+        let [tap, _] = devices;
         let size = route::link("set the tap's MTU", libc::RTM_NEWLINK, tap, false);
-        place.request(size.number(route::LINK_MTU, mtu))?;
-        for device in [tap, index] {
-            attach::carry(place, device)?;
-        }
-        place.batch(match self {
-            Self::Wire(program) => [tap, index].map(|device| attach::attach(device, program)),
+        let size = (mtu != TAP_MTU).then(|| size.number(route::LINK_MTU, mtu));
+        // The interface's comes last: that one waits until no packet is under way, which each device's first
+        // filter would do otherwise.
+        let carry = devices.map(attach::carry);
+        let attach = match self {
+            Self::Wire(program) => devices.map(|device| attach::attach(device, program)),
             Self::Policy(programs) => [
                 policy::attach::attach(tap, programs.from_vm.as_fd(), id),
                 policy::attach::attach(index, programs.to_vm.as_fd(), id),
             ],
-        })
+        };
+        place.batch(size.into_iter().chain(carry).chain(attach))
     }
 }

@@ -300,8 +300,8 @@ impl Handle {
             .map(|netns| Wire::plug(netns, config, tap, &applicant, record))
             .transpose()
             .map_err(|error| SandboxError::host(id, "join the pod's network to its VM", error))?;
-        if let Some((start, took)) = wire.as_ref().and_then(Wire::judged) {
-            self.0.timeline.part("policy", start, took);
+        if let Some(judged) = wire.as_ref().and_then(Wire::judged) {
+            self.0.timeline.part("policy", judged.begun, judged.took);
         }
         if limits != NetLimits::default() {
             self.limit_network(limits)?;

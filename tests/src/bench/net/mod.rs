@@ -76,6 +76,8 @@ pub fn net(
         ("joey+flood_limited", "joey"),
         ("joey+flooded", "joey"),
         ("joey+flooded_limited", "joey"),
+        ("joey+no_daemon", "joey"),
+        ("joey+1000_a_minute", "joey"),
         ("joey+50_at_once", "joey"),
     ];
     Ok(samples.report("net", &machine(), &pairs))
