@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use joey_ebpf::netlink::{NetlinkError, Socket};
+use joey_ebpf::netlink::{Message, NetlinkError, Socket};
 use joey_ebpf::policy::abi::PodId;
 use joey_ebpf::{attach, policy, route, shape};
 use joey_protocol::api::Network;
@@ -193,11 +193,6 @@ impl ParkedTap {
         self.place
             .request(link)
             .map_err(|source| NetError::Netlink { netns: netns.to_owned(), source })?;
-        silence_tap().map_err(|source| NetError::Tap {
-            netns: netns.to_owned(),
-            step: "disable IPv6 on the host's side",
-            source,
-        })?;
         Ok(self.tap)
     }
 }
@@ -408,7 +403,7 @@ fn inside<T: Send>(
     })
 }
 
-/// Makes the tap, silent: the host's own stack must never speak on it.
+/// Makes the tap.
 fn make_tap(netns: &Path, index: Option<u32>) -> Result<OwnedFd, NetError> {
     let fail = |step| move |source| NetError::Tap { netns: netns.to_owned(), step, source };
     let tun = OpenOptions::new()
@@ -420,17 +415,14 @@ fn make_tap(netns: &Path, index: Option<u32>) -> Result<OwnedFd, NetError> {
         sys::set_tap_index(tun.as_fd(), index).map_err(fail("choose its index"))?;
     }
     sys::make_tap(tun.as_fd(), TAP).map_err(fail("create"))?;
-    silence_tap().map_err(fail("disable IPv6 on the host's side"))?;
     Ok(tun.into())
 }
 
-/// Keeps the host's own IPv6 off the tap of the thread's namespace.
-fn silence_tap() -> io::Result<()> {
-    match fs::write(format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6"), "1") {
-        // A host without IPv6.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
+/// Keeps the host's own IPv6 off a tap that is down. Not by its `disable_ipv6`: who writes that while another has
+/// the kernel's lock on network devices is sent to try again at once, and again, which takes a processor from
+/// whoever has it.
+fn silence(tap: u32) -> Message {
+    route::no_own_address("keep the host's own IPv6 off the tap", tap)
 }
 
 /// The pinned programs that join a pod's two devices.
@@ -497,6 +489,6 @@ impl Programs {
                 policy::attach::attach(index, programs.to_vm.as_fd(), id),
             ],
         };
-        place.batch(size.into_iter().chain(carry).chain(attach))
+        place.batch([silence(tap)].into_iter().chain(size).chain(carry).chain(attach))
     }
 }
