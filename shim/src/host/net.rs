@@ -11,39 +11,38 @@
 //! gets it. What is left in the end are filters that drop, which [`Wire::unplug`] removes knowing nothing
 //! but the namespace, and the pod's place in the policy (`admission.rs`).
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use joey_ebpf::netlink::{Message, NetlinkError, Socket};
-use joey_ebpf::policy::abi::PodId;
-use joey_ebpf::{attach, policy, route, shape};
+use joey_ebpf::netlink::{NetlinkError, Socket};
+use joey_ebpf::{attach, route, shape};
 use joey_protocol::api::Network;
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, setns};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::config::Config;
 use crate::net_limits::NetLimits;
 use crate::sandbox::record::PodNetwork;
 use crate::sys;
+use programs::Programs;
+use tap::{TAP, make_tap};
 
 pub use admission::{AdmissionError, Applicant};
 pub use node::{Keeper, own_addresses};
+pub use tap::ParkedTap;
 
 mod admission;
 mod node;
+mod programs;
 mod read;
+mod tap;
 #[cfg(test)]
 mod tests;
 
-/// Name of the tap in the pod's namespace.
-const TAP: &str = "joey0";
-/// The MTU that a tap is made with.
-const TAP_MTU: u32 = 1500;
 /// What the VM's device is called by hardware when the pod has no interface.
 const NO_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
 
@@ -148,55 +147,6 @@ fn processor_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
-/// A tap that a VM has before its pod is known, in a namespace of its own that goes with it.
-#[derive(Debug)]
-pub struct ParkedTap {
-    tap: OwnedFd,
-    /// Speaks to the kernel inside that namespace, and keeps it.
-    place: Socket,
-    index: u32,
-}
-
-impl ParkedTap {
-    /// Makes the namespace and the tap.
-    pub fn make() -> Result<Self, NetError> {
-        let nowhere = Path::new("of a waiting VM");
-        let fail = move |step| {
-            move |source| NetError::Namespace { netns: nowhere.to_owned(), step, source }
-        };
-        let make = move || {
-            unshare(CloneFlags::CLONE_NEWNET).map_err(|error| fail("make")(error.into()))?;
-            let place = Socket::open()
-                .map_err(|source| NetError::Netlink { netns: nowhere.to_owned(), source })?;
-            let tap = make_tap(nowhere, None)?;
-            let index = nix::net::if_::if_nametoindex(TAP)
-                .map_err(|error| fail("look up its tap")(error.into()))?;
-            Ok(Self { tap, place, index })
-        };
-        // Only the thread changes its namespace, and it ends here.
-        std::thread::spawn(make)
-            .join()
-            .unwrap_or_else(|_| Err(fail("make")(io::Error::other("the thread panicked"))))
-    }
-
-    /// A descriptor of the tap, for the VMM.
-    pub fn descriptor(&self) -> io::Result<OwnedFd> {
-        self.tap.try_clone()
-    }
-
-    /// Moves the tap into the pod's namespace `file`, in which the calling thread is.
-    fn enter(mut self, netns: &Path, file: &File, index: Option<u32>) -> Result<OwnedFd, NetError> {
-        let descriptor = u32::try_from(file.as_raw_fd()).unwrap_or(u32::MAX);
-        let link = route::link("move the tap here", libc::RTM_NEWLINK, self.index, false)
-            .number(route::LINK_NETNS_FD, descriptor);
-        let link = index.into_iter().fold(link, |it, new| it.number(route::LINK_NEW_INDEX, new));
-        self.place
-            .request(link)
-            .map_err(|source| NetError::Netlink { netns: netns.to_owned(), source })?;
-        Ok(self.tap)
-    }
-}
-
 impl Wire {
     /// Makes the tap, or takes the one that a waiting VM has, and joins it to the pod's interface, under the
     /// policy unless `isolation` is off; `record` writes down the place in it that is about to be taken. A
@@ -227,6 +177,10 @@ impl Wire {
         };
         let before = begun.judged();
         inside(netns, |place, file| {
+            // The thread computes for less than a millisecond, and while it has the kernel's lock on network
+            // devices and no processor, all other pods of the node wait. A kernel that gives its group no time
+            // for this refuses: then it takes longer.
+            let _ = sys::hurry();
             let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
             let pod = read::pod(place, netns)?;
             if let Some(old) = pod.tap {
@@ -401,94 +355,4 @@ fn inside<T: Send>(
             .join()
             .unwrap_or_else(|_| Err(fail("work inside")(io::Error::other("the thread panicked"))))
     })
-}
-
-/// Makes the tap.
-fn make_tap(netns: &Path, index: Option<u32>) -> Result<OwnedFd, NetError> {
-    let fail = |step| move |source| NetError::Tap { netns: netns.to_owned(), step, source };
-    let tun = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .map_err(fail("open /dev/net/tun"))?;
-    if let Some(index) = index {
-        sys::set_tap_index(tun.as_fd(), index).map_err(fail("choose its index"))?;
-    }
-    sys::make_tap(tun.as_fd(), TAP).map_err(fail("create"))?;
-    Ok(tun.into())
-}
-
-/// Keeps the host's own IPv6 off a tap that is down. Not by its `disable_ipv6`: who writes that while another has
-/// the kernel's lock on network devices is sent to try again at once, and again, which takes a processor from
-/// whoever has it.
-fn silence(tap: u32) -> Message {
-    route::no_own_address("keep the host's own IPv6 off the tap", tap)
-}
-
-/// The pinned programs that join a pod's two devices.
-#[derive(Debug)]
-enum Programs {
-    /// One for both, which lets everything pass.
-    Wire(OwnedFd),
-    /// Those that judge.
-    Policy(policy::attach::Programs),
-}
-
-impl Programs {
-    /// Opens them; Joey's tool loads them when this node has not got them yet.
-    fn open(config: &Config) -> Result<Self, NetError> {
-        let dir = &config.bpf_dir;
-        let fail = |reason: String| NetError::Program { dir: dir.clone(), reason };
-        let open = || match config.isolation {
-            true => policy::attach::open(dir).map(Self::Policy),
-            false => attach::open(dir).map(Self::Wire),
-        };
-        match open() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            other => return other.map_err(|error| fail(error.to_string())),
-        }
-        let joey = config.joey().map_err(|error| fail(format!("find the tool `joey`: {error}")))?;
-        let mut command = Command::new(&joey);
-        if let Some(file) = &config.file {
-            command.arg("--config").arg(file);
-        }
-        let output = command.args(["ebpf", "load", "--json"]).output();
-        let command = format!("{} ebpf load", joey.display());
-        let output = output.map_err(|error| fail(format!("run `{command}`: {error}")))?;
-        if !output.status.success() {
-            let words = String::from_utf8_lossy(&output.stderr);
-            return Err(fail(format!("`{command}` failed ({}): {}", output.status, words.trim())));
-        }
-        open().map_err(|error| {
-            fail(format!(
-                "not there after `{command}`, which may read another configuration: {error}"
-            ))
-        })
-    }
-
-    /// Puts them on a pod's interface and its tap, by one call: a thread that went back in between would queue
-    /// anew for the kernel's lock on network devices, behind all pods that start or end.
-    fn join(
-        &self,
-        place: &mut Socket,
-        index: u32,
-        mtu: u32,
-        id: PodId,
-    ) -> Result<(), NetlinkError> {
-        let devices = [attach::partner(index), index];
-        let [tap, _] = devices;
-        let size = route::link("set the tap's MTU", libc::RTM_NEWLINK, tap, false);
-        let size = (mtu != TAP_MTU).then(|| size.number(route::LINK_MTU, mtu));
-        // The interface's comes last: that one waits until no packet is under way, which each device's first
-        // filter would do otherwise.
-        let carry = devices.map(attach::carry);
-        let attach = match self {
-            Self::Wire(program) => devices.map(|device| attach::attach(device, program)),
-            Self::Policy(programs) => [
-                policy::attach::attach(tap, programs.from_vm.as_fd(), id),
-                policy::attach::attach(index, programs.to_vm.as_fd(), id),
-            ],
-        };
-        place.batch([silence(tap)].into_iter().chain(size).chain(carry).chain(attach))
-    }
 }
