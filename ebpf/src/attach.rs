@@ -70,13 +70,14 @@ pub(crate) fn run(
         })
 }
 
-/// Makes a device able to carry filters. One that others made is used as it is.
-pub fn carry(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
+/// The request that makes a device able to carry filters. What others made for that is used as it is.
+#[must_use]
+pub fn carry(index: u32) -> Message {
     let step = format!("add the clsact qdisc to interface {index}");
     let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
-    let header = tcmsg(index, CLSACT_HANDLE, CLSACT, 0);
-    let add = Message::new(step, libc::RTM_NEWQDISC, flags, &header).text(libc::TCA_KIND, "clsact");
-    ignore(socket.request(add), &[libc::EEXIST])
+    Message::new(step, libc::RTM_NEWQDISC, flags, &tcmsg(index, CLSACT_HANDLE, CLSACT, 0))
+        .text(libc::TCA_KIND, "clsact")
+        .or(&[libc::EEXIST])
 }
 
 /// Takes the wire off a device, and the qdisc too unless somebody else's filter is on it.
@@ -86,7 +87,7 @@ pub fn detach(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
     let step = format!("detach the wire from interface {index}");
     let delete =
         Message::new(step, libc::RTM_DELTFILTER, 0, &filter(index)).text(libc::TCA_KIND, "bpf");
-    ignore(socket.request(delete), &GONE)?;
+    socket.request(delete.or(&GONE))?;
     for parent in [INGRESS, EGRESS] {
         if has_filters(socket, index, parent)? {
             return Ok(());
@@ -95,7 +96,7 @@ pub fn detach(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
     let step = format!("remove the clsact qdisc of interface {index}");
     let header = tcmsg(index, CLSACT_HANDLE, CLSACT, 0);
     let delete = Message::new(step, libc::RTM_DELQDISC, 0, &header).text(libc::TCA_KIND, "clsact");
-    ignore(socket.request(delete), &GONE)
+    socket.request(delete.or(&GONE))
 }
 
 /// Whether somebody's filters see what leaves a device.
@@ -108,14 +109,8 @@ fn has_filters(socket: &mut Socket, index: u32, parent: u32) -> Result<bool, Net
     let list = Message::new(step, libc::RTM_GETTFILTER, 0, &tcmsg(index, 0, parent, 0));
     match socket.dump(list) {
         Ok(filters) => Ok(!filters.is_empty()),
-        Err(error) => ignore(Err(error), &GONE).map(|()| false),
-    }
-}
-
-fn ignore(result: Result<(), NetlinkError>, fine: &[i32]) -> Result<(), NetlinkError> {
-    match result {
-        Err(error) if error.errno().is_some_and(|errno| fine.contains(&errno)) => Ok(()),
-        other => other,
+        Err(error) if error.errno().is_some_and(|errno| GONE.contains(&errno)) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

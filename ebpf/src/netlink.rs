@@ -77,6 +77,8 @@ pub struct Message {
     /// What it asks, for errors.
     step: String,
     bytes: Vec<u8>,
+    /// Refusals by which what is asked is so already.
+    fine: &'static [i32],
 }
 
 impl Message {
@@ -89,9 +91,15 @@ impl Message {
         bytes.extend_from_slice(&flags.to_ne_bytes());
         bytes.extend_from_slice(&[0; 8]);
         bytes.extend_from_slice(header);
-        let mut message = Self { step: step.into(), bytes };
+        let mut message = Self { step: step.into(), bytes, fine: &[] };
         message.pad();
         message
+    }
+
+    /// Takes a refusal with one of these numbers as done.
+    #[must_use]
+    pub fn or(self, fine: &'static [i32]) -> Self {
+        Self { fine, ..self }
     }
 
     /// Adds an attribute.
@@ -285,7 +293,7 @@ impl Socket {
             self.sequence = self.sequence.wrapping_add(1);
             message.finish(self.sequence, libc::NLM_F_ACK);
             bytes.append(&mut message.bytes);
-            steps.push(message.step);
+            steps.push((message.step, message.fine));
         }
         if steps.is_empty() {
             return Ok(());
@@ -296,10 +304,13 @@ impl Socket {
         while left > 0 {
             self.receive(|kind, flags, sequence, body| {
                 let step = steps.get(sequence.wrapping_sub(first) as usize);
-                if let (true, Some(step)) = (i32::from(kind) == libc::NLMSG_ERROR, step) {
+                if let (true, Some((step, fine))) = (i32::from(kind) == libc::NLMSG_ERROR, step) {
                     left = left.saturating_sub(1);
                     let answer = acknowledged(step, flags, body);
-                    if result.is_ok() {
+                    let is_fine = |errno| fine.contains(&errno);
+                    if result.is_ok()
+                        && !answer.as_ref().is_err_and(|e| e.errno().is_some_and(is_fine))
+                    {
                         result = answer;
                     }
                 }

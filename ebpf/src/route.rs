@@ -33,6 +33,11 @@ pub const LINK_TARGET_NETNS: u16 = 46;
 pub const LINK_NETNS_FD: u16 = 28;
 /// `IFLA_NEW_IFINDEX`: the index that a moved link gets (Linux 5.13).
 pub const LINK_NEW_INDEX: u16 = 49;
+/// `IFLA_AF_SPEC`.
+const LINK_FAMILIES: u16 = 26;
+/// `IFLA_INET6_ADDR_GEN_MODE`, and its value for none.
+const LINK_ADDRESS_MODE: u16 = 8;
+const NO_ADDRESS: u8 = 1;
 /// `IFA_ADDRESS`: the address, or its peer when there is a local one.
 pub const ADDRESS_ADDRESS: u16 = 1;
 /// `IFA_LOCAL`.
@@ -79,6 +84,19 @@ pub fn link(step: impl Into<String>, kind: u16, index: u32, up: bool) -> Message
     header[8..12].copy_from_slice(&flags.to_ne_bytes());
     header[12..16].copy_from_slice(&flags.to_ne_bytes());
     Message::new(step, kind, 0, &header)
+}
+
+/// A request that has the kernel give the link with `index` no IPv6 address of its own, without which it says
+/// nothing there. Fine where there is no IPv6.
+#[must_use]
+pub fn no_own_address(step: impl Into<String>, index: u32) -> Message {
+    link(step, libc::RTM_NEWLINK, index, false)
+        .nest(LINK_FAMILIES, |families| {
+            families.nest(libc::AF_INET6 as u16, |ipv6| {
+                ipv6.attribute(LINK_ADDRESS_MODE, &[NO_ADDRESS])
+            })
+        })
+        .or(&[libc::EAFNOSUPPORT])
 }
 
 /// A request that sets the link with `index` down.

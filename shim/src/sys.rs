@@ -374,6 +374,18 @@ pub(crate) fn set_command_line(text: &str) {
     }
 }
 
+/// Has the calling thread be run before all that is not as urgent, and in turn with what is, from now on; not what
+/// it starts.
+pub(crate) fn hurry() -> io::Result<()> {
+    let lowest = libc::sched_param { sched_priority: 1 };
+    let policy = libc::SCHED_RR | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: plain numbers; 0 is the calling thread.
+    match unsafe { libc::sched_setscheduler(0, policy, &raw const lowest) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Fills `buffer` from the kernel's generator (getrandom(2)); waits only right after the host's boot.
 pub(crate) fn random(buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;

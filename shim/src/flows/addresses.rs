@@ -5,12 +5,13 @@ use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use joey_ebpf::netlink::{NetlinkError, Socket};
 use joey_ebpf::policy::maps::{MapError, Maps};
 use tokio::io::unix::AsyncFd;
 
-use crate::host::net::{AdmissionError, own_addresses};
+use crate::host::net::{AdmissionError, Keeper, own_addresses};
 
 /// The addresses are not in the map.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +53,7 @@ pub async fn keep(bpf_dir: &Path) -> Result<std::convert::Infallible, AddressErr
         reason = "the socket owns its descriptor, which the new one asks for, unsafely"
     )]
     let mut changes = AsyncFd::new(Socket::addresses()?)?;
+    let mut keeper = None;
     loop {
         let own = own_addresses()?.into_iter().collect();
         let directory = bpf_dir.to_owned();
@@ -60,8 +62,23 @@ pub async fn keep(bpf_dir: &Path) -> Result<std::convert::Infallible, AddressErr
         if changed > 0 {
             tracing::info!(changed, "the node's own addresses");
         }
+        if keeper.is_none() {
+            keeper = become_keeper(bpf_dir).await?;
+        }
         let mut ready = changes.readable_mut().await?;
         ready.get_inner_mut().drain()?;
         ready.clear_ready();
     }
+}
+
+/// `None` if another process keeps them. Pods that start look in passing, a few microseconds each.
+async fn become_keeper(bpf_dir: &Path) -> io::Result<Option<Keeper>> {
+    const ATTEMPTS: usize = 100;
+    for _ in 0..ATTEMPTS {
+        if let Some(keeper) = Keeper::take(bpf_dir)? {
+            return Ok(Some(keeper));
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(None)
 }

@@ -11,34 +11,38 @@
 //! gets it. What is left in the end are filters that drop, which [`Wire::unplug`] removes knowing nothing
 //! but the namespace, and the pod's place in the policy (`admission.rs`).
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use joey_ebpf::netlink::{NetlinkError, Socket};
-use joey_ebpf::policy::abi::PodId;
-use joey_ebpf::{attach, policy, route, shape};
+use joey_ebpf::{attach, route, shape};
 use joey_protocol::api::Network;
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, setns};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::config::Config;
 use crate::net_limits::NetLimits;
 use crate::sandbox::record::PodNetwork;
 use crate::sys;
+use programs::Programs;
+use tap::{TAP, make_tap};
 
-pub use admission::{AdmissionError, Applicant, own_addresses};
+pub use admission::{AdmissionError, Applicant};
+pub use node::{Keeper, own_addresses};
+pub use tap::ParkedTap;
 
 mod admission;
+mod node;
+mod programs;
 mod read;
+mod tap;
 #[cfg(test)]
 mod tests;
 
-/// Name of the tap in the pod's namespace.
-const TAP: &str = "joey0";
 /// What the VM's device is called by hardware when the pod has no interface.
 const NO_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
 
@@ -108,61 +112,39 @@ pub struct Wire {
     index: Option<u32>,
     mac: [u8; 6],
     network: Network,
-    judged: Option<(Instant, Duration)>,
+    judged: Option<Judged>,
 }
 
-/// A tap that a VM has before its pod is known, in a namespace of its own that goes with it.
-#[derive(Debug)]
-pub struct ParkedTap {
-    tap: OwnedFd,
-    /// Speaks to the kernel inside that namespace, and keeps it.
-    place: Socket,
-    index: u32,
+/// What putting a pod under the policy took: its place there, and the programs on its devices. The part of
+/// [`Wire::plug`] that is not making the tap.
+#[derive(Debug, Clone, Copy)]
+pub struct Judged {
+    /// When it began.
+    pub begun: Instant,
+    /// How long it took.
+    pub took: Duration,
+    /// How long its thread had a processor meanwhile.
+    pub processor: Duration,
 }
 
-impl ParkedTap {
-    /// Makes the namespace and the tap.
-    pub fn make() -> Result<Self, NetError> {
-        let nowhere = Path::new("of a waiting VM");
-        let fail = move |step| {
-            move |source| NetError::Namespace { netns: nowhere.to_owned(), step, source }
-        };
-        let make = move || {
-            unshare(CloneFlags::CLONE_NEWNET).map_err(|error| fail("make")(error.into()))?;
-            let place = Socket::open()
-                .map_err(|source| NetError::Netlink { netns: nowhere.to_owned(), source })?;
-            let tap = make_tap(nowhere, None)?;
-            let index = nix::net::if_::if_nametoindex(TAP)
-                .map_err(|error| fail("look up its tap")(error.into()))?;
-            Ok(Self { tap, place, index })
-        };
-        // Only the thread changes its namespace, and it ends here.
-        std::thread::spawn(make)
-            .join()
-            .unwrap_or_else(|_| Err(fail("make")(io::Error::other("the thread panicked"))))
+/// The beginning of a [`Judged`].
+struct Begun(Instant, Duration);
+
+impl Begun {
+    fn now() -> Self {
+        Self(Instant::now(), processor_time())
     }
 
-    /// A descriptor of the tap, for the VMM.
-    pub fn descriptor(&self) -> io::Result<OwnedFd> {
-        self.tap.try_clone()
+    fn judged(&self) -> Judged {
+        let Self(begun, processor) = *self;
+        let processor = processor_time().saturating_sub(processor);
+        Judged { begun, took: begun.elapsed(), processor }
     }
+}
 
-    /// Moves the tap into the pod's namespace `file`, in which the calling thread is.
-    fn enter(mut self, netns: &Path, file: &File, index: Option<u32>) -> Result<OwnedFd, NetError> {
-        let descriptor = u32::try_from(file.as_raw_fd()).unwrap_or(u32::MAX);
-        let link = route::link("move the tap here", libc::RTM_NEWLINK, self.index, false)
-            .number(route::LINK_NETNS_FD, descriptor);
-        let link = index.into_iter().fold(link, |it, new| it.number(route::LINK_NEW_INDEX, new));
-        self.place
-            .request(link)
-            .map_err(|source| NetError::Netlink { netns: netns.to_owned(), source })?;
-        silence_tap().map_err(|source| NetError::Tap {
-            netns: netns.to_owned(),
-            step: "disable IPv6 on the host's side",
-            source,
-        })?;
-        Ok(self.tap)
-    }
+/// How long the calling thread has had a processor.
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 impl Wire {
@@ -186,13 +168,19 @@ impl Wire {
         }
         let programs = Programs::open(config)?;
         let admission = |source| NetError::Admission { netns: netns.to_owned(), source };
-        let begun = Instant::now();
+        let begun = Begun::now();
         let node = match programs {
-            Programs::Wire(_) => Vec::new(),
-            Programs::Policy(_) => own_addresses().map_err(admission)?,
+            Programs::Policy(_) if !node::are_kept(&config.bpf_dir) => {
+                own_addresses().map_err(admission)?
+            }
+            _ => Vec::new(),
         };
-        let before = begun.elapsed();
+        let before = begun.judged();
         inside(netns, |place, file| {
+            // The thread computes for less than a millisecond, and while it has the kernel's lock on network
+            // devices and no processor, all other pods of the node wait. A kernel that gives its group no time
+            // for this refuses: then it takes longer.
+            let _ = sys::hurry();
             let netlink = |source| NetError::Netlink { netns: netns.to_owned(), source };
             let pod = read::pod(place, netns)?;
             if let Some(old) = pod.tap {
@@ -209,7 +197,7 @@ impl Wire {
                 let network = Network::new();
                 return Ok(Self { netns, tap, index, mac: NO_MAC, network, judged: None });
             };
-            let begun = Instant::now();
+            let begun = Begun::now();
             let id = match programs {
                 Programs::Wire(_) => 0,
                 Programs::Policy(_) => {
@@ -224,7 +212,10 @@ impl Wire {
                 let _ = attach::detach(place, interface.index);
                 return Err(netlink(error));
             }
-            let judged = Some((begun, before + begun.elapsed()));
+            let mut judged = begun.judged();
+            judged.took += before.took;
+            judged.processor += before.processor;
+            let judged = Some(judged);
             Ok(Self { netns, tap, index, mac: interface.mac, network: pod.network, judged })
         })
     }
@@ -300,10 +291,9 @@ impl Wire {
         self.network.clone()
     }
 
-    /// When the pod's place in the policy and its programs were put there, and how long that took: the part of
-    /// [`Wire::plug`] that is not making the tap. `None` where there is nothing to judge.
+    /// What putting the pod under the policy took. `None` where there is nothing to judge.
     #[must_use]
-    pub fn judged(&self) -> Option<(Instant, Duration)> {
+    pub fn judged(&self) -> Option<Judged> {
         self.judged
     }
 
@@ -374,94 +364,4 @@ fn inside<T: Send>(
             .join()
             .unwrap_or_else(|_| Err(fail("work inside")(io::Error::other("the thread panicked"))))
     })
-}
-
-/// Makes the tap, silent: the host's own stack must never speak on it.
-fn make_tap(netns: &Path, index: Option<u32>) -> Result<OwnedFd, NetError> {
-    let fail = |step| move |source| NetError::Tap { netns: netns.to_owned(), step, source };
-    let tun = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .map_err(fail("open /dev/net/tun"))?;
-    if let Some(index) = index {
-        sys::set_tap_index(tun.as_fd(), index).map_err(fail("choose its index"))?;
-    }
-    sys::make_tap(tun.as_fd(), TAP).map_err(fail("create"))?;
-    silence_tap().map_err(fail("disable IPv6 on the host's side"))?;
-    Ok(tun.into())
-}
-
-/// Keeps the host's own IPv6 off the tap of the thread's namespace.
-fn silence_tap() -> io::Result<()> {
-    match fs::write(format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6"), "1") {
-        // A host without IPv6.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
-
-/// The pinned programs that join a pod's two devices.
-#[derive(Debug)]
-enum Programs {
-    /// One for both, which lets everything pass.
-    Wire(OwnedFd),
-    /// Those that judge.
-    Policy(policy::attach::Programs),
-}
-
-impl Programs {
-    /// Opens them; Joey's tool loads them when this node has not got them yet.
-    fn open(config: &Config) -> Result<Self, NetError> {
-        let dir = &config.bpf_dir;
-        let fail = |reason: String| NetError::Program { dir: dir.clone(), reason };
-        let open = || match config.isolation {
-            true => policy::attach::open(dir).map(Self::Policy),
-            false => attach::open(dir).map(Self::Wire),
-        };
-        match open() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            other => return other.map_err(|error| fail(error.to_string())),
-        }
-        let joey = config.joey().map_err(|error| fail(format!("find the tool `joey`: {error}")))?;
-        let mut command = Command::new(&joey);
-        if let Some(file) = &config.file {
-            command.arg("--config").arg(file);
-        }
-        let output = command.args(["ebpf", "load", "--json"]).output();
-        let command = format!("{} ebpf load", joey.display());
-        let output = output.map_err(|error| fail(format!("run `{command}`: {error}")))?;
-        if !output.status.success() {
-            let words = String::from_utf8_lossy(&output.stderr);
-            return Err(fail(format!("`{command}` failed ({}): {}", output.status, words.trim())));
-        }
-        open().map_err(|error| {
-            fail(format!(
-                "not there after `{command}`, which may read another configuration: {error}"
-            ))
-        })
-    }
-
-    /// Puts them on a pod's interface and its tap.
-    fn join(
-        &self,
-        place: &mut Socket,
-        index: u32,
-        mtu: u32,
-        id: PodId,
-    ) -> Result<(), NetlinkError> {
-        let tap = attach::partner(index);
-        let size = route::link("set the tap's MTU", libc::RTM_NEWLINK, tap, false);
-        place.request(size.number(route::LINK_MTU, mtu))?;
-        for device in [tap, index] {
-            attach::carry(place, device)?;
-        }
-        place.batch(match self {
-            Self::Wire(program) => [tap, index].map(|device| attach::attach(device, program)),
-            Self::Policy(programs) => [
-                policy::attach::attach(tap, programs.from_vm.as_fd(), id),
-                policy::attach::attach(index, programs.to_vm.as_fd(), id),
-            ],
-        })
-    }
 }

@@ -268,8 +268,7 @@ impl Handle {
             record.cgroups.clone_from(&cgroups);
         })?;
         cgroup::create(&cgroups)
-            .and_then(|()| cgroup::join(&cgroups))
-            .map_err(|error| SandboxError::host(id, "enter the pod's cgroup", error))?;
+            .map_err(|error| SandboxError::host(id, "make the pod's cgroup", error))?;
         let standby = self.standby(sizing);
         let (machine, tap) = match standby {
             None => (None, None),
@@ -300,14 +299,18 @@ impl Handle {
             .map(|netns| Wire::plug(netns, config, tap, &applicant, record))
             .transpose()
             .map_err(|error| SandboxError::host(id, "join the pod's network to its VM", error))?;
-        if let Some((start, took)) = wire.as_ref().and_then(Wire::judged) {
-            self.0.timeline.part("policy", start, took);
+        if let Some(judged) = wire.as_ref().and_then(Wire::judged) {
+            self.0.timeline.part("policy", judged.begun, judged.took);
         }
         if limits != NetLimits::default() {
             self.limit_network(limits)?;
         }
         self.0.timeline.host("wire", "", start);
         failpoint::hold(&config.run_dir, "start.attached");
+        // Not before: whoever has the kernel's lock on network devices while it must not run, because its pod has
+        // used up what it may, keeps all other pods of the node waiting.
+        cgroup::join(&cgroups)
+            .map_err(|error| SandboxError::host(id, "enter the pod's cgroup", error))?;
         Ok(Wired { wire, machine, sizing, disk_mib, cgroups })
     }
 

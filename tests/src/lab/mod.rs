@@ -24,7 +24,8 @@ use anyhow::{Context as _, Result};
 use joey_ebpf::policy::abi::{Identity, Ports, Prefix, Rule, Scope};
 use joey_ebpf::policy::maps::{Lock, Maps};
 use joey_shim::config::Config;
-use joey_shim::host::net::{Applicant, Wire};
+use joey_shim::flows::addresses;
+use joey_shim::host::net::{Applicant, Keeper, Wire, own_addresses};
 use joey_shim::net_limits::NetLimits;
 use joey_shim::sandbox::record::PodNetwork;
 use tempfile::TempDir;
@@ -183,6 +184,13 @@ impl Lab {
         let wire = self.node.inside(|| Ok(Wire::plug(&netns, config, None, &who, record)?));
         pod.place = place;
         wire
+    }
+
+    /// Keeps the node's own addresses in the policy, as the node's daemon does, as long as the result lives.
+    pub fn keep_addresses(&self) -> Result<Keeper> {
+        let own = self.node.inside(|| Ok(own_addresses()?))?;
+        addresses::put(&self.bpf_dir(), &own.into_iter().collect())?;
+        Keeper::take(&self.bpf_dir())?.context("somebody keeps the node's addresses")
     }
 
     /// Has the node's policy let the peer and these pods open anything to each other, pods between each other

@@ -8,8 +8,9 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::abi::{
@@ -23,8 +24,8 @@ mod by_hand;
 mod map;
 mod pins;
 
-use map::Map;
 pub use map::MapError;
+use map::{Map, Source};
 pub use pins::{Lock, directory, others};
 
 /// `BPF_NOEXIST`, a flag of map updates.
@@ -81,28 +82,47 @@ impl Maps {
         Self::with(|name| sys::open_pin(&directory.join(name)))
     }
 
+    /// The pinned ones for who needs but a few of them, once: each is opened when it is used.
+    ///
+    /// # Errors
+    /// As [`Maps::open`].
+    pub fn open_few(bpf_dir: &Path) -> io::Result<Self> {
+        let directory: Arc<Path> = directory(bpf_dir).into();
+        // One that every use needs, and that tells whether there are any.
+        let mut pods = Some(sys::open_pin(&directory.join("pods"))?);
+        Self::from(|name| match (name, pods.take()) {
+            ("pods", Some(fd)) => Ok(Source::Open(fd)),
+            _ => Ok(Source::Pinned(Arc::clone(&directory))),
+        })
+    }
+
     /// Those that `open` gives by name.
     pub(super) fn with(open: impl Fn(&'static str) -> io::Result<OwnedFd>) -> io::Result<Self> {
+        Self::from(|name| open(name).map(Source::Open))
+    }
+
+    fn from(mut source: impl FnMut(&'static str) -> io::Result<Source>) -> io::Result<Self> {
         fn map<const K: usize, const V: usize>(
             name: &'static str,
-            open: &impl Fn(&'static str) -> io::Result<OwnedFd>,
+            source: &mut impl FnMut(&'static str) -> io::Result<Source>,
         ) -> io::Result<Map<K, V>> {
-            Ok(Map { name, fd: open(name)? })
+            source(name).map(|source| Map::of(name, source))
         }
+        let source = &mut source;
         Ok(Self {
-            pods: map("pods", &open)?,
-            addresses: map("addresses", &open)?,
-            active: map("active", &open)?,
-            locals: map("locals", &open)?,
-            identities: map("identities", &open)?,
-            spaces: map("spaces", &open)?,
-            rules: map("rules", &open)?,
-            flows: map("flows", &open)?,
-            denials: map("denials", &open)?,
-            limits: map("limits", &open)?,
-            counters: map("counters", &open)?,
-            totals: map("totals", &open)?,
-            names: map("names", &open)?,
+            pods: map("pods", source)?,
+            addresses: map("addresses", source)?,
+            active: map("active", source)?,
+            locals: map("locals", source)?,
+            identities: map("identities", source)?,
+            spaces: map("spaces", source)?,
+            rules: map("rules", source)?,
+            flows: map("flows", source)?,
+            denials: map("denials", source)?,
+            limits: map("limits", source)?,
+            counters: map("counters", source)?,
+            totals: map("totals", source)?,
+            names: map("names", source)?,
             cpus: possible_cpus()?,
         })
     }
@@ -137,7 +157,7 @@ impl Maps {
     /// killed process left of the rest is found by it.
     pub fn add_pod(&self, id: PodId, pod: &Pod, own: &[IpAddr]) -> Result<bool, MapError> {
         let key = pod_key(id).to_ne_bytes();
-        match sys::map::put(self.pods.fd.as_fd(), &key, &pod.encode(own), NO_EXIST) {
+        match sys::map::put(self.pods.fd()?, &key, &pod.encode(own), NO_EXIST) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
             other => other.map_err(self.pods.fail("add a pod"))?,
         }
@@ -240,10 +260,9 @@ impl Maps {
     pub fn put_node_addresses(&self, addresses: &[IpAddr]) -> Result<(), MapError> {
         let node = Local { name: 0, tenant: 0, pod: 0 }.encode();
         let mut changed = false;
-        let known = self.locals()?;
-        for address in addresses.iter().filter(|address| !known.contains_key(address)) {
+        for address in addresses {
             let key = local_key(*address);
-            match sys::map::put(self.locals.fd.as_fd(), &key, &node, NO_EXIST) {
+            match sys::map::put(self.locals.fd()?, &key, &node, NO_EXIST) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 other => {
                     other.map_err(self.locals.fail("add the node's address"))?;
@@ -347,7 +366,8 @@ impl Maps {
     fn table(&self, table: u32) -> Result<Option<Map<44, 56>>, MapError> {
         let Some(id) = self.flows.get(&table.to_ne_bytes())? else { return Ok(None) };
         let fd = sys::map::by_id(u32::from_ne_bytes(id));
-        Ok(Some(Map { name: "flows", fd: fd.map_err(self.flows.fail("open a table"))? }))
+        let fd = fd.map_err(self.flows.fail("open a table"))?;
+        Ok(Some(Map::of("flows", Source::Open(fd))))
     }
 
     /// Flows in a table, those whose time is over among them.
@@ -395,7 +415,7 @@ impl Maps {
     fn put_counters(&self, id: PodId) -> Result<(), MapError> {
         let zero = vec![0; Counters::SIZE * self.cpus];
         let key = pod_key(id).to_ne_bytes();
-        match sys::map::put(self.counters.fd.as_fd(), &key, &zero, NO_EXIST) {
+        match sys::map::put(self.counters.fd()?, &key, &zero, NO_EXIST) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other.map_err(self.counters.fail("write")),
         }
@@ -410,7 +430,7 @@ impl Maps {
     pub fn counters(&self, id: PodId) -> Result<Option<Counters>, MapError> {
         let mut bytes = vec![0; Counters::SIZE * self.cpus];
         let key = pod_key(id).to_ne_bytes();
-        let found = sys::map::get(self.counters.fd.as_fd(), &key, &mut bytes);
+        let found = sys::map::get(self.counters.fd()?, &key, &mut bytes);
         if !found.map_err(self.counters.fail("read"))? {
             return Ok(None);
         }

@@ -138,7 +138,7 @@ fn judged_on_devices() {
     world.apply();
     let World { mut policy, model, .. } = world;
     for (sender, index) in [(Side::Vm, partner(ETH0)), (Side::Peer, ETH0)] {
-        carry(&mut netlink, index).unwrap();
+        netlink.request(carry(index)).unwrap();
         let program = policy.classifier(sender).unwrap().fd().unwrap().as_fd();
         netlink.request(attach(index, program, POD_ID)).unwrap();
     }

@@ -9,12 +9,11 @@ use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
-use joey_ebpf::netlink::Socket;
 use joey_ebpf::policy::abi::{Limit, OtherEnd, Pod, PodId, name_digest};
 use joey_ebpf::policy::maps::{Lock, MapError, Maps, directory};
 use nix::time::{ClockId, clock_gettime};
 
-use super::read::{self, PodInterface};
+use super::read::PodInterface;
 use crate::net_limits::NetLimits;
 use crate::sandbox::record::PodNetwork;
 
@@ -57,7 +56,7 @@ fn open(bpf_dir: &Path) -> Result<(Maps, Lock), AdmissionError> {
 
 fn maps(bpf_dir: &Path) -> Result<Maps, AdmissionError> {
     let (dir, step) = (bpf_dir.to_owned(), "open its maps");
-    Maps::open(bpf_dir).map_err(|source| AdmissionError::Policy { dir, step, source })
+    Maps::open_few(bpf_dir).map_err(|source| AdmissionError::Policy { dir, step, source })
 }
 
 fn lock(bpf_dir: &Path) -> Result<Lock, AdmissionError> {
@@ -167,21 +166,6 @@ fn change(
         pod if pod == old => Ok(()),
         pod => Ok(maps.change_pod(&lock, place.id, &pod, &place.addresses)?),
     }
-}
-
-/// The addresses of the namespace that the calling thread is in, but those that only it can use.
-///
-/// # Errors
-/// The kernel does not list them.
-pub fn own_addresses() -> Result<Vec<IpAddr>, AdmissionError> {
-    let fail = |error: &dyn std::fmt::Display| AdmissionError::Addresses(error.to_string());
-    let mut socket = Socket::open().map_err(|error| fail(&error))?;
-    let addresses = read::addresses(&mut socket).map_err(|error| fail(&error))?;
-    let mut own: Vec<IpAddr> = addresses.into_iter().filter(|ip| !ip.is_loopback()).collect();
-    // The devices of many pods may have one and the same.
-    own.sort_unstable();
-    own.dedup();
-    Ok(own)
 }
 
 /// The address that the guest's kernel makes of the hardware address (RFC 4291, appendix A).

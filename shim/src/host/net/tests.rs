@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::*;
 
 mod direct;
+mod plug;
 
 static LABS: AtomicU32 = AtomicU32::new(0);
 
@@ -142,7 +143,6 @@ fn start_guest(lab: &Lab, wire: &Wire) -> OwnedFd {
     let network = wire.network();
     let interface = &network.interfaces[0];
     lab.ip("g", &format!("link set {TAP} address {mac} mtu {} name eth0", interface.mtu));
-    run(&format!("ip netns exec {} sysctl -qw net.ipv6.conf.eth0.disable_ipv6=0", lab.name("g")));
     lab.ip("g", "link set eth0 up");
     lab.ip("g", "addr add 10.9.0.2/24 dev eth0");
     lab.ip("g", "addr add fd09::2/64 dev eth0 nodad");

@@ -94,6 +94,8 @@ pub fn net(
         ("joey+flood_pod", "joey"),
         ("joey+flood_pod", "joey+busy+busy"),
         ("joey+flooded_limited", "joey"),
+        ("joey+no_daemon", "joey"),
+        ("joey+1000_a_minute", "joey"),
         ("joey+50_at_once", "joey"),
     ];
     Ok(samples.report("net", &machine(), &pairs))
