@@ -132,7 +132,7 @@ impl Default for Config {
             qemu: None,
             bpf_dir: "/sys/fs/bpf/joey".into(),
             isolation: true,
-            direct: true,
+            direct: false,
             tenant_annotations: tenant::default_annotations(),
             joey: None,
             jail_first_id: 1_900_000_000,

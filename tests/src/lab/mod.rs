@@ -51,8 +51,8 @@ const OUTSIDE: &str = "outside";
 pub enum Join {
     /// By Joey, under the node's policy.
     Policy,
-    /// The same with `direct = false`: every frame passes the pod's interface.
-    Indirect,
+    /// The same with `direct = true`: what goes to the node does not pass the pod's interface.
+    Direct,
     /// By Joey with `isolation = false`: every packet passes.
     Wire,
     /// As Kata's model `tcfilter` does: a filter on each that matches everything and redirects it.
@@ -121,8 +121,8 @@ impl Lab {
         Config {
             bpf_dir: self.bpf_dir(),
             state_dir: self.state.path().to_owned(),
-            isolation: matches!(join, Join::Policy | Join::Indirect),
-            direct: join == Join::Policy,
+            isolation: matches!(join, Join::Policy | Join::Direct),
+            direct: join == Join::Direct,
             joey: Some(crate::paths::joey()),
             file: Some(self.file()),
             ..Config::default()
@@ -160,7 +160,7 @@ impl Lab {
     pub fn plug(&self, pod: &mut Pod, join: Join) -> Result<()> {
         let tap = match join {
             Join::Mirred => pod.redirect()?,
-            Join::Policy | Join::Indirect | Join::Wire => {
+            Join::Policy | Join::Direct | Join::Wire => {
                 let wire = self.wire(pod, &self.config(join))?;
                 wire.open()?;
                 let tap = wire.tap_fd()?;

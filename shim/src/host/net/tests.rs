@@ -59,7 +59,7 @@ impl Lab {
         let bpf = tempfile::tempdir().unwrap();
         run(&format!("mount -t bpf bpf {}", bpf.path().display()));
         let bpf_dir = bpf.path().join("joey");
-        let config = Config { bpf_dir, isolation: false, ..Config::default() };
+        let config = Config { bpf_dir, isolation: false, direct: true, ..Config::default() };
         joey_ebpf::loader::load(&config.bpf_dir, || Ok(())).unwrap();
         for role in ["n", "p", "g"] {
             run(&format!("ip netns add {tag}{role}"));

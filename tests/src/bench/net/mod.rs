@@ -1,6 +1,6 @@
 //! `bench net`: the pod's wire in a lab of network namespaces ([`crate::lab`]), and between real pods.
 //!
-//! Subjects: `joey` (policy, flows and counters), `joey+indirect` (`direct = false`: the same by way of the pod's
+//! Subjects: `joey` (policy, flows and counters), `joey+direct` (`direct = true`: the same past the pod's
 //! interface), `joey+wire` (`isolation = false`: every packet is redirected unseen) and `kata-tcfilter` (the filters
 //! that Kata's default network model makes), by turns in one run.
 
@@ -78,9 +78,9 @@ pub fn net(
     let pairs = [
         ("joey", "joey+wire"),
         ("joey", "kata-tcfilter"),
-        ("joey", "joey+indirect"),
-        ("joey+indirect", "joey+wire"),
-        ("joey+indirect", "kata-tcfilter"),
+        ("joey+direct", "joey"),
+        ("joey+direct", "joey+wire"),
+        ("joey+direct", "kata-tcfilter"),
         ("joey+wire", "kata-tcfilter"),
         ("joey", "runc"),
         ("joey+busy", "joey"),

@@ -15,7 +15,7 @@ use crate::lab::{Join, Lab, PEER, Pod};
 /// The subjects.
 const SUBJECTS: [(&str, Join); 4] = [
     ("joey", Join::Policy),
-    ("joey+indirect", Join::Indirect),
+    ("joey+direct", Join::Direct),
     ("joey+wire", Join::Wire),
     ("kata-tcfilter", Join::Mirred),
 ];

@@ -112,7 +112,7 @@ fn frames_pass_an_interface_that_somebody_else_uses() {
 }
 
 #[test]
-fn frames_pass_the_interface_if_the_operator_says_so() {
+fn frames_pass_the_interface_unless_the_operator_says_so() {
     let Some(mut lab) = Lab::with_interface() else { return };
     lab.config.direct = false;
     let pod = Joined::new(lab);
