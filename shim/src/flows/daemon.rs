@@ -1,5 +1,5 @@
 //! `joey network serve`: reads the ring of events, keeps the book, serves the socket and the metrics, and keeps the
-//! node's own addresses in the policy. Enforcement depends on none of it.
+//! policy's addresses those of the node and of pods that are there. Enforcement depends on none of it.
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -22,6 +22,7 @@ use super::addresses;
 use super::book::{Book, Clock, PAST, Sweep};
 use super::metrics::{self, Sample, Told};
 use super::names::{Names, Places};
+use super::places;
 use super::server::{Hub, MAX_LINE};
 use crate::config::Config;
 use crate::policy::apply::apply;
@@ -86,8 +87,9 @@ pub async fn serve(config: Config, metrics: Option<&str>) -> Result<()> {
     let socket = config.run_dir.join(SOCKET);
     let listener = listen(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     let book = Arc::new(Mutex::new(Book::new(clock, PAST, names)));
+    let applied = config.clone();
     let change = move |change| {
-        apply(&config, change).map(|applied| applied.epoch).map_err(|error| error.to_string())
+        apply(&applied, change).map(|applied| applied.epoch).map_err(|error| error.to_string())
     };
     let hub = Hub::new(book, MAX_LINE, Arc::new(change));
     let seen = Arc::new(Told::default());
@@ -102,6 +104,7 @@ pub async fn serve(config: Config, metrics: Option<&str>) -> Result<()> {
         () = sweep(maps, hub.clone()) => Ok(()),
         () = hub.clone().serve(listener) => Ok(()),
         () = keep_addresses(&bpf_dir) => Ok(()),
+        () = places::keep(config) => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     }

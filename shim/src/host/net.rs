@@ -31,9 +31,11 @@ use crate::sandbox::record::PodNetwork;
 use crate::sys;
 
 pub use admission::{AdmissionError, Applicant, own_addresses};
+pub use strays::{Strays, shims};
 
 mod admission;
 mod read;
+mod strays;
 #[cfg(test)]
 mod tests;
 

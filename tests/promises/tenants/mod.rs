@@ -2,6 +2,7 @@
 //! of it seen.
 
 mod gaps;
+mod orphans;
 mod policy;
 mod seeing;
 mod spoofing;
@@ -28,6 +29,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "tenants::no_gap_by_kills", run: gaps::by_kills },
     Test { name: "tenants::no_gap_at_each_step", run: gaps::at_each_step },
     Test { name: "tenants::no_gap_after_a_boot", run: gaps::after_a_boot },
+    Test { name: "tenants::orphans_collected", run: orphans::collected },
     Test { name: "tenants::counted_as_captured", run: seeing::counted_as_captured },
     Test { name: "tenants::flows", run: seeing::flows },
     Test { name: "tenants::limits", run: seeing::limits },

@@ -220,6 +220,12 @@ pub fn address_key(pod: PodId, ip: IpAddr) -> [u8; 24] {
     fields.put(u32::from(family).to_ne_bytes()).put(words).bytes
 }
 
+/// The pod and the address in a key of `addresses`.
+#[must_use]
+pub fn address_of(key: &[u8; 24]) -> (PodId, IpAddr) {
+    (pod_id(part(key, 0)), local_address(&part(key, 4)))
+}
+
 /// Key of `locals`.
 #[must_use]
 pub fn local_key(ip: IpAddr) -> [u8; 20] {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::abi::{
     Active, Counters, Denied, Flow, FlowKey, Identity, Limit, Local, Pod, PodId, Prefix, Rule,
-    TABLES, Tenant, address_key, local_address, local_key, pod_key, space_key,
+    TABLES, Tenant, address_key, address_of, local_address, local_key, pod_key, space_key,
 };
 use crate::sys;
 
@@ -202,6 +202,12 @@ impl Maps {
     pub fn pod(&self, id: PodId) -> Result<Option<Pod>, MapError> {
         let pod = self.pods.get(&pod_key(id).to_ne_bytes())?;
         Ok(pod.map(|bytes| Pod::decode(&bytes)))
+    }
+
+    /// The addresses that a pod has.
+    pub fn addresses(&self, id: PodId) -> Result<Vec<IpAddr>, MapError> {
+        let all = self.addresses.entries()?.into_iter().map(|(key, _)| address_of(&key));
+        Ok(all.filter(|(pod, _)| *pod == id).map(|(_, address)| address).collect())
     }
 
     /// All pods.

@@ -16,6 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::*;
 
+mod places;
+
 static LABS: AtomicU32 = AtomicU32::new(0);
 
 fn try_run(command: &str) -> Result<String, String> {
