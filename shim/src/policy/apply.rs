@@ -180,6 +180,7 @@ pub(super) fn on(
     let active = maps.active()?.epoch;
     // Whoever was killed left entries of an epoch that never came.
     maps.keep_only(lock, active)?;
+    maps.spare_names(lock)?;
     let (of_policy, of_identities, again) = match &change {
         Change::Restore => (true, true, true),
         Change::Policy(_) => (true, false, false),

@@ -14,7 +14,7 @@ mod rule;
 pub use flow::{Counters, Denied, Event, EventKind, Flow, FlowKey, FragmentKey, REASONS, State};
 pub use rule::{
     Active, ISOLATED_EGRESS, ISOLATED_INGRESS, Identity, NODE, Ports, Prefix, Rule, Scope,
-    space_key,
+    identity_tenant, rule_tenants, space_key, space_of,
 };
 
 /// Number of a pod on this node: the classid of its filters, so 16 bits. 0 is no pod.

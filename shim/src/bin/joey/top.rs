@@ -37,7 +37,7 @@ pub(crate) fn run(config: &Config, top: &Top, json: bool) -> Result<()> {
     });
     let mut last: Option<(Instant, HashMap<String, [u64; 2]>)> = None;
     loop {
-        let sample = Sample::read(&maps, &mut names)?;
+        let sample = Sample::read(&maps, |pods| names.pods(pods))?;
         let now = Instant::now();
         let elapsed = last.as_ref().map(|(then, _)| now - *then);
         let before = last.as_ref().map(|(_, bytes)| bytes);

@@ -1,6 +1,7 @@
 //! Places in the policy, given back by those who find them.
 
-use joey_ebpf::policy::maps::Maps;
+use joey_ebpf::policy::abi::{Identity, Ports, Prefix, Rule, Scope};
+use joey_ebpf::policy::maps::{KEPT, Lock, Maps};
 
 use super::super::admission::{admit, dismiss};
 use super::*;
@@ -8,10 +9,15 @@ use crate::sandbox::record::{ProcessId, Record, directory};
 
 const NONE: [PodId; 0] = [];
 
+fn applicant(namespace: &str) -> Applicant {
+    let pod = Some((namespace.to_owned(), "pod".to_owned()));
+    Applicant { tenant: namespace.to_owned(), pod }
+}
+
 /// Takes a place, and has a record of it below `run_dir`.
 fn admitted(lab: &Lab, run_dir: &Path, name: &str, last: u8) -> PodNetwork {
     let (dir, own) = (&lab.config.bpf_dir, vec![Ipv4Addr::new(10, 9, 1, last).into()]);
-    let who = Applicant { tenant: name.to_owned(), pod: Some((name.to_owned(), "pod".to_owned())) };
+    let who = applicant(name);
     let mut place = None;
     let record = |taken: &PodNetwork| {
         place = Some(taken.clone());
@@ -61,4 +67,85 @@ fn a_place_without_a_record_is_given_back_and_no_other() {
     assert_eq!(next.id, lost.id);
     dismiss(&lost).unwrap();
     assert_eq!(there(), (vec![kept.id, next.id], 2));
+}
+
+/// Admits and dismisses a pod of this namespace.
+fn passing(lab: &Lab, namespace: &str) {
+    let dir = &lab.config.bpf_dir;
+    let mut place = None;
+    let record = |taken: &PodNetwork| {
+        place = Some(taken.clone());
+        Ok(())
+    };
+    let own = vec![Ipv4Addr::new(10, 9, 3, 1).into()];
+    admit(dir, &applicant(namespace), [2; 6], own, &[], record).unwrap();
+    let place = place.unwrap();
+    dismiss(&place).unwrap();
+}
+
+#[test]
+fn namespaces_that_come_and_go_do_not_use_up_the_names() {
+    let Some(lab) = Lab::new() else { return };
+    let (run, dir) = (tempfile::tempdir().unwrap(), &lab.config.bpf_dir);
+    let maps = Maps::open(dir).unwrap();
+    // Used by a pod, an identity, a rule and the policy of a namespace.
+    admitted(&lab, run.path(), "pods", 1);
+    let used = ["pods", "peers", "opens", "opened", "isolated"];
+    {
+        let lock = Lock::take(dir).unwrap();
+        let number = |name: &str| maps.number_of(&lock, name).unwrap();
+        let epoch = maps.active().unwrap().epoch;
+        let address = Ipv4Addr::new(10, 9, 2, 1).into();
+        let identity = Identity { tenant: number("peers"), ..Identity::default() };
+        maps.put_identity(epoch, Prefix { address, bits: 32 }, identity).unwrap();
+        let scope = Scope::Tenants { from: number("opens"), to: number("opened") };
+        maps.put_rule(epoch, &Rule { scope, ports: Ports::Any }).unwrap();
+        maps.put_space(epoch, number("isolated"), 7).unwrap();
+    }
+    let numbers = || used.map(|name| maps.known_number(name).unwrap());
+    let before = numbers();
+    assert!(before.iter().all(Option::is_some));
+    let begun = Instant::now();
+    for number in 0..70_000 {
+        passing(&lab, &format!("short-{number}"));
+    }
+    println!("70,000 short-lived namespaces: {:?}", begun.elapsed());
+    assert_eq!(numbers(), before);
+    let names = maps.names().unwrap();
+    assert!(names.len() <= 2 * KEPT as usize + used.len(), "{} names are left", names.len());
+    assert!(maps.known_number("short-69999").unwrap().is_some());
+    // One that comes again is another.
+    assert_eq!(maps.known_number("short-0").unwrap(), None);
+    passing(&lab, "short-0");
+    assert!(maps.known_number("short-0").unwrap() > before.into_iter().max().unwrap());
+}
+
+#[test]
+fn a_name_that_is_forgotten_while_its_pod_starts_is_known_again() {
+    let Some(lab) = Lab::new() else { return };
+    let dir = &lab.config.bpf_dir;
+    let maps = Maps::open(dir).unwrap();
+    let mut places = Vec::new();
+    let record = |taken: &PodNetwork| {
+        // Between looking up the numbers and taking the place.
+        if places.is_empty() {
+            let forgotten = maps.forget_names(&Lock::take(dir).unwrap(), 0).unwrap();
+            assert_eq!(forgotten, 2);
+        }
+        places.push(taken.clone());
+        Ok(())
+    };
+    let who = Applicant { tenant: "blue".to_owned(), ..applicant("web") };
+    let id =
+        admit(dir, &who, [2; 6], vec![Ipv4Addr::new(10, 9, 3, 1).into()], &[], record).unwrap();
+    assert_eq!(places.len(), 2);
+    let pod = maps.pod(id).unwrap().unwrap();
+    assert_eq!(maps.known_number("blue").unwrap(), Some(pod.tenant));
+    assert_eq!(maps.known_number("web").unwrap(), Some(pod.space));
+    assert_eq!(maps.pods().unwrap().len(), 1);
+    // And while it is there they are kept.
+    assert_eq!(maps.forget_names(&Lock::take(dir).unwrap(), 0).unwrap(), 0);
+    dismiss(&places[1]).unwrap();
+    assert_eq!(maps.forget_names(&Lock::take(dir).unwrap(), 0).unwrap(), 2);
+    assert!(maps.names().unwrap().is_empty());
 }
