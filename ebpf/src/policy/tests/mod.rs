@@ -24,6 +24,7 @@ mod limit;
 mod link;
 mod names;
 mod narrow;
+mod race;
 mod random;
 mod replies;
 mod shape;
