@@ -248,7 +248,7 @@ mod tests {
         );
         assert_eq!(rates[2], ["red/new", "red", "-", "-", "-", "-", "-", "0"]);
         assert_eq!(
-            rates[3][6..],
+            rates[3][5..],
             ["1.00M", "8.00k", "2.00M", "0", "15", "40", "Tenant"].map(str::to_owned)[..]
         );
         let totals = words(&table(&now, None));

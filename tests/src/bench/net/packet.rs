@@ -25,7 +25,7 @@ pub(super) fn measure(runs: usize, samples: &mut Samples) -> Result<()> {
     let mut first = lab.pod(1)?;
     lab.wire(&mut first, &config)?;
     let lock = Lock::take(&config.bpf_dir).context("lock the policy")?;
-    let mut policy = Policy::load_to_run()?;
+    let policy = Policy::load_to_run()?;
     let pod = Pod { since: 0, name: 0, tenant: 1, space: 0, table: 0, limited: false, mac: MAC };
     let own: [IpAddr; 1] = [OWN.into()];
     let maps = &policy.maps;
