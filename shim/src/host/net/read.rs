@@ -47,10 +47,10 @@ pub(super) fn links(place: &mut Socket, netns: &Path) -> Result<Vec<Link>, NetEr
     Ok(links.iter().filter_map(link).collect())
 }
 
-/// All global addresses.
-pub(super) fn addresses(place: &mut Socket) -> Result<Vec<IpAddr>, NetlinkError> {
+/// All global addresses, but those of a device.
+pub(super) fn addresses(place: &mut Socket, but: u32) -> Result<Vec<IpAddr>, NetlinkError> {
     let addresses = place.dump(route::list("list addresses", libc::RTM_GETADDR))?;
-    let addresses = addresses.iter().filter_map(address);
+    let addresses = addresses.iter().filter_map(address).filter(|(index, _)| *index != but);
     Ok(addresses.filter_map(|(_, address)| IpAddr::try_from(Bytes(&address.ip)).ok()).collect())
 }
 

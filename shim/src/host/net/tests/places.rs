@@ -3,7 +3,9 @@
 use joey_ebpf::policy::abi::{Identity, Ports, Prefix, Rule, Scope};
 use joey_ebpf::policy::maps::{KEPT, Lock, Maps};
 
-use super::super::admission::{admit, dismiss};
+use std::net::IpAddr;
+
+use super::super::admission::{admit, dismiss, limit_packets};
 use super::*;
 use crate::sandbox::record::{ProcessId, Record, directory};
 
@@ -148,4 +150,48 @@ fn a_name_that_is_forgotten_while_its_pod_starts_is_known_again() {
     dismiss(&places[1]).unwrap();
     assert_eq!(maps.forget_names(&Lock::take(dir).unwrap(), 0).unwrap(), 2);
     assert!(maps.names().unwrap().is_empty());
+}
+
+#[test]
+fn a_limit_does_not_reach_who_has_the_number_next() {
+    let Some(lab) = Lab::new() else { return };
+    let (run, dir) = (tempfile::tempdir().unwrap(), &lab.config.bpf_dir);
+    let maps = Maps::open(dir).unwrap();
+    let limits = NetLimits { egress_packets: 1, ingress_packets: 1, ..NetLimits::default() };
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let last = std::sync::Mutex::new(admitted(&lab, run.path(), "first", 1));
+    thread::scope(|scope| {
+        // Whoever limits has read the record a while ago.
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let place = last.lock().unwrap().clone();
+                limit_packets(&place, &limits).unwrap();
+            }
+        });
+        for _ in 0..300 {
+            let place = last.lock().unwrap().clone();
+            dismiss(&place).unwrap();
+            let next = admitted(&lab, run.path(), "next", 1);
+            assert_eq!(next.id, place.id);
+            for _ in 0..3 {
+                limit_packets(&place, &limits).unwrap();
+                assert!(!maps.pod(next.id).unwrap().unwrap().limited, "{place:?}, {next:?}");
+            }
+            *last.lock().unwrap() = next;
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn addresses_of_services_are_not_the_nodes() {
+    let Some(lab) = Lab::with_interface() else { return };
+    lab.ip("n", "link add kube-ipvs0 type veth peer name far");
+    for address in ["10.96.0.1/32", "10.96.0.10/32"] {
+        lab.ip("n", &format!("addr add {address} dev kube-ipvs0"));
+    }
+    lab.ip("n", "addr add fd96::1/128 dev kube-ipvs0 nodad");
+    let own = lab.inside("n", || own_addresses().unwrap());
+    let router: [IpAddr; 2] = [Ipv4Addr::new(10, 9, 0, 1).into(), "fd09::1".parse().unwrap()];
+    assert_eq!(own, router);
 }
