@@ -18,7 +18,7 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 
 use crate::node::Node;
-use crate::sys;
+use crate::{frames, sys};
 
 /// `PACKET_OUTGOING`.
 const OUTGOING: u8 = 4;
@@ -39,6 +39,8 @@ pub struct Seen {
 struct Counts {
     /// Packets and bytes that the pod has sent, then those that were sent to it.
     numbers: [AtomicU64; 4],
+    /// UDP datagrams to the port that is looked for, in the same order.
+    datagrams: [AtomicU64; 2],
     lost: AtomicU64,
     over: AtomicBool,
 }
@@ -53,6 +55,11 @@ impl Capture {
     /// Begins at a device of a network namespace of the node: of a tap, what the VM sends comes in, and what it is
     /// sent goes out.
     pub fn start(node: &Node, netns: &str, device: &str) -> Result<Self> {
+        Self::of_port(node, netns, device, 0)
+    }
+
+    /// The same, counting datagrams to a port besides.
+    pub fn of_port(node: &Node, netns: &str, device: &str, port: u16) -> Result<Self> {
         let root = format!("/proc/{}/root", node.holder());
         // /var/run leads out of the node.
         let netns = netns.trim_start_matches("/var").trim_start_matches('/');
@@ -78,8 +85,8 @@ impl Capture {
         let shared = counts.clone();
         let thread = std::thread::spawn(move || {
             while !shared.over.load(Ordering::Relaxed) {
-                let mut byte = [0; 1];
-                let mut part = [IoSliceMut::new(&mut byte)];
+                let mut head = [0; frames::HEADERS];
+                let mut part = [IoSliceMut::new(&mut head)];
                 let (raw, whole) = (socket.as_raw_fd(), MsgFlags::MSG_TRUNC);
                 let frame = recvmsg::<LinkAddr>(raw, &mut part, None, whole);
                 let frame = frame.ok().and_then(|frame| Some((frame.bytes, frame.address?)));
@@ -88,6 +95,10 @@ impl Capture {
                     let place = if from.pkttype() == OUTGOING { 2 } else { 0 };
                     shared.numbers[place].fetch_add(1, Ordering::Relaxed);
                     shared.numbers[place + 1].fetch_add(length as u64, Ordering::Relaxed);
+                    if port != 0 && frames::udp_port(&head[..length.min(head.len())]) == Some(port)
+                    {
+                        shared.datagrams[place / 2].fetch_add(1, Ordering::Relaxed);
+                    }
                 }
                 let lost = sys::packet_losses(&socket).unwrap_or(1);
                 shared.lost.fetch_add(lost, Ordering::Relaxed);
@@ -101,6 +112,11 @@ impl Capture {
         let [a, b, c, d] =
             [0, 1, 2, 3].map(|n: usize| self.counts.numbers[n].load(Ordering::Relaxed));
         Seen { sent: (a, b), received: (c, d) }
+    }
+
+    /// Datagrams to the port that is looked for: what the pod has sent, and what was sent to it.
+    pub fn datagrams(&self) -> [u64; 2] {
+        [0, 1].map(|n: usize| self.counts.datagrams[n].load(Ordering::Relaxed))
     }
 
     /// Frames that came too fast.

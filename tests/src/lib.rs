@@ -8,6 +8,7 @@ pub mod bench;
 pub mod capture;
 pub mod controller;
 pub mod cri;
+pub mod frames;
 pub mod image;
 pub mod lab;
 pub mod loop_device;

@@ -231,7 +231,7 @@ impl Policy {
 
     /// Runs a program over a frame that `sender` sends on a device of `pod`, `repeat` times in a row.
     pub fn run(
-        &mut self,
+        &self,
         sender: Side,
         pod: PodId,
         frame: &[u8],
@@ -242,7 +242,7 @@ impl Policy {
 
     /// The same with a packet that is to be cut into segments of this size later, if it is not 0.
     pub(super) fn run_segmented(
-        &mut self,
+        &self,
         sender: Side,
         pod: PodId,
         frame: &[u8],
@@ -262,7 +262,9 @@ impl Policy {
             ..TestRunOptions::default()
         };
         let fail = |source| PolicyError::Program { name, source };
-        let result = self.program(sender)?.test_run(options).map_err(fail)?;
+        let program = self.object.program(name).ok_or(PolicyError::Missing(name))?;
+        let program: &SchedClassifier = program.try_into().map_err(fail)?;
+        let result = program.test_run(options).map_err(fail)?;
         let mut reason = [0; 4];
         reason.copy_from_slice(&after[CB..CB + 4]);
         let (action, reason) = (result.return_value, u32::from_ne_bytes(reason));

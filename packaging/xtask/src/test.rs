@@ -98,7 +98,8 @@ fn programs() -> Result<Count> {
 }
 
 fn unit_tests() -> Result<Count> {
-    let arguments = ["test", "--workspace", "--lib", "--bins", "--no-fail-fast"];
+    let arguments =
+        ["test", "--workspace", "--lib", "--bins", "--test", "admission", "--no-fail-fast"];
     let mut tests = command("cargo", &arguments);
     let (text, good) = tee(tests.env("JOEY_POLICY_PACKETS", RANDOM_PACKETS))?;
     Ok(less_skipped(&text, good))

@@ -3,24 +3,27 @@
 //! Events may be missing (too many at once, or no daemon), and those of different CPUs may come in another order
 //! than they happened. So nothing depends on an order: a flow is its key and when it began, an end without a
 //! beginning makes a record of its own, a beginning after its end makes none, and every sweep finds what was not
-//! told. Memory is bounded: the past is a ring, and what lives has its place in the tables.
+//! told. Memory is bounded: the past is a ring, and of what lives a tenant has at most as much as is left for others;
+//! what there is no room for is counted.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use joey_ebpf::policy::abi::{
-    Denied, Event, EventKind, Flow, FlowKey, Pod, PodId, Side, State, Tenant,
-};
-use joey_ebpf::policy::maps::MapError;
-use joey_ebpf::policy::model::lifetime;
+use joey_ebpf::policy::abi::{Denied, Event, EventKind, Flow, FlowKey, PodId, Side, Tenant};
 
 use super::names::{Names, Who};
 use super::record::{Direction, End, Filter, Phase, Record, Verdict, protocol};
-use super::tables::Tables;
+
+mod sweep;
+
+pub use sweep::Sweep;
 
 /// Records of the past.
 pub const PAST: usize = 65_536;
+/// Records of what lives, flows and refused attempts: twice what a tenant's own tables hold, so that the first tenant
+/// with many has room for all of them, and others have as much. About 80 MiB.
+pub const LIVING: usize = 131_072;
 /// Refused attempts are forgotten after so long a silence, so that they are told anew.
 pub const DENIAL_SILENCE: Duration = Duration::from_secs(60);
 
@@ -34,38 +37,6 @@ pub struct Clock {
 impl Clock {
     fn ms(self, monotonic: u64) -> u64 {
         self.boot.saturating_add(monotonic) / 1_000_000
-    }
-}
-
-/// What a sweep read from the tables; reading takes long, so it is apart from the book.
-#[derive(Debug, Default)]
-pub struct Sweep {
-    /// Monotonic nanoseconds before it was read.
-    pub now: u64,
-    pods: HashMap<PodId, Pod>,
-    flows: Vec<(FlowKey, Flow)>,
-    denials: Vec<(FlowKey, Denied)>,
-}
-
-impl Sweep {
-    /// Reads the tables of all pods, and the denials; those silent for long are removed from the map.
-    pub fn read(tables: &impl Tables, now: u64) -> Result<Self, MapError> {
-        let pods = tables.pods()?;
-        let mut used: Vec<u32> = pods.values().map(|pod| pod.table).collect();
-        used.sort_unstable();
-        used.dedup();
-        let mut flows = Vec::new();
-        for table in used {
-            flows.extend(tables.flows(table)?);
-        }
-        let mut denials = tables.denials()?;
-        for (key, denied) in &denials {
-            if age(denied.seen, now) >= DENIAL_SILENCE {
-                tables.remove_denied(key)?;
-            }
-        }
-        denials.retain(|(key, _)| pods.contains_key(&key.pod));
-        Ok(Self { now, pods, flows, denials })
     }
 }
 
@@ -87,8 +58,11 @@ struct Live {
 pub struct Book {
     clock: Clock,
     past_limit: usize,
+    living_limit: usize,
     flows: HashMap<FlowKey, Live>,
     denials: HashMap<FlowKey, Live>,
+    /// How many of these two each tenant has, by its pods.
+    living: HashMap<String, usize>,
     past: VecDeque<Arc<Record>>,
     /// How many of the past's records each tenant has, by its pods.
     shares: HashMap<String, usize>,
@@ -98,6 +72,10 @@ pub struct Book {
     next: u64,
     /// Records of the past that made room for others.
     pub dropped: u64,
+    /// Flows and attempts that were told of and had no room.
+    pub unkept: u64,
+    /// Those without room that the last sweep found.
+    pub homeless: usize,
     /// Names of those at both ends.
     pub names: Names,
 }
@@ -112,12 +90,16 @@ struct Told {
 }
 
 impl Book {
-    /// An empty one that keeps so many records of the past.
+    /// An empty one that keeps so many records of the past, and so many of what lives.
     #[must_use]
-    pub fn new(clock: Clock, past_limit: usize, names: Names) -> Self {
+    pub fn new(clock: Clock, past_limit: usize, living_limit: usize, names: Names) -> Self {
         Self {
             clock,
             past_limit,
+            living_limit,
+            living: HashMap::new(),
+            unkept: 0,
+            homeless: 0,
             flows: HashMap::new(),
             denials: HashMap::new(),
             past: VecDeque::new(),
@@ -170,34 +152,69 @@ impl Book {
         };
         let (key, flow) = (&event.key, &event.flow);
         match event.kind {
-            EventKind::Opened => self.flow(key, flow, told, now),
+            EventKind::Opened => self.unkept += u64::from(!self.flow(key, flow, told, now, None)),
             EventKind::Ended => {
-                self.flow(key, flow, told, now);
+                self.flow(key, flow, told, now, Some(end_of(flow)));
                 self.end_flow(key, flow.begun, end_of(flow));
             }
             EventKind::Denied(reason) => {
                 let (begun, seen) = (flow.begun, flow.seen);
                 let denied = Denied { begun, seen, packets: 1, reason, opener: flow.opener };
-                self.denial(key, &denied, told, now);
+                self.unkept += u64::from(!self.denial(key, &denied, told, now));
             }
         }
     }
 
-    /// Brings a flow up to date, or begins its record.
-    fn flow(&mut self, key: &FlowKey, flow: &Flow, told: Told, now: u64) {
+    /// Takes room for one more that lives; `false` if its tenant has as many as there is room left.
+    fn take_room(&mut self, record: &Record) -> bool {
+        let left = self.living_limit.saturating_sub(self.flows.len() + self.denials.len());
+        let own = self.living.entry(record.pod.tenant.clone()).or_default();
+        let fits = *own < left;
+        *own += usize::from(fits);
+        fits
+    }
+
+    /// Whether there is room for another that ended lately.
+    fn remembers_ends(&self) -> bool {
+        self.ended.len() < self.living_limit
+    }
+
+    fn give_room(&mut self, record: &Record) {
+        match self.living.get_mut(&record.pod.tenant) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(self.living.remove(&record.pod.tenant)),
+        }
+    }
+
+    /// Brings a flow up to date, or begins its record; of one that has ended already, `end` says how, and it needs no
+    /// room among those that live. `false` if there is no room.
+    fn flow(
+        &mut self,
+        key: &FlowKey,
+        flow: &Flow,
+        told: Told,
+        now: u64,
+        end: Option<Phase>,
+    ) -> bool {
         if let Some(&(begun, _)) = self.ended.get(key)
             && flow.begun <= begun
         {
-            return;
+            return true;
         }
         match self.flows.get(key).map(|live| live.begun) {
-            Some(begun) if begun > flow.begun => return,
+            Some(begun) if begun > flow.begun => return true,
             Some(begun) if begun < flow.begun => self.end_flow(key, begun, Phase::Evicted),
             _ => {}
         }
         if !self.flows.contains_key(key) {
             let mut record = self.record(key, flow.opener, (flow.begun, flow.seen), told);
             count(&mut record, flow);
+            if !self.take_room(&record) {
+                let Some(state) = end.filter(|_| self.remembers_ends()) else { return false };
+                self.ended.insert(*key, (flow.begun, flow.seen));
+                self.finish(record, state);
+                return true;
+            }
             self.told.push(Arc::new(record.clone()));
             let live = Live { begun: flow.begun, seen: flow.seen, noted: now, record };
             self.flows.insert(*key, live);
@@ -209,11 +226,13 @@ impl Book {
             live.record.seen_ms = self.clock.ms(flow.seen);
             count(&mut live.record, flow);
         }
+        true
     }
 
-    fn denial(&mut self, key: &FlowKey, denied: &Denied, told: Told, now: u64) {
+    /// The same of a refused attempt.
+    fn denial(&mut self, key: &FlowKey, denied: &Denied, told: Told, now: u64) -> bool {
         match self.denials.get(key).map(|live| live.begun) {
-            Some(begun) if begun > denied.begun => return,
+            Some(begun) if begun > denied.begun => return true,
             Some(begun) if begun < denied.begun => self.end_denial(key, Phase::Evicted),
             _ => {}
         }
@@ -221,6 +240,9 @@ impl Book {
             let mut record = self.record(key, denied.opener, (denied.begun, denied.seen), told);
             record.verdict = Verdict::Drop;
             refuse(&mut record, denied);
+            if !self.take_room(&record) {
+                return false;
+            }
             self.told.push(Arc::new(record.clone()));
             let live = Live { begun: denied.begun, seen: denied.seen, noted: now, record };
             self.denials.insert(*key, live);
@@ -232,6 +254,7 @@ impl Book {
             live.record.seen_ms = self.clock.ms(denied.seen);
             refuse(&mut live.record, denied);
         }
+        true
     }
 
     fn record(&mut self, key: &FlowKey, opener: Side, time: (u64, u64), told: Told) -> Record {
@@ -285,13 +308,18 @@ impl Book {
         if self.flows.get(key).is_some_and(|live| live.begun == begun)
             && let Some(live) = self.flows.remove(key)
         {
-            self.ended.insert(*key, (live.begun, live.seen));
+            self.give_room(&live.record);
+            // If it is not remembered, a beginning that is told late makes a record that a sweep ends.
+            if self.remembers_ends() {
+                self.ended.insert(*key, (live.begun, live.seen));
+            }
             self.finish(live.record, state);
         }
     }
 
     fn end_denial(&mut self, key: &FlowKey, state: Phase) {
         if let Some(live) = self.denials.remove(key) {
+            self.give_room(&live.record);
             self.finish(live.record, state);
         }
     }
@@ -319,95 +347,6 @@ impl Book {
             Some(count) if *count > 1 => *count -= 1,
             _ => drop(self.shares.remove(&of)),
         }
-    }
-
-    /// Puts the book right by what the tables said; `locals` tells who the peers of unknown flows are.
-    pub fn sweep(
-        &mut self,
-        sweep: &Sweep,
-        tables: &impl Tables,
-        whose: impl Fn(&FlowKey) -> Option<PodId>,
-    ) -> Result<(), MapError> {
-        let now = sweep.now;
-        let told = |key: &FlowKey, pod: &Pod| Told {
-            tenant: pod.tenant,
-            peer_tenant: 0,
-            peer_pod: whose(key).unwrap_or(0),
-            node: whose(key) == Some(0),
-        };
-        for (key, flow) in &sweep.flows {
-            let Some(pod) = sweep.pods.get(&key.pod) else { continue };
-            // An earlier pod's of the same number.
-            if flow.seen < pod.since {
-                continue;
-            }
-            let over = age(flow.seen, now) >= lifetime(key.proto, flow.state);
-            if over && self.flows.get(key).is_none_or(|live| live.begun != flow.begun) {
-                continue;
-            }
-            self.flow(key, flow, told(key, pod), now);
-            if flow.state == State::Closed {
-                self.end_flow(key, flow.begun, end_of(flow));
-            } else if over {
-                self.end_flow(key, flow.begun, Phase::TimedOut);
-            }
-        }
-        for (key, denied) in &sweep.denials {
-            let Some(pod) = sweep.pods.get(&key.pod) else { continue };
-            if denied.seen >= pod.since && age(denied.seen, now) < DENIAL_SILENCE {
-                self.denial(key, denied, told(key, pod), now);
-            }
-        }
-        self.missing(sweep, tables)?;
-        self.ended.retain(|_, (_, seen)| age(*seen, now) < Duration::from_secs(60));
-        Ok(())
-    }
-
-    /// Ends what the tables do not have any more.
-    fn missing(&mut self, sweep: &Sweep, tables: &impl Tables) -> Result<(), MapError> {
-        let now = sweep.now;
-        let missing: Vec<(FlowKey, u64, u64)> = self
-            .flows
-            .iter()
-            .filter(|(_, live)| live.noted < now)
-            .map(|(key, live)| (*key, live.begun, live.seen))
-            .collect();
-        for (key, begun, seen) in missing {
-            let Some(pod) = sweep.pods.get(&key.pod).filter(|pod| seen >= pod.since) else {
-                self.end_flow(&key, begun, Phase::Gone);
-                continue;
-            };
-            // A list of what changes may lack what is there.
-            let there = tables.flow(pod.table, &key)?.filter(|flow| flow.begun == begun);
-            match there {
-                Some(flow) if flow.state != State::Closed => {
-                    self.flow(&key, &flow, Told::default(), now);
-                }
-                Some(flow) => self.end_flow(&key, begun, end_of(&flow)),
-                None => self.end_flow(&key, begun, Phase::Evicted),
-            }
-        }
-        let silent: Vec<(FlowKey, Phase)> = self
-            .denials
-            .iter()
-            .filter(|(_, live)| live.noted < now)
-            .map(|(key, live)| {
-                let there = sweep.pods.get(&key.pod).is_some_and(|pod| live.seen >= pod.since);
-                let silent = age(live.seen, now) >= DENIAL_SILENCE;
-                (
-                    *key,
-                    match (there, silent) {
-                        (false, _) => Phase::Gone,
-                        (true, true) => Phase::TimedOut,
-                        (true, false) => Phase::Evicted,
-                    },
-                )
-            })
-            .collect();
-        for (key, state) in silent {
-            self.end_denial(&key, state);
-        }
-        Ok(())
     }
 }
 

@@ -1,5 +1,5 @@
 //! `joey network serve`: reads the ring of events, keeps the book, serves the socket and the metrics, and keeps the
-//! node's own addresses in the policy. Enforcement depends on none of it.
+//! policy's addresses those of the node and of pods that are there. Enforcement depends on none of it.
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -19,9 +19,10 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::addresses;
-use super::book::{Book, Clock, PAST, Sweep};
+use super::book::{Book, Clock, LIVING, PAST, Sweep};
 use super::metrics::{self, Sample, Told};
 use super::names::{Names, Places};
+use super::places;
 use super::server::{Hub, MAX_LINE};
 use crate::config::Config;
 use crate::policy::apply::apply;
@@ -85,9 +86,10 @@ pub async fn serve(config: Config, metrics: Option<&str>) -> Result<()> {
     names.refresh();
     let socket = config.run_dir.join(SOCKET);
     let listener = listen(&socket).with_context(|| format!("listen on {}", socket.display()))?;
-    let book = Arc::new(Mutex::new(Book::new(clock, PAST, names)));
+    let book = Arc::new(Mutex::new(Book::new(clock, PAST, LIVING, names)));
+    let applied = config.clone();
     let change = move |change| {
-        apply(&config, change).map(|applied| applied.epoch).map_err(|error| error.to_string())
+        apply(&applied, change).map(|applied| applied.epoch).map_err(|error| error.to_string())
     };
     let hub = Hub::new(book, MAX_LINE, Arc::new(change));
     let seen = Arc::new(Told::default());
@@ -102,6 +104,7 @@ pub async fn serve(config: Config, metrics: Option<&str>) -> Result<()> {
         () = sweep(maps, hub.clone()) => Ok(()),
         () = hub.clone().serve(listener) => Ok(()),
         () = keep_addresses(&bpf_dir) => Ok(()),
+        () = places::keep(config) => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     }
@@ -215,19 +218,27 @@ where
     }
 }
 
-/// The metrics' text.
+/// The metrics' text. The book is asked for its numbers and names, and is free again before the text is made of them.
 fn text(maps: &Maps, hub: &Hub, seen: &Told) -> io::Result<String> {
-    let (sample, counts) = hub.with(|book| {
-        let counts = (book.open() as u64, book.refused() as u64, book.dropped);
-        (Sample::read(maps, &mut book.names), counts)
+    let others = hub.with(|book| {
+        let [open, refused, homeless] =
+            [book.open(), book.refused(), book.homeless].map(|count| count as u64);
+        vec![
+            ("flows_open", "gauge", "Flows that live.", open),
+            ("denials_open", "gauge", "Refused attempts of the last minute.", refused),
+            ("flows_unkept", "gauge", "Of both, those for which there is no record.", homeless),
+            ("flow_records_unkept_total", "counter", "Of both, those told of.", book.unkept),
+            (
+                "flow_records_dropped_total",
+                "counter",
+                "Records of the past that made room.",
+                book.dropped,
+            ),
+        ]
     });
-    let mut sample = sample.map_err(io::Error::other)?;
-    seen.keep(&mut sample.tenants);
-    let (open, refused, dropped) = counts;
-    sample.others = vec![
-        ("flows_open", "gauge", "Flows that live.", open),
-        ("denials_open", "gauge", "Refused attempts of the last minute.", refused),
-        ("flow_records_dropped_total", "counter", "Records of the past that made room.", dropped),
-    ];
+    let names = |pods: &[_]| hub.with(|book| book.names.pods(pods));
+    let mut sample = Sample::read(maps, names).map_err(io::Error::other)?;
+    seen.keep(&mut sample);
+    sample.others = others;
     Ok(metrics::text(&sample))
 }

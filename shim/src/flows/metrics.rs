@@ -3,17 +3,17 @@
 //! A tenant's counters are those of its pods and of its pods that are gone; as a pod goes there is a moment when
 //! it is in neither, so what was told is kept and never falls.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use joey_ebpf::policy::Reason;
-use joey_ebpf::policy::abi::{Active, Counters, Side};
+use joey_ebpf::policy::abi::{Active, Counters, PodId, Side};
 use joey_ebpf::policy::maps::{MapError, Maps};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use super::names::{Names, Who};
+use super::names::Who;
 
 /// Longest request.
 const MAX_REQUEST: usize = 8 << 10;
@@ -27,6 +27,8 @@ pub struct Sample {
     pub pods: Vec<(Who, Counters)>,
     /// Tenants, by name.
     pub tenants: BTreeMap<String, Counters>,
+    /// The names that tenants have.
+    pub named: HashSet<String>,
     /// What is in force.
     pub active: Active,
     /// Single numbers: name, kind, help, value.
@@ -39,27 +41,35 @@ pub fn add(sum: &mut Counters, other: &Counters) {
 }
 
 impl Sample {
-    /// Reads the maps. Totals come first: what goes meanwhile is missing for a moment, never there twice.
-    pub fn read(maps: &Maps, names: &mut Names) -> Result<Self, MapError> {
+    /// Reads the maps. Totals come first: what goes meanwhile is missing for a moment, never there twice. `who` gives
+    /// the names of pods by number and since when they have it, all at once: it may have to wait for them.
+    pub fn read(
+        maps: &Maps,
+        who: impl FnOnce(&[(PodId, u64)]) -> Vec<Option<Arc<Who>>>,
+    ) -> Result<Self, MapError> {
         let mut sample = Self { active: maps.active()?, ..Self::default() };
         let numbers = maps.names()?;
         let name = |number| numbers.get(&number).cloned().unwrap_or_default();
         for (tenant, total) in maps.totals()? {
-            add(sample.tenants.entry(name(tenant)).or_default(), &total);
+            // Nobody's, or a tenant's that is just being forgotten.
+            if tenant == 0 || numbers.contains_key(&tenant) {
+                add(sample.tenants.entry(name(tenant)).or_default(), &total);
+            }
         }
         let mut pods: Vec<_> = maps.pods()?.into_iter().collect();
         pods.sort_by_key(|(id, _)| *id);
-        for (id, pod) in pods {
+        let known = who(&pods.iter().map(|(id, pod)| (*id, pod.since)).collect::<Vec<_>>());
+        for ((id, pod), known) in pods.into_iter().zip(known) {
             let Some(counters) = maps.counters(id)? else { continue };
             let tenant = name(pod.tenant);
             add(sample.tenants.entry(tenant.clone()).or_default(), &counters);
-            let known = names.pod(id, pod.since);
             let name = known.map_or_else(|| format!("#{id}"), |who| who.name.clone());
             sample.pods.push((Who { tenant, name }, counters));
         }
         if let Some(strays) = maps.counters(0)? {
             sample.pods.push((Who::default(), strays));
         }
+        sample.named = numbers.into_values().collect();
         Ok(sample)
     }
 }
@@ -69,10 +79,12 @@ impl Sample {
 pub struct Told(Mutex<HashMap<String, Counters>>);
 
 impl Told {
-    /// Raises what is lower than it was.
-    pub fn keep(&self, tenants: &mut BTreeMap<String, Counters>) {
+    /// Raises what is lower than it was. What of tenants is forgotten that nobody uses is forgotten here, too.
+    pub fn keep(&self, sample: &mut Sample) {
+        let Sample { tenants, named, .. } = sample;
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for (name, last) in told.iter() {
+        for (name, last) in told.iter().filter(|(name, _)| name.is_empty() || named.contains(*name))
+        {
             raise(tenants.entry(name.clone()).or_default(), last);
         }
         *told = tenants.iter().map(|(name, counters)| (name.clone(), counters.clone())).collect();

@@ -16,6 +16,7 @@ pub mod book;
 pub mod daemon;
 pub mod metrics;
 pub mod names;
+pub mod places;
 pub mod record;
 pub mod server;
 pub mod tables;

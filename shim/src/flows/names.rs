@@ -96,6 +96,11 @@ impl Names {
         given.is_none_or(|given| given == *since).then(|| Arc::clone(who))
     }
 
+    /// The same of many.
+    pub fn pods(&mut self, all: &[(PodId, u64)]) -> Vec<Option<Arc<Who>>> {
+        all.iter().map(|(id, at)| self.pod(*id, *at)).collect()
+    }
+
     /// Since when a number is a pod's.
     fn given(&self, id: PodId) -> Option<u64> {
         let pod = self.places.as_ref()?.maps.pod(id);

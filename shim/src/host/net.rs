@@ -33,12 +33,14 @@ use tap::{TAP, make_tap};
 
 pub use admission::{AdmissionError, Applicant};
 pub use node::{Keeper, own_addresses};
+pub use strays::{Strays, shims};
 pub use tap::ParkedTap;
 
 mod admission;
 mod node;
 mod programs;
 mod read;
+mod strays;
 mod tap;
 #[cfg(test)]
 mod tests;

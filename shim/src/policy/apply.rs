@@ -22,6 +22,7 @@ use super::document::{Checked, Documents};
 use super::entry::{Entry, Namespace};
 use super::error::PolicyError;
 use super::state::{Applied as Stored, Store, Table};
+use super::versions;
 use crate::config::Config;
 use crate::failpoint;
 
@@ -36,7 +37,7 @@ pub struct Applied {
     pub rules: usize,
     /// How long it took, waiting for others not counted.
     pub took: Duration,
-    /// What does not hold as it was written.
+    /// What does not hold as it was written, or not for all pods.
     pub warnings: Vec<String>,
 }
 
@@ -123,7 +124,13 @@ pub fn apply(config: &Config, change: Change) -> Result<Applied, PolicyError> {
     };
     let lock = Lock::take(&config.bpf_dir).map_err(fail("take its lock"))?;
     let maps = Maps::open(&config.bpf_dir).map_err(fail("open its maps"))?;
-    on(&maps, &lock, &config.state_dir, change, &|point| failpoint::hold(&config.run_dir, point))
+    let at = |point: &str| failpoint::hold(&config.run_dir, point);
+    let mut applied = on(&maps, &lock, &config.state_dir, change, &at)?;
+    match versions::warning(config) {
+        Ok(warning) => applied.warnings.extend(warning),
+        Err(error) => tracing::warn!(%error, "whether pods have another version's policy"),
+    }
+    Ok(applied)
 }
 
 /// Puts in force what was applied last, or what holds where nothing was: for after a boot, when the maps are
@@ -180,6 +187,7 @@ pub(super) fn on(
     let active = maps.active()?.epoch;
     // Whoever was killed left entries of an epoch that never came.
     maps.keep_only(lock, active)?;
+    maps.spare_names(lock)?;
     let (of_policy, of_identities, again) = match &change {
         Change::Restore => (true, true, true),
         Change::Policy(_) => (true, false, false),

@@ -19,6 +19,7 @@ pub mod explain;
 pub mod feed;
 pub mod state;
 pub mod tenant;
+pub mod versions;
 
 mod cidr;
 mod network_policy;

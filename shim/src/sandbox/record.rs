@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 const FILE: &str = "record.json";
 
 /// A process that can be told from a later one with the same number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ProcessId {
     /// Its number.
     pub pid: u32,
@@ -192,13 +192,8 @@ impl Record {
     /// # Errors
     /// The directory exists and cannot be listed.
     pub fn all(run_dir: &Path) -> io::Result<Vec<Self>> {
-        let entries = match std::fs::read_dir(run_dir.join("sandboxes")) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries?,
-        };
         let mut records = Vec::new();
-        for entry in entries {
-            let path = entry?.path();
+        for path in directories(run_dir)? {
             match Self::read(&path) {
                 Ok(record) => records.extend(record),
                 Err(error) => tracing::warn!(path = %path.display(), %error, "record unreadable"),
@@ -206,6 +201,30 @@ impl Record {
         }
         records.sort_by(|a: &Self, b| (a.started_at, &a.id).cmp(&(b.started_at, &b.id)));
         Ok(records)
+    }
+
+    /// The same, for whoever must not miss one.
+    ///
+    /// # Errors
+    /// The directory exists and cannot be listed, or a record cannot be read.
+    pub fn each(run_dir: &Path) -> io::Result<Vec<Self>> {
+        let read = |path: PathBuf| {
+            Self::read(&path).transpose().map(|record| {
+                let fail = |error| {
+                    io::Error::other(format!("read the record in {}: {error}", path.display()))
+                };
+                record.map_err(fail)
+            })
+        };
+        directories(run_dir)?.into_iter().filter_map(read).collect()
+    }
+}
+
+/// The sandboxes' run directories.
+fn directories(run_dir: &Path) -> io::Result<Vec<PathBuf>> {
+    match std::fs::read_dir(run_dir.join("sandboxes")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => entries?.map(|entry| Ok(entry?.path())).collect(),
     }
 }
 

@@ -66,10 +66,16 @@ fn exchange(port: &str, targets: &[&str]) -> Result<()> {
             v6 @ SocketAddr::V6(_) => v6,
         })
     };
-    let targets = targets.iter().map(to).collect::<Result<Vec<_>>>()?;
+    // A socket each: what waits for one's hardware address must not keep the others from being sent to.
+    let sender = |target: &&str| -> Result<(UdpSocket, SocketAddr)> {
+        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).context("bind")?;
+        socket.set_nonblocking(true)?;
+        Ok((socket, to(target)?))
+    };
+    let senders = targets.iter().map(sender).collect::<Result<Vec<_>>>()?;
     let mut buffer = [0; 16];
     loop {
-        for target in &targets {
+        for (socket, target) in &senders {
             // Refused, unreachable, no route yet: all the same.
             let _ = socket.send_to(b"datagram", target);
         }

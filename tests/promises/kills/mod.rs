@@ -93,7 +93,7 @@ impl Drop for Point<'_> {
 
 /// Who is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Victim {
+pub enum Victim {
     /// The process that is held: the shim, or what does its work.
     Shim,
     /// Its VMM.
@@ -103,7 +103,7 @@ enum Victim {
 }
 
 impl Victim {
-    fn kill(self, ctx: &Context<'_>, held: u32) -> Result<()> {
+    pub fn kill(self, ctx: &Context<'_>, held: u32) -> Result<()> {
         match self {
             Self::Shim => process::kill(held),
             Self::Vmm => process::kill(vmm_of(held)?),
@@ -113,11 +113,11 @@ impl Victim {
 }
 
 /// A call of the client's, and what it was told.
-type Told<T> = Result<T>;
+pub type Told<T> = Result<T>;
 
 /// Lets `act` come to a point, does `deed` to the process that is held there, and lets both go on. What the
 /// client was told.
-fn interrupt<T: Send>(
+pub fn interrupt<T: Send>(
     ctx: &Context<'_>,
     name: &str,
     act: impl FnOnce() -> Result<T> + Send,
@@ -147,7 +147,7 @@ fn interrupt<T: Send>(
 }
 
 /// The same, where the deed is a killing.
-fn kill_at<T: Send>(
+pub fn kill_at<T: Send>(
     ctx: &Context<'_>,
     name: &str,
     victim: Victim,
@@ -171,7 +171,7 @@ fn vmm_of(shim: u32) -> Result<u32> {
 }
 
 /// Waits until nothing is there that was not before.
-fn settled(ctx: &Context<'_>, before: &traces::Traces) -> Result<()> {
+pub fn settled(ctx: &Context<'_>, before: &traces::Traces) -> Result<()> {
     let end = Instant::now() + ORPHANED;
     loop {
         let left = traces::settle(Duration::from_secs(2), before, || ctx.node.traces());
@@ -191,7 +191,7 @@ fn settled(ctx: &Context<'_>, before: &traces::Traces) -> Result<()> {
 }
 
 /// Has so many machines wait while `act` runs.
-fn standby<T>(ctx: &Context<'_>, number: u32, act: impl FnOnce() -> Result<T>) -> Result<T> {
+pub fn standby<T>(ctx: &Context<'_>, number: u32, act: impl FnOnce() -> Result<T>) -> Result<T> {
     let path = ctx.node.dir().join("joey.toml");
     let normal = fs::read_to_string(&path)?;
     fs::write(&path, format!("standby = {number}\n{normal}"))?;

@@ -2,6 +2,7 @@
 //! of it seen.
 
 mod gaps;
+mod orphans;
 mod policy;
 mod seeing;
 mod spoofing;
@@ -24,8 +25,11 @@ pub const TESTS: &[Test] = &[
     Test { name: "tenants::applied_under_load", run: policy::applied_under_load },
     Test { name: "tenants::spoofing", run: spoofing::spoofing },
     Test { name: "tenants::no_gap_at_the_start", run: gaps::at_the_start },
+    Test { name: "tenants::no_gap_on_the_wire", run: gaps::on_the_wire },
     Test { name: "tenants::no_gap_by_kills", run: gaps::by_kills },
+    Test { name: "tenants::no_gap_at_each_step", run: gaps::at_each_step },
     Test { name: "tenants::no_gap_after_a_boot", run: gaps::after_a_boot },
+    Test { name: "tenants::orphans_collected", run: orphans::collected },
     Test { name: "tenants::counted_as_captured", run: seeing::counted_as_captured },
     Test { name: "tenants::flows", run: seeing::flows },
     Test { name: "tenants::limits", run: seeing::limits },

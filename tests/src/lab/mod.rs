@@ -14,6 +14,7 @@ pub mod netns;
 pub mod traffic;
 pub mod vm;
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -25,7 +26,7 @@ use joey_ebpf::policy::abi::{Identity, Ports, Prefix, Rule, Scope};
 use joey_ebpf::policy::maps::{Lock, Maps};
 use joey_shim::config::Config;
 use joey_shim::flows::addresses;
-use joey_shim::host::net::{Applicant, Keeper, Wire, own_addresses};
+use joey_shim::host::net::{Applicant, Keeper, ParkedTap, Wire, own_addresses};
 use joey_shim::net_limits::NetLimits;
 use joey_shim::sandbox::record::PodNetwork;
 use tempfile::TempDir;
@@ -39,7 +40,8 @@ use crate::sys;
 pub const PEER: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 2);
 /// Whom the node's router drops everything for.
 pub const NOBODY: Ipv4Addr = Ipv4Addr::new(10, 201, 0, 1);
-const PEER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0xffff, 0, 0, 0, 0, 0, 2);
+/// The same of IPv6.
+pub const PEER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0xffff, 0, 0, 0, 0, 0, 2);
 /// What every pod knows as its router, as with CNI's plugin ptp.
 const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 9, 255, 1);
 const ROUTER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0xffff, 1);
@@ -173,15 +175,26 @@ impl Lab {
 
     /// The shim's part of it: until [`Wire::open`] nothing passes.
     pub fn wire(&self, pod: &mut Pod, config: &Config) -> Result<Wire> {
+        self.wire_with(pod, config, None, |_| Ok(()))
+    }
+
+    /// The same with a tap that a VM has already, and `record` to write the pod's place down.
+    pub fn wire_with(
+        &self,
+        pod: &mut Pod,
+        config: &Config,
+        tap: Option<ParkedTap>,
+        mut record: impl FnMut(&PodNetwork) -> io::Result<()> + Send,
+    ) -> Result<Wire> {
         let name = format!("pod{}", pod.number);
         let who = Applicant { tenant: pod.tenant.clone(), pod: Some((pod.tenant.clone(), name)) };
         let (netns, mut place) = (pod.netns.path(), None);
         let record = |taken: &PodNetwork| {
             place = Some(taken.clone());
-            Ok(())
+            record(taken)
         };
         // The node's own addresses are those of the namespace that the shim is in.
-        let wire = self.node.inside(|| Ok(Wire::plug(&netns, config, None, &who, record)?));
+        let wire = self.node.inside(|| Ok(Wire::plug(&netns, config, tap, &who, record)?));
         pod.place = place;
         wire
     }
@@ -191,6 +204,11 @@ impl Lab {
         let own = self.node.inside(|| Ok(own_addresses()?))?;
         addresses::put(&self.bpf_dir(), &own.into_iter().collect())?;
         Keeper::take(&self.bpf_dir())?.context("somebody keeps the node's addresses")
+    }
+
+    /// The hardware address of a pod's router, as the pod sees it.
+    pub fn router_mac(&self, pod: &Pod) -> Result<[u8; 6]> {
+        mac(&self.node, &format!("host{}", pod.number))
     }
 
     /// Has the node's policy let the peer and these pods open anything to each other, pods between each other
@@ -229,6 +247,15 @@ fn steady(netns: &NetNs) {
     let _ = netns.sysctl("ipv4/tcp_congestion_control", "cubic");
 }
 
+/// A device's hardware address.
+fn mac(netns: &NetNs, device: &str) -> Result<[u8; 6]> {
+    let shown = run(Command::new("ip").args(["-n", netns.name(), "-o", "link", "show", device]))?;
+    let text = shown.split_once("link/ether ").and_then(|(_, rest)| rest.split(' ').next());
+    let bytes = text.map(|text| text.split(':').map(|byte| u8::from_str_radix(byte, 16)));
+    let bytes = bytes.and_then(|bytes| bytes.collect::<Result<Vec<_>, _>>().ok()?.try_into().ok());
+    bytes.with_context(|| format!("no hardware address in {shown:?}"))
+}
+
 /// What sets up a pod's interface, in its namespace or in its VM.
 fn network(number: u8) -> [String; 7] {
     [
@@ -263,6 +290,19 @@ impl Pod {
     #[must_use]
     pub fn address(&self) -> IpAddr {
         Ipv4Addr::new(10, 9, 0, self.number).into()
+    }
+
+    /// The same of IPv6.
+    #[must_use]
+    pub fn address6(&self) -> IpAddr {
+        // As in `network`, where the number is written in the base of such addresses.
+        let digits = u16::from_str_radix(&self.number.to_string(), 16).unwrap_or(0);
+        Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0, digits).into()
+    }
+
+    /// Its interface's hardware address.
+    pub fn mac(&self) -> Result<[u8; 6]> {
+        mac(&self.netns, "eth0")
     }
 
     /// The running VM.
@@ -313,10 +353,7 @@ impl Pod {
     /// Starts the fake VM with the interface's own addresses.
     fn boot(&mut self, tap: OwnedFd) -> Result<()> {
         let vm = Vm::start(&self.guest, tap, self.group.door())?;
-        let own =
-            run(Command::new("ip").args(["-n", self.netns.name(), "-o", "link", "show", "eth0"]))?;
-        let mac = own.split_once("link/ether ").and_then(|(_, rest)| rest.split(' ').next());
-        let mac = mac.with_context(|| format!("no hardware address in {own:?}"))?;
+        let mac = self.mac()?.map(|byte| format!("{byte:02x}")).join(":");
         self.guest.ip(&[format!("link set eth0 address {mac}")])?;
         self.guest.ip(&network(self.number))?;
         steady(&self.guest);

@@ -14,7 +14,7 @@ mod rule;
 pub use flow::{Counters, Denied, Event, EventKind, Flow, FlowKey, FragmentKey, REASONS, State};
 pub use rule::{
     Active, ISOLATED_EGRESS, ISOLATED_INGRESS, Identity, NODE, Ports, Prefix, Rule, Scope,
-    space_key,
+    identity_tenant, rule_tenants, space_key, space_of,
 };
 
 /// Number of a pod on this node: the classid of its filters, so 16 bits. 0 is no pod.
@@ -237,6 +237,12 @@ pub fn address_key(pod: PodId, ip: IpAddr) -> [u8; 24] {
     let (family, words) = address(ip);
     let fields = Fields::new().put(pod_key(pod).to_ne_bytes());
     fields.put(u32::from(family).to_ne_bytes()).put(words).bytes
+}
+
+/// The pod and the address in a key of `addresses`.
+#[must_use]
+pub fn address_of(key: &[u8; 24]) -> (PodId, IpAddr) {
+    (pod_id(part(key, 0)), local_address(&part(key, 4)))
 }
 
 /// Key of `locals`.

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{Fields, Side, Tenant, address};
+use super::{Fields, Side, Tenant, address, part};
 
 /// Class of the node's own addresses in `rules`.
 pub const NODE: u32 = 1;
@@ -10,6 +10,9 @@ pub const NODE: u32 = 1;
 pub const ISOLATED_EGRESS: u32 = 1;
 /// Part of a policy's number: what may be opened on its pods is listed.
 pub const ISOLATED_INGRESS: u32 = 2;
+
+/// Of `enum rule_kind`.
+const TENANTS: u8 = 1;
 
 /// Value of `active`: what is in force.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -176,7 +179,7 @@ impl Rule {
     pub fn encode(&self, epoch: u32) -> [u8; 20] {
         let (kind, subject, object) = match self.scope {
             Scope::Service { class, opener } => (0_u8, class, opener as u32),
-            Scope::Tenants { from, to } => (1, from, to),
+            Scope::Tenants { from, to } => (TENANTS, from, to),
             Scope::Egress { policy, group } => (2, policy, group),
             Scope::Ingress { policy, group } => (3, policy, group),
         };
@@ -189,6 +192,24 @@ impl Rule {
         let fields = fields.put(subject.to_ne_bytes()).put(object.to_ne_bytes());
         fields.put([kind, proto]).put(port.to_be_bytes()).bytes
     }
+}
+
+/// Whose addresses are, by the bytes of `struct identity`.
+#[must_use]
+pub fn identity_tenant(identity: &[u8; 32]) -> Tenant {
+    u32::from_ne_bytes(part(identity, 8))
+}
+
+/// The tenants that a key of `rules` is about.
+#[must_use]
+pub fn rule_tenants(key: &[u8; 20]) -> Option<[Tenant; 2]> {
+    (key[16] == TENANTS).then(|| [8, 12].map(|at| u32::from_ne_bytes(part(key, at))))
+}
+
+/// The namespace of a key of `spaces`.
+#[must_use]
+pub fn space_of(key: &[u8; 8]) -> u32 {
+    u32::from_ne_bytes(part(key, 4))
 }
 
 /// Key of `spaces`: the policy of pods of a namespace whose labels are not known.
@@ -211,6 +232,22 @@ mod tests {
                 assert_eq!(ports.iter().filter(|it| it.contain(6, port)).count(), within.into());
             }
         }
+    }
+
+    #[test]
+    fn who_is_meant_is_read_from_the_bytes() {
+        let rule = |scope| Rule { scope, ports: Ports::Protocol(6) }.encode(9);
+        assert_eq!(rule_tenants(&rule(Scope::Tenants { from: 3, to: 5 })), Some([3, 5]));
+        for scope in [
+            Scope::Service { class: 3, opener: Side::Vm },
+            Scope::Egress { policy: 3, group: 5 },
+            Scope::Ingress { policy: 3, group: 5 },
+        ] {
+            assert_eq!(rule_tenants(&rule(scope)), None);
+        }
+        let identity = Identity { tenant: 7, group: 3, ..Identity::default() };
+        assert_eq!(identity_tenant(&identity.encode()), 7);
+        assert_eq!(space_of(&space_key(9, 4)), 4);
     }
 
     #[test]

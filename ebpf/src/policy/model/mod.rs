@@ -97,6 +97,14 @@ struct Trace {
     flow: Option<Step>,
     /// Others may follow.
     fragment: Option<FragmentKey>,
+    /// It keeps the link working.
+    link: bool,
+}
+
+impl From<Step> for Trace {
+    fn from(flow: Step) -> Self {
+        Self { flow: Some(flow), ..Self::default() }
+    }
 }
 
 impl Sender {
@@ -150,7 +158,10 @@ impl Model {
     /// A packet that is allowed has to be paid for, and only then it changes anything.
     fn pass(&mut self, sender: &Sender, frame: &[u8]) -> Result<(), Reason> {
         let trace = self.examine(sender, frame)?;
-        self.pay(sender)?;
+        // What keeps the link working comes from anybody on it, and must not use up what is the pod's.
+        if sender.side == Side::Vm || !trace.link {
+            self.pay(sender)?;
+        }
         if let Some(key) = trace.fragment {
             self.fragments.insert(key, sender.now);
         }
@@ -190,7 +201,10 @@ impl Model {
         }
         let packet = match frame.kind {
             0x8100 | 0x88A8 => return Err(Reason::Vlan),
-            0x0806 => return self.arp(sender, frame.body).map(|()| Trace::default()),
+            0x0806 => {
+                self.arp(sender, frame.body)?;
+                return Ok(Trace { link: true, ..Trace::default() });
+            }
             0x0800 => Packet::ipv4(frame.body)?,
             0x86DD => Packet::ipv6(frame.body)?,
             _ => return Err(Reason::EtherType),
@@ -207,12 +221,10 @@ impl Model {
                 if young { Ok(Trace::default()) } else { Err(Reason::Fragment) }
             }
             Piece::First { id, more: true } => {
-                let flow = self.transport(sender, &packet)?;
-                Ok(Trace { flow, fragment: Some(key(id)) })
+                let trace = self.transport(sender, &packet)?;
+                Ok(Trace { fragment: Some(key(id)), ..trace })
             }
-            Piece::First { more: false, .. } | Piece::Whole => {
-                Ok(Trace { flow: self.transport(sender, &packet)?, fragment: None })
-            }
+            Piece::First { more: false, .. } | Piece::Whole => self.transport(sender, &packet),
         }
     }
 
@@ -239,12 +251,12 @@ impl Model {
         }
     }
 
-    fn transport(&mut self, sender: &Sender, packet: &Packet<'_>) -> Result<Option<Step>, Reason> {
+    fn transport(&mut self, sender: &Sender, packet: &Packet<'_>) -> Result<Trace, Reason> {
         let ipv4 = packet.source.is_ipv4();
         match packet.proto {
             TCP => {
                 let (ports, flags) = tcp(packet.body)?;
-                self.flow(sender, sender.key(packet, ports), Role::Segment(flags)).map(Some)
+                self.flow(sender, sender.key(packet, ports), Role::Segment(flags)).map(Trace::from)
             }
             UDP => {
                 let ports = udp(packet.body, packet.piece)?;
@@ -252,7 +264,7 @@ impl Model {
                 if sender.side == Side::Vm && (ports.0 == server || ports.1 == client) {
                     return Err(Reason::Dhcp);
                 }
-                self.flow(sender, sender.key(packet, ports), Role::Opens).map(Some)
+                self.flow(sender, sender.key(packet, ports), Role::Opens).map(Trace::from)
             }
             ICMP if ipv4 => self.icmp(sender, packet),
             ICMP6 if !ipv4 => self.icmp(sender, packet),
@@ -260,11 +272,12 @@ impl Model {
         }
     }
 
-    fn icmp(&mut self, sender: &Sender, packet: &Packet<'_>) -> Result<Option<Step>, Reason> {
+    fn icmp(&mut self, sender: &Sender, packet: &Packet<'_>) -> Result<Trace, Reason> {
         let [kind, _, _, _, id @ .., _, _]: [u8; 8] = field(packet.body, 0)?;
         let ipv4 = packet.source.is_ipv4();
         if !ipv4 && matches!(kind, 130..=137 | 143) {
-            return self.link(sender, packet).map(|()| None);
+            self.link(sender, packet)?;
+            return Ok(Trace { link: true, ..Trace::default() });
         }
         if sender.side == Side::Vm && packet.source.is_unspecified() && !ipv4 {
             return Err(Reason::SpoofedAddress);
@@ -272,7 +285,7 @@ impl Model {
         let (role, asks) = match (ipv4, kind) {
             (true, 5) => return Err(Reason::Router),
             (true, 3 | 11 | 12) | (false, 1..=4) => {
-                return self.error(sender, packet).map(|()| None);
+                return self.error(sender, packet).map(|()| Trace::default());
             }
             (true, 8) | (false, 128) => (Role::Opens, sender.side),
             (true, 0) | (false, 129) => (Role::Answers, sender.side.other()),
@@ -280,6 +293,6 @@ impl Model {
         };
         let key = sender.key(packet, (0, 0));
         let key = FlowKey { local_port: u16::from_be_bytes(id), echo: asks, ..key };
-        self.flow(sender, key, role).map(Some)
+        self.flow(sender, key, role).map(Trace::from)
     }
 }

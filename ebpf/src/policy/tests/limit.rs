@@ -51,6 +51,30 @@ fn packets_are_paid_for() {
 }
 
 #[test]
+fn what_keeps_the_link_working_does_not_use_up_what_comes_to_a_pod() {
+    let Some(mut t) = Table::new("the policy's limits and link messages") else { return };
+    limited(&mut t, [0, 1]);
+    let [old, new] = nets();
+    let ask = ethernet(ALL, OTHER, ARP, &arp(1, (OTHER, [10, 0, 0, 9]), ([0; 6], [10, 0, 0, 1])));
+    let neighbour = Ip::new(new.friend, new.own, ICMP6).hops(255);
+    let target = new.own.to_string();
+    let solicitation = into(neighbour, &discovery(135, Some(&target), &link_option(1, OTHER)));
+    for _ in 0..200 {
+        t.gets("ARP", ask.clone(), Yes);
+        t.gets("neighbour discovery", solicitation.clone(), Yes);
+    }
+    // All of the 32 that may come at once are left.
+    let datagram = into(Ip::new(old.friend, old.own, UDP), &udp(2, 1, &[]));
+    for index in 0..32 {
+        t.gets(&format!("packet {index}"), datagram.clone(), Yes);
+    }
+    t.gets("one too many", datagram, Rate);
+    t.gets("ARP beyond the limit", ask, Yes);
+    t.gets("neighbour discovery beyond the limit", solicitation, Yes);
+    t.end(435);
+}
+
+#[test]
 fn a_large_packet_costs_as_many_as_it_stands_for() {
     let Some(mut t) = Table::new("the policy's limits and large packets") else { return };
     limited(&mut t, [1, 0]);

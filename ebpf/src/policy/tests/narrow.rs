@@ -173,7 +173,7 @@ fn an_epoch_is_seen_whole() {
     world.policy.maps.activate(&alone(), 2).unwrap();
     let frame = out(Ip::new(net.own, net.green, TCP), &tcp(1, 2, SYN));
     let stop = AtomicBool::new(false);
-    let World { mut policy, .. } = world;
+    let World { policy, .. } = world;
     let maps = super::Maps::with(|name| policy.map(name)).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -4,11 +4,11 @@ use std::fs::OpenOptions;
 use std::path::Path;
 
 use anyhow::Result;
-use joey_ebpf::policy::maps::{Maps, directory};
+use joey_ebpf::policy::maps::Maps;
 use joey_shim::config::Config;
 use joey_shim::policy::state::Store;
+use joey_shim::policy::versions;
 use joey_shim::sandbox::pod_disk;
-use joey_shim::sandbox::record::Record;
 use joey_shim::vmm::template::TemplateStore;
 use joey_shim::vmm::{accel, qemu};
 use serde::Serialize;
@@ -126,13 +126,15 @@ fn policy(config: &Config) -> Finding {
         let advice = "set isolation = true, or see to it that the CNI keeps tenants apart";
         return finding(WHAT, Level::Warning, "isolation is off: every packet passes", advice);
     }
-    let records = Record::all(&config.run_dir).unwrap_or_default();
-    let places = records.iter().filter_map(|record| record.network.as_ref());
-    let old = places.filter(|place| place.maps != directory(&config.bpf_dir)).count();
-    if old > 0 {
-        let found =
-            format!("{old} pods have the policy of another version, which changes do not reach");
-        return finding(WHAT, Level::Warning, found, "replace these pods: drain the node, say");
+    match versions::warning(config) {
+        Ok(None) => {}
+        Ok(Some(found)) => {
+            return finding(WHAT, Level::Warning, found, "drain the node, or delete these pods");
+        }
+        Err(error) => {
+            let found = format!("whether pods have another version's: {error}");
+            return finding(WHAT, Level::Warning, found, "joey ps");
+        }
     }
     let (store, maps) = (Store::new(&config.state_dir), Maps::open(&config.bpf_dir));
     let active = maps.map_err(anyhow::Error::from).and_then(|maps| Ok(maps.active()?));
@@ -218,6 +220,8 @@ fn space(what: &'static str, folder: &Path, needed: u64, advice: &str) -> Findin
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use joey_shim::sandbox::record::{PodNetwork, Record, directory};
+
     use super::*;
 
     fn missing(finding: &Finding, words: &[&str]) {
@@ -251,6 +255,20 @@ mod tests {
         assert_eq!((enough.level, enough.advice.as_str()), (Level::Ok, ""));
         let little = space("room", &folder, u64::MAX, "move it");
         assert_eq!((little.level, little.advice.as_str()), (Level::Warning, "move it"));
+    }
+
+    #[test]
+    fn pods_that_no_change_reaches_are_told_by_name() {
+        let root = tempfile::tempdir().unwrap();
+        let [bpf_dir, run_dir] = ["bpf", "run"].map(|name| root.path().join(name));
+        let network = PodNetwork { maps: bpf_dir.join("policy-1"), ..PodNetwork::default() };
+        let pod = Some("a/old".to_owned());
+        let record = Record { pod, network: Some(network), ..Record::default() };
+        record.write(&directory(&run_dir, "1")).unwrap();
+        let config = Config { bpf_dir, run_dir, ..Config::default() };
+        let found = policy(&config);
+        assert_eq!(found.level, Level::Warning, "{found:?}");
+        assert!(found.found.contains("do not reach: a/old"), "{found:?}");
     }
 
     #[test]

@@ -72,6 +72,51 @@ fn who_has_many_records_pushes_out_its_own() {
 }
 
 #[test]
+fn what_lives_is_bounded_and_leaves_room_for_other_tenants() {
+    // Of 8, the first tenant has as many as it leaves: 4. The next has 2 of the 4 that are left.
+    let mut book = book_of(8, 8);
+    let opens = |book: &mut Book, key| {
+        book.note(&event(EventKind::Opened, key, flow(2 * SECOND, 2 * SECOND)), 2 * SECOND);
+    };
+    for port in 1..=10 {
+        opens(&mut book, key(port));
+    }
+    assert_eq!((book.open(), book.unkept), (4, 6));
+    book.note(&denied(key(0), 2 * SECOND), 2 * SECOND);
+    assert_eq!((book.refused(), book.unkept), (0, 7));
+    for port in 1..=10 {
+        opens(&mut book, FlowKey { pod: 2, ..key(port) });
+    }
+    assert_eq!((book.open(), book.unkept), (6, 15));
+    // What is told again, or ends, is known or is not; one without room has its record when it has ended.
+    opens(&mut book, key(1));
+    book.note(&event(EventKind::Ended, key(2), closed(2 * SECOND, 3 * SECOND)), 3 * SECOND);
+    book.note(&event(EventKind::Ended, key(9), closed(2 * SECOND, 3 * SECOND)), 3 * SECOND);
+    assert_eq!((book.open(), book.unkept), (5, 15));
+    let ended = |book: &Book| all(book).iter().filter(|(state, _)| *state == Phase::Closed).count();
+    assert_eq!(ended(&book), 2);
+    // A sweep finds the others, for which there is no room still; it tells no end twice.
+    let live = |port| (key(port), flow(2 * SECOND, 4 * SECOND));
+    let of = |pod: u16, port| (FlowKey { pod, ..key(port) }, flow(2 * SECOND, 4 * SECOND));
+    let mut listed: Vec<_> = [1, 3, 4, 5, 6].map(live).to_vec();
+    listed.extend([of(2, 1), of(2, 2), (key(9), closed(2 * SECOND, 3 * SECOND))]);
+    let pods = [(1, pod(SECOND)), (2, Pod { tenant: 2, ..pod(SECOND) })].into();
+    let mut tables = Fake { pods, listed, ..Fake::default() };
+    for now in [5, 6] {
+        sweep(&mut book, &tables, now * SECOND);
+        assert_eq!((book.open(), book.homeless, ended(&book)), (5, 2, 2));
+    }
+    tables.listed.retain(|(key, _)| key.pod == 2);
+    sweep(&mut book, &tables, 7 * SECOND);
+    assert_eq!((book.open(), book.homeless), (2, 0));
+    // All of its room is free again.
+    for port in 20..=30 {
+        opens(&mut book, key(port));
+    }
+    assert_eq!(book.open(), 5);
+}
+
+#[test]
 fn a_sweep_finds_what_was_not_told() {
     let mut book = book(8);
     let live = flow(2 * SECOND, 9 * SECOND);

@@ -1,6 +1,6 @@
 //! The text, and that it never falls.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use joey_ebpf::policy::abi::Counters;
 
@@ -33,9 +33,18 @@ fn a_tenants_counters_do_not_fall_while_its_pod_goes() {
         BTreeMap::from([("t".to_owned(), Counters { bytes: [bytes, 0], ..Counters::default() })])
     };
     let mut kept = Vec::new();
-    for mut tenants in [of(10), of(3), BTreeMap::new(), of(12)] {
-        told.keep(&mut tenants);
-        kept.push(tenants["t"].bytes[0]);
+    for tenants in [of(10), of(3), BTreeMap::new(), of(12)] {
+        let named = HashSet::from(["t".to_owned()]);
+        let mut sample = Sample { tenants, named, ..Sample::default() };
+        told.keep(&mut sample);
+        kept.push(sample.tenants["t"].bytes[0]);
     }
     assert_eq!(kept, [10, 10, 10, 12]);
+    // Its name is forgotten; what it counts when it comes again is another's.
+    let mut sample = Sample::default();
+    told.keep(&mut sample);
+    assert!(sample.tenants.is_empty());
+    let mut sample = Sample { tenants: of(1), ..Sample::default() };
+    told.keep(&mut sample);
+    assert_eq!(sample.tenants["t"].bytes[0], 1);
 }

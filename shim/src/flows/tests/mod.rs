@@ -92,11 +92,15 @@ fn denied(key: FlowKey, begun: u64) -> Event {
 }
 
 fn book(past: usize) -> Book {
+    book_of(past, 64)
+}
+
+fn book_of(past: usize, living: usize) -> Book {
     let mut names = Names::default();
     let who = |tenant: &str, name: &str| Who { tenant: tenant.to_owned(), name: name.to_owned() };
     names.put_pod(1, SECOND, who("red", "red/a"));
     names.put_pod(2, SECOND, who("blue", "blue/b"));
     names.put_tenant(1, "red");
     names.put_tenant(2, "blue");
-    Book::new(Clock { boot: 0 }, past, names)
+    Book::new(Clock { boot: 0 }, past, living, names)
 }

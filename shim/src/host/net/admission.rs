@@ -82,16 +82,20 @@ pub(super) fn admit(
     let maps = maps(bpf_dir)?;
     maps.put_node_addresses(node)?;
     // The lock is for names that are new: whoever waits for it waits for all others that start.
-    let number = |name: &str| match maps.known_number(name)? {
-        Some(number) => Ok(number),
-        None => Ok::<_, AdmissionError>(maps.number_of(&lock(bpf_dir)?, name)?),
+    let number = |name: &str| -> Result<u32, AdmissionError> {
+        if let Some(number) = maps.known_number(name)? {
+            return Ok(number);
+        }
+        let lock = lock(bpf_dir)?;
+        maps.spare_names(&lock)?;
+        Ok(maps.number_of(&lock, name)?)
     };
-    let tenant = number(&applicant.tenant)?;
-    let (name, space) = match &applicant.pod {
-        Some((namespace, name)) => (name_digest(namespace, name), number(namespace)?),
-        None => (0, 0),
+    let (name, namespace) = match &applicant.pod {
+        Some((namespace, name)) => (name_digest(namespace, name), namespace.as_str()),
+        None => (0, ""),
     };
     loop {
+        let (tenant, space) = (number(&applicant.tenant)?, number(namespace)?);
         let (id, table) = maps.vacancy(tenant)?;
         let since = now();
         let place = PodNetwork {
@@ -104,10 +108,16 @@ pub(super) fn admit(
         };
         record(&place).map_err(AdmissionError::Record)?;
         let pod = Pod { since, name, tenant, space, table, limited: false, mac, other_end };
-        if maps.add_pod(id, &pod, &addresses)? {
+        if !maps.add_pod(id, &pod, &addresses)? {
+            // Another pod was quicker.
+            continue;
+        }
+        // A name that nobody had may have been forgotten meanwhile.
+        let are = |name, number| Ok::<_, MapError>(maps.known_number(name)? == Some(number));
+        if are(&applicant.tenant, tenant)? && are(namespace, space)? {
             return Ok(id);
         }
-        // Another pod was quicker.
+        dismiss(&place)?;
     }
 }
 

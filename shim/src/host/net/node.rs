@@ -51,14 +51,20 @@ fn place(bpf_dir: &Path) -> PathBuf {
     directory(bpf_dir).join("keeper")
 }
 
-/// The addresses of the namespace that the calling thread is in, but those that only it can use.
+/// The device on which kube-proxy in its IPVS mode has the addresses of all Services, so that the kernel takes their
+/// packets (`defaultDummyDevice` in Kubernetes' `pkg/proxy/ipvs`). They are the Services', not the node's.
+const IPVS: &str = "kube-ipvs0";
+
+/// The addresses of the namespace that the calling thread is in, but those that only it can use, and Services'.
 ///
 /// # Errors
 /// The kernel does not list them.
 pub fn own_addresses() -> Result<Vec<IpAddr>, AdmissionError> {
     let fail = |error: &dyn std::fmt::Display| AdmissionError::Addresses(error.to_string());
     let mut socket = Socket::open().map_err(|error| fail(&error))?;
-    let addresses = read::addresses(&mut socket).map_err(|error| fail(&error))?;
+    // Index 0 is no device's.
+    let services = nix::net::if_::if_nametoindex(IPVS).unwrap_or(0);
+    let addresses = read::addresses(&mut socket, services).map_err(|error| fail(&error))?;
     let mut own: Vec<IpAddr> = addresses.into_iter().filter(|ip| !ip.is_loopback()).collect();
     // The devices of many pods may have one and the same.
     own.sort_unstable();

@@ -70,10 +70,10 @@ pub(super) fn other_end(place: &mut Socket, link: &Link) -> Result<Option<[u8; 6
     }
 }
 
-/// All global addresses.
-pub(super) fn addresses(place: &mut Socket) -> Result<Vec<IpAddr>, NetlinkError> {
+/// All global addresses, but those of a device.
+pub(super) fn addresses(place: &mut Socket, but: u32) -> Result<Vec<IpAddr>, NetlinkError> {
     let addresses = place.dump(route::list("list addresses", libc::RTM_GETADDR))?;
-    let addresses = addresses.iter().filter_map(address);
+    let addresses = addresses.iter().filter_map(address).filter(|(index, _)| *index != but);
     Ok(addresses.filter_map(|(_, address)| IpAddr::try_from(Bytes(&address.ip)).ok()).collect())
 }
 

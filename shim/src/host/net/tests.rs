@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::*;
 
 mod direct;
+mod places;
 mod plug;
 
 static LABS: AtomicU32 = AtomicU32::new(0);

@@ -25,7 +25,7 @@ pub(super) fn measure(runs: usize, samples: &mut Samples) -> Result<()> {
     let mut first = lab.pod(1)?;
     lab.wire(&mut first, &config)?;
     let lock = Lock::take(&config.bpf_dir).context("lock the policy")?;
-    let mut policy = Policy::load_to_run()?;
+    let policy = Policy::load_to_run()?;
     let other_end = Some(OtherEnd { mac: ROUTER, direct: false });
     let (tenant, mac) = (1, MAC);
     let pod = Pod { since: 0, name: 0, tenant, space: 0, table: 0, limited: false, mac, other_end };
