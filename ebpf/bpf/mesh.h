@@ -203,40 +203,87 @@ INLINE void query_of(struct flow_key *key)
 	key->fragments = QUERY;
 }
 
-// Gives a DNS query to the proxy's resolver, and remembers whom the VM asked. The proxy answers from loopback, where
-// it listens.
-INLINE int ask(struct __sk_buff *skb, const struct pod *config, const struct packet *packet,
-	       struct course *course)
+// Remembers whom the VM asks, under a key that is then the query's.
+INLINE int note_query(const struct pod *config, struct course *course)
 {
 	struct flow_key *key = &course->draft->key;
 	struct flow *query = &course->draft->next;
-	struct bpf_sock_tuple tuple;
-	__u32 size = tuple_of(&tuple, packet);
 	void *table = map_lookup(&flows, &config->table);
-	__u64 now = ktime();
+
+	query->seen = query->begun = ktime();
+	copy_address(query->asked, key->remote);
+	query_of(key);
+	return !table || map_update(table, key, query, BPF_ANY) ? DROP_NoFlow : ALLOWED;
+}
+
+// Whom the VM has asked from a port; `key` is that of what comes from there or goes there. 0: nobody.
+INLINE const struct flow *query_from(const struct pod *config, struct flow_key *key)
+{
+	void *table = map_lookup(&flows, &config->table);
+	const struct flow *query;
+
+	query_of(key);
+	query = table ? map_lookup(table, key) : 0;
+	return query && (__s64)(query->seen - config->since) >= 0 ? query : 0;
+}
+
+// Writes another address and port into a packet, as its sender's or else its receiver's.
+INLINE int readdress(struct __sk_buff *skb, const struct packet *packet, int senders, __u32 *address,
+		     __u16 port)
+{
+	__u32 old = packet->family == 4, size = old ? 4 : 16;
+	__u32 place = ETH_HLEN + (old ? senders ? 12 : 16 : senders ? 8 : 24);
+	__u32 checksum = packet->at + (packet->proto == TCP ? 16 : 6);
+	// A checksum of 0 is none, as UDP may have with IPv4.
+	__u64 none = packet->proto == UDP ? BPF_F_MARK_MANGLED_0 : 0;
+	__u32 before[4];
+	__u16 port_before = senders ? packet->source_port : packet->destination_port;
+	__s64 difference;
+
+	copy_address(before, senders ? packet->source : packet->destination);
+	difference = csum_diff(before, size, address, size, 0);
+	if (replace_sum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR | none) ||
+	    replace_sum(skb, checksum, port_before, port, sizeof(port) | none) ||
+	    store_bytes(skb, packet->at + (senders ? 0 : 2), &port, sizeof(port), 0))
+		return DROP_Truncated;
+	if (old && replace_header_sum(skb, ETH_HLEN + 10, 0, difference, 0))
+		return DROP_Truncated;
+	return store_bytes(skb, place, address, size, 0) ? DROP_Truncated : ALLOWED;
+}
+
+// The tuple of a packet as if it were for the proxy's resolver, which listens on loopback; its size.
+INLINE __u32 tuple_to_resolver(struct bpf_sock_tuple *tuple, const struct packet *packet)
+{
+	__u32 size = tuple_of(tuple, packet);
+
+	if (packet->family == 4) {
+		tuple->ipv4.daddr = BE32(0x7f000001);
+		tuple->ipv4.dport = BE16(RESOLVER);
+		return size;
+	}
+	tuple->ipv6.daddr[0] = tuple->ipv6.daddr[1] = tuple->ipv6.daddr[2] = 0;
+	tuple->ipv6.daddr[3] = BE32(1);
+	tuple->ipv6.dport = BE16(RESOLVER);
+	return size;
+}
+
+// Gives a DNS query to the proxy's resolver, which answers from where it listens.
+INLINE int ask(struct __sk_buff *skb, const struct pod *config, const struct packet *packet,
+	       struct course *course)
+{
+	struct bpf_sock_tuple tuple;
+	__u32 size = tuple_to_resolver(&tuple, packet);
 	struct bpf_sock *socket;
 	int reason;
 
 	if (packet->fragment != WHOLE)
 		return DROP_Fragment;
-	if (config->limited) {
-		reason = pay(skb, key->pod, VM, now);
-		if (reason)
-			return reason;
-	}
-	if (packet->family == 4) {
-		tuple.ipv4.daddr = BE32(0x7f000001);
-		tuple.ipv4.dport = BE16(RESOLVER);
-	} else {
-		tuple.ipv6.daddr[0] = tuple.ipv6.daddr[1] = tuple.ipv6.daddr[2] = 0;
-		tuple.ipv6.daddr[3] = BE32(1);
-		tuple.ipv6.dport = BE16(RESOLVER);
-	}
-	query->seen = query->begun = now;
-	copy_address(query->asked, key->remote);
-	query_of(key);
-	if (!table || map_update(table, key, query, BPF_ANY))
-		return DROP_NoFlow;
+	reason = config->limited ? pay(skb, course->draft->key.pod, VM, ktime()) : ALLOWED;
+	if (reason)
+		return reason;
+	reason = note_query(config, course);
+	if (reason)
+		return reason;
 	socket = lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	if (!socket)
 		return DROP_Proxy;
@@ -245,34 +292,56 @@ INLINE int ask(struct __sk_buff *skb, const struct pod *config, const struct pac
 	return reason;
 }
 
+// The same of a connection to a resolver. A listener that is not transparent, as this one, does not take one for
+// another IPv4 address (net/ipv4/route.c, ip_route_output_key_hash_rcu()), so that is changed; IPv6 does not mind, and
+// knows no way to loopback from elsewhere (net/ipv6/ip6_input.c, ip6_rcv_core()).
+INLINE int ask_connected(struct __sk_buff *skb, const struct pod *config,
+			 const struct packet *packet, struct course *course)
+{
+	int opens = course->role == OPENS, reason = DROP_Proxy;
+	__u32 loopback[4] = { BE32(0x7f000001) };
+	struct bpf_sock_tuple tuple;
+	struct bpf_sock *socket;
+	__u32 size;
+
+	if (packet->family == 6 && is_connected(skb, packet, opens))
+		return ALLOWED;
+	size = tuple_to_resolver(&tuple, packet);
+	if (!opens) {
+		if (packet->family == 6 || !query_from(config, &course->draft->key))
+			return DROP_NoFlow;
+		return readdress(skb, packet, 0, loopback, BE16(RESOLVER));
+	}
+	if (packet->family == 4)
+		tuple.ipv4.sport = 0;
+	else
+		tuple.ipv6.sport = 0;
+	socket = lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	if (!socket)
+		return DROP_Proxy;
+	if (socket->state == BPF_TCP_LISTEN && (packet->family == 4 || !assign(skb, socket, 0)))
+		reason = ALLOWED;
+	release(socket);
+	if (reason || packet->family == 6)
+		return reason;
+	reason = note_query(config, course);
+	return reason ? reason : readdress(skb, packet, 0, loopback, BE16(RESOLVER));
+}
+
 // Has an answer of the proxy's resolver come from whom the VM has asked.
 INLINE int resolved(struct __sk_buff *skb, const struct pod *config, const struct packet *packet,
 		    struct flow_key *key)
 {
-	void *table = map_lookup(&flows, &config->table);
-	__u32 old = packet->family == 4, words = old ? 1 : 4;
-	__u32 checksum = packet->at + 6;
-	__u16 port = BE16(DNS);
 	const struct flow *query;
-	__s64 difference;
 	__u32 asked[4];
 
 	flow_of(key, packet, PEER);
 	key->local_port = packet->destination_port;
-	query_of(key);
-	query = table ? map_lookup(table, key) : 0;
-	if (!query || (__s64)(query->seen - config->since) < 0)
+	query = query_from(config, key);
+	if (!query)
 		return DROP_NoFlow;
 	copy_address(asked, query->asked);
-	difference = csum_diff((void *)packet->source, 4 * words, asked, 4 * words, 0);
-	// A checksum of 0 is none, as UDP may have with IPv4.
-	if (replace_sum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR | BPF_F_MARK_MANGLED_0) ||
-	    replace_sum(skb, checksum, packet->source_port, port, BPF_F_MARK_MANGLED_0 | sizeof(port)) ||
-	    store_bytes(skb, packet->at, &port, sizeof(port), 0))
-		return DROP_Truncated;
-	if (old && replace_header_sum(skb, ETH_HLEN + 10, 0, difference, 0))
-		return DROP_Truncated;
-	return store_bytes(skb, ETH_HLEN + (old ? 12 : 8), asked, 4 * words, 0) ? DROP_Truncated : ALLOWED;
+	return readdress(skb, packet, 1, asked, BE16(DNS));
 }
 
 // What the stack sends the VM: the proxy's connections, and answers. It has nothing else to say.
@@ -292,14 +361,16 @@ INLINE int answer(struct __sk_buff *skb, const struct pod *config, __u32 pod)
 		reason = parse_ip4(skb, &packet);
 	else if (frame.type == BE16(ETH_P_IPV6))
 		reason = parse_ip6(skb, &packet);
-	if (reason || packet.proto == TCP)
-		return reason;
-	if (packet.proto != UDP || packet.fragment != WHOLE)
-		return DROP_Protocol;
-	reason = parse_udp(skb, &packet);
 	if (reason)
 		return reason;
-	return packet.source_port == BE16(RESOLVER) ? resolved(skb, config, &packet, &key) : DROP_Protocol;
+	if ((packet.proto != TCP && packet.proto != UDP) || packet.fragment != WHOLE)
+		return DROP_Protocol;
+	reason = packet.proto == TCP ? parse_tcp(skb, &packet) : parse_udp(skb, &packet);
+	if (reason)
+		return reason;
+	if (packet.source_port == BE16(RESOLVER) && (packet.proto == UDP || is_nowhere(packet.family, packet.source)))
+		return resolved(skb, config, &packet, &key);
+	return packet.proto == TCP ? ALLOWED : DROP_Protocol;
 }
 
 // What is judged in a mesh, and which way it goes.
@@ -314,10 +385,11 @@ INLINE int judge_meshed(struct __sk_buff *skb, const struct pod *config, __u32 p
 	*way = PAST;
 	if (reason)
 		return reason;
-	if (resolves && packet.proto == UDP && course.role == OPENS &&
+	if (resolves && (tcp || (packet.proto == UDP && course.role == OPENS)) &&
 	    packet.destination_port == BE16(DNS)) {
 		*way = STACK;
-		return ask(skb, config, &packet, &course);
+		return tcp ? ask_connected(skb, config, &packet, &course) :
+			     ask(skb, config, &packet, &course);
 	}
 	if (tcp && sender == VM)
 		reason = from_vm_way(skb, config, &packet, &course, way);
