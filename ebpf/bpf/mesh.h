@@ -73,7 +73,7 @@ INLINE __u32 tuple_of(struct bpf_sock_tuple *tuple, const struct packet *packet)
 }
 
 // Whether a connection of the namespace's sockets has this segment. One that only waits for late segments has none
-// that opens another (as TPROXY, net/ipv4/netfilter/nf_tproxy_ipv4.c, nf_tproxy_handle_time_wait4()).
+// that opens another.
 INLINE int is_connected(struct __sk_buff *skb, const struct packet *packet, int opens)
 {
 	struct bpf_sock_tuple tuple;
@@ -373,6 +373,17 @@ INLINE int answer(struct __sk_buff *skb, const struct pod *config, __u32 pod)
 	return packet.proto == TCP ? ALLOWED : DROP_Protocol;
 }
 
+// Tells that a connection found no proxy.
+INLINE void miss(const struct pod *config, struct counters *count, int sender, struct course *course)
+{
+	struct draft *draft = course->draft;
+
+	draft->next.seen = ktime();
+	draft->next.opener = sender;
+	verdict(config, read_active(EPOCH), &draft->key, sender, &draft->peer);
+	deny(count, config, &draft->peer, &draft->key, &draft->next, DROP_Proxy);
+}
+
 // What is judged in a mesh, and which way it goes.
 INLINE int judge_meshed(struct __sk_buff *skb, const struct pod *config, __u32 pod,
 			struct counters *count, int sender, int resolves, int *way)
@@ -395,6 +406,8 @@ INLINE int judge_meshed(struct __sk_buff *skb, const struct pod *config, __u32 p
 		reason = from_vm_way(skb, config, &packet, &course, way);
 	else if (tcp)
 		reason = to_vm_way(skb, config, &packet, &course, way);
+	if (reason == DROP_Proxy)
+		miss(config, count, sender, &course);
 	// Nothing is judged or counted between VM and proxy: what the proxy sends instead is, in mesh_out.
 	if (reason || (sender == VM && *way == STACK))
 		return reason;
