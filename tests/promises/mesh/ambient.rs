@@ -1,13 +1,12 @@
 //! Ambient mode with real pods: the same, through the kubelet's and the operator's interfaces.
 
-use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use joey_tests::pod::{self, Pod, SOON};
 use joey_tests::process;
-use joey_tests::proxy::Proxy;
+use joey_tests::proxy::{Proxy, answer};
 
 use crate::context::{Context, holds, refused, same};
 use crate::tenants::seeing::{counted, netns};
@@ -25,10 +24,6 @@ fn proxy(ctx: &Context<'_>, peer: &Peer<'_>, more: &[&str]) -> Result<Proxy> {
 
 fn forget(ctx: &Context<'_>) {
     let _ = std::fs::remove_file(ctx.node.dir().join("proxy.log"));
-}
-
-fn at(address: &str, port: u16) -> Result<SocketAddr> {
-    Ok(SocketAddr::new(address.parse()?, port))
 }
 
 /// What `ip` and others show in a pod's namespace.
@@ -51,9 +46,6 @@ pub fn through_the_proxy(ctx: &Context<'_>) -> Result<()> {
     for address in &other.addresses {
         ensure!(app.pings(address)?, "{address} does not answer the pod's ping");
     }
-    let echo = app.pod.start(&pod::script("echo", "nc -u -ll -p 9000 -e cat & echo up; wait"))?;
-    echo.wait_output("up", SOON)?;
-    datagram(ctx, at(&app.addresses[0], 9000)?)?;
     // The rest by it.
     let proxy = proxy(ctx, &app, &["--resolve", "192.0.2.53"])?;
     app.expect(&other, 80, true)?;
@@ -103,18 +95,26 @@ fn sources(app: &Peer<'_>, other: &Peer<'_>) -> Result<()> {
     Ok(())
 }
 
-fn datagram(ctx: &Context<'_>, to: SocketAddr) -> Result<()> {
-    let socket = ctx.node.in_network(|| UdpSocket::bind("0.0.0.0:0"))??;
-    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
-    for _ in 0..10 {
-        socket.send_to(b"datagram", to)?;
-        match socket.recv_from(&mut [0; 16]) {
-            Ok((8, from)) if from == to => return Ok(()),
-            Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error.into()),
-            _ => {}
-        }
+/// A resolver on the node answers the pod's queries.
+fn datagrams(ctx: &Context<'_>, app: &Peer<'_>) -> Result<()> {
+    for node in ["10.88.0.1", "fd88::1"] {
+        let at: IpAddr = node.parse()?;
+        let socket = ctx.node.in_network(|| UdpSocket::bind((at, 53)))??;
+        socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let resolver = std::thread::spawn(move || -> Result<()> {
+            let mut query = [0; 512];
+            // For IPv4 and IPv6 addresses.
+            for _ in 0..2 {
+                let (length, from) = socket.recv_from(&mut query)?;
+                socket.send_to(&answer(&query[..length], [192, 0, 2, 7].into())?, from)?;
+            }
+            Ok(())
+        });
+        let told = app.shell.sh(&format!("nslookup a.b {node}"))?;
+        holds(&format!("what the resolver at {node} says"), &told.text(), "192.0.2.7")?;
+        resolver.join().map_err(|_| anyhow::anyhow!("the resolver panicked"))??;
     }
-    anyhow::bail!("no datagram from {to}")
+    Ok(())
 }
 
 /// Neither filter rules nor tracked connections in a namespace.
@@ -161,6 +161,7 @@ pub fn fails_closed(ctx: &Context<'_>) -> Result<()> {
     let app = Peer::annotated(ctx, "app", "shop", &[AMBIENT])?;
     let other = Peer::run(ctx, "other", "shop")?;
     let stranger = Peer::run(ctx, "stranger", "elsewhere")?;
+    datagrams(ctx, &app)?;
     for _ in 0..2 {
         app.expect(&other, 80, false)?;
         other.expect(&app, 80, false)?;
@@ -174,9 +175,9 @@ pub fn fails_closed(ctx: &Context<'_>) -> Result<()> {
     }
     forget(ctx);
     let top = counted(ctx, "shop/app")?.to_string();
-    holds("joey top", &top, "proxy does not listen")?;
+    holds("joey top", &top, "\"Proxy\":")?;
     let flows = ctx.node.joey(&["flows", "--json", "--pod", "shop/app", "--verdict", "drop"])?;
-    holds("joey flows", &flows, "proxy does not listen")?;
+    holds("joey flows", &flows, "\"reason\":\"Proxy\"")?;
     app.remove()?;
     other.remove()?;
     stranger.remove()
@@ -209,6 +210,7 @@ pub fn killed_shim(ctx: &Context<'_>) -> Result<()> {
     }
     let routes = shown(ctx, &netns, &["ip", "route", "show", "table", "all"])?;
     ensure!(!routes.contains("27257"), "routes are left: {routes}");
+    app.shell.wait(SOON)?;
     app.remove()
 }
 
