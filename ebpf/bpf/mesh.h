@@ -153,41 +153,41 @@ INLINE int is_probe(const struct packet *packet)
 // Which way a TCP segment of the VM's goes: what it opens is the proxy's, what others had opened past the proxy goes
 // back that way, and what is of neither is of nothing.
 INLINE int from_vm_way(struct __sk_buff *skb, const struct pod *config, const struct packet *packet,
-		       const struct course *course, int *way)
+		       const struct course *course)
 {
 	int opens = course->role == OPENS;
 
 	if (packet->fragment != WHOLE)
 		return DROP_Fragment;
-	*way = STACK;
+	course->draft->way = STACK;
 	if (is_connected(skb, packet, opens))
 		return ALLOWED;
 	if (opens)
 		return is_nowhere(packet->family, packet->destination) ? DROP_ProxyPort :
 									 give(skb, packet, OUTBOUND);
-	*way = PAST;
+	course->draft->way = PAST;
 	return is_proxys(config, &course->draft->key) ? DROP_NoFlow : ALLOWED;
 }
 
 // The same of what comes to the pod.
 INLINE int to_vm_way(struct __sk_buff *skb, const struct pod *config, const struct packet *packet,
-		     const struct course *course, int *way)
+		     const struct course *course)
 {
 	__u16 port = BE16(packet->destination_port);
 	int opens = course->role == OPENS;
 
 	if (packet->fragment != WHOLE)
 		return DROP_Fragment;
-	*way = STACK;
+	course->draft->way = STACK;
 	if (is_connected(skb, packet, opens))
 		return ALLOWED;
 	if (!opens) {
 		// The stack answers what is of no connection any more by a reset.
-		*way = is_proxys(config, &course->draft->key) ? STACK : PAST;
+		course->draft->way = is_proxys(config, &course->draft->key) ? STACK : PAST;
 		return ALLOWED;
 	}
 	if (is_probe(packet)) {
-		*way = PAST;
+		course->draft->way = PAST;
 		return ALLOWED;
 	}
 	if (port == OUTBOUND || port == INBOUND || port == RESOLVER)
@@ -393,7 +393,6 @@ INLINE int judge_meshed(struct __sk_buff *skb, const struct pod *config, __u32 p
 	int reason = look(skb, config, pod, &packet, sender, &course);
 	int tcp = packet.proto == TCP && (course.role == OPENS || course.role == FOLLOWS);
 
-	*way = PAST;
 	if (reason)
 		return reason;
 	if (resolves && (tcp || (packet.proto == UDP && course.role == OPENS)) &&
@@ -403,18 +402,25 @@ INLINE int judge_meshed(struct __sk_buff *skb, const struct pod *config, __u32 p
 			     ask(skb, config, &packet, &course);
 	}
 	if (tcp && sender == VM)
-		reason = from_vm_way(skb, config, &packet, &course, way);
+		reason = from_vm_way(skb, config, &packet, &course);
 	else if (tcp)
-		reason = to_vm_way(skb, config, &packet, &course, way);
+		reason = to_vm_way(skb, config, &packet, &course);
 	if (reason == DROP_Proxy)
 		miss(config, count, sender, &course);
-	// Nothing is judged or counted between VM and proxy: what the proxy sends instead is, in mesh_out.
-	if (reason || (sender == VM && *way == STACK))
+	if (reason)
 		return reason;
+	// It is asked for anew: what follows is the same on every way, and the verifier goes through it once.
+	*way = course.draft->way;
+	// Nothing is judged or counted between VM and proxy: what the proxy sends instead is, in mesh_out.
+	if (sender == VM && *way == STACK)
+		return ALLOWED;
 	course.draft->next.proxy = *way == STACK;
 	reason = settle(skb, config, count, &packet, sender, &course);
-	if (reason || sender == VM)
+	if (reason)
 		return reason;
+	*way = course.draft->way;
+	if (sender == VM)
+		return ALLOWED;
 	// A request would be answered by the stack, to which all addresses are its own.
 	if (course.role == LINK && packet.kind == (packet.family ? NEIGHBOUR_ADVERTISEMENT : ARP_REPLY))
 		*way = BOTH;
