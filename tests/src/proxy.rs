@@ -16,7 +16,7 @@ use crate::paths;
 #[derive(Debug)]
 pub struct Proxy {
     child: Child,
-    log: PathBuf,
+    log: Option<PathBuf>,
 }
 
 /// A connection that a proxy took, or a query, or why it could not carry one.
@@ -38,30 +38,33 @@ pub struct Seen {
 impl Proxy {
     /// The command of a proxy in this namespace, to be started by [`Proxy::of`].
     #[must_use]
-    pub fn command(netns: &Path, log: &Path) -> Command {
+    pub fn command(netns: &Path, log: Option<&Path>) -> Command {
         let mut command = Command::new(paths::proxy());
-        command.arg("--netns").arg(netns).arg("--log").arg(log);
+        command.arg("--netns").arg(netns);
+        if let Some(log) = log {
+            command.arg("--log").arg(log);
+        }
         command
     }
 
     /// Starts a proxy and waits until it listens; `start` is given its command.
     pub fn of(
         mut command: Command,
-        log: &Path,
+        log: Option<&Path>,
         start: impl FnOnce(Command) -> Result<Child>,
     ) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = start(command).context("start joey-proxy")?;
         let output = child.stdout.take();
         let mut line = String::new();
-        let proxy = Self { child, log: log.to_owned() };
+        let proxy = Self { child, log: log.map(Path::to_owned) };
         BufReader::new(output.context("its output is not piped")?).read_line(&mut line)?;
         ensure!(line.trim() == "ready", "the proxy does not listen: {line:?}");
         Ok(proxy)
     }
 
     /// Starts one in this process's own namespaces.
-    pub fn start(netns: &Path, log: &Path, more: &[&str]) -> Result<Self> {
+    pub fn start(netns: &Path, log: Option<&Path>, more: &[&str]) -> Result<Self> {
         let mut command = Self::command(netns, log);
         command.args(more);
         Self::of(command, log, |mut command| Ok(command.spawn()?))
@@ -69,7 +72,7 @@ impl Proxy {
 
     /// All that it saw so far, and those before it that wrote to the same file.
     pub fn seen(&self) -> Result<Vec<Seen>> {
-        seen(&self.log)
+        seen(self.log.as_ref().context("the proxy has no log")?)
     }
 
     /// What it saw, once there is something that fits.

@@ -17,9 +17,9 @@ const AMBIENT: (&str, &str) = ("io.joey.mesh", "ambient");
 /// A proxy in a pod's network namespace.
 fn proxy(ctx: &Context<'_>, peer: &Peer<'_>, more: &[&str]) -> Result<Proxy> {
     let log = ctx.node.dir().join("proxy.log");
-    let mut command = Proxy::command(netns(ctx, peer)?.as_ref(), &log);
+    let mut command = Proxy::command(netns(ctx, peer)?.as_ref(), Some(&log));
     command.args(more);
-    Proxy::of(command, &log, |command| ctx.node.spawn_inside(command))
+    Proxy::of(command, Some(&log), |command| ctx.node.spawn_inside(command))
 }
 
 fn forget(ctx: &Context<'_>) {
@@ -71,6 +71,9 @@ pub fn through_the_proxy(ctx: &Context<'_>) -> Result<()> {
     let node: [IpAddr; 2] = ["10.88.0.1".parse()?, "fd88::1".parse()?];
     let probes = seen.iter().filter(|it| it.peer.is_some_and(|peer| node.contains(&peer.ip())));
     same("probes at the proxy", probes.count(), 0)?;
+    let mut forward = app.pod.forward(80)?;
+    forward.send(b"GET / HTTP/1.0\r\n\r\n")?;
+    holds("port-forward", &String::from_utf8_lossy(&forward.receive()?), "HTTP/1")?;
     no_rules(ctx, &netns(ctx, &app)?)?;
     let flows = ctx.node.joey(&["flows", "--json", "--pod", "shop/app", "--verdict", "allow"])?;
     holds("the proxy's flows are the pod's", &flows, "shop/other")?;
