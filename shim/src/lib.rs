@@ -10,6 +10,7 @@ pub mod flows;
 pub mod guest;
 pub mod host;
 pub mod log;
+pub mod mesh;
 pub mod net_limits;
 pub mod policy;
 pub mod rootfs;

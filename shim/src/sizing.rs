@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, DISK_MIB};
+use crate::mesh;
 use crate::net_limits::NET_LIMITS;
 use crate::policy::tenant;
 use crate::vmm::DiskLimits;
@@ -30,7 +31,7 @@ pub const DISK_LIMITS: [&str; 4] = [
 /// Annotations: most bytes that an emptyDir on the pod's disk may hold, by the volume's name after it.
 pub const EMPTY_DIR: &str = "io.joey.empty-dir.";
 /// The others.
-const KNOWN: [&str; 4] = [VCPUS, MEMORY, DISK, tenant::ANNOTATION];
+const KNOWN: [&str; 6] = [VCPUS, MEMORY, DISK, tenant::ANNOTATION, mesh::MODE, mesh::DNS];
 const PREFIX: &str = "io.joey.";
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";

@@ -13,6 +13,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::config::Config;
+use crate::mesh::Mode;
 use crate::net_limits::NetLimits;
 use crate::sandbox::record::PodNetwork;
 use crate::sys;
@@ -32,11 +34,13 @@ use programs::Programs;
 use tap::{TAP, make_tap};
 
 pub use admission::{AdmissionError, Applicant};
+pub use mesh::MeshNetError;
 pub use node::{Keeper, own_addresses};
 pub use strays::{Strays, shims};
 pub use tap::ParkedTap;
 
 mod admission;
+mod mesh;
 mod node;
 mod programs;
 mod read;
@@ -95,6 +99,14 @@ pub enum NetError {
         /// Why.
         source: AdmissionError,
     },
+    /// The namespace cannot be made one for a mesh's proxy, or given back.
+    #[error("network namespace {netns}, for a mesh's proxy: {source}")]
+    Mesh {
+        /// Its path.
+        netns: PathBuf,
+        /// Why.
+        source: MeshNetError,
+    },
     /// The programs are not on the node and could not be brought there.
     #[error("the packet programs below {dir}: {reason}")]
     Program {
@@ -115,6 +127,8 @@ pub struct Wire {
     mac: [u8; 6],
     network: Network,
     judged: Option<Judged>,
+    /// The pod's addresses, if a mesh's proxy is to reach it by them.
+    meshed: Vec<IpAddr>,
 }
 
 /// What putting a pod under the policy took: its place there, and the programs on its devices. The part of
@@ -168,7 +182,9 @@ impl Wire {
                 reason: reason.to_owned(),
             });
         }
-        let programs = Programs::open(config)?;
+        let mesh = applicant.mesh;
+        let programs = Programs::open(config, mesh)?;
+        let meshed = mesh.mode == Mode::Ambient;
         let admission = |source| NetError::Admission { netns: netns.to_owned(), source };
         let begun = Begun::now();
         let node = match programs {
@@ -196,8 +212,9 @@ impl Wire {
             };
             let netns = netns.to_owned();
             let Some(mut interface) = pod.interface else {
-                let network = Network::new();
-                return Ok(Self { netns, tap, index, mac: NO_MAC, network, judged: None });
+                let (network, mac) = (Network::new(), NO_MAC);
+                let meshed = Vec::new();
+                return Ok(Self { netns, tap, index, mac, network, judged: None, meshed });
             };
             let begun = Begun::now();
             let id = match programs {
@@ -218,7 +235,17 @@ impl Wire {
             judged.took += before.took;
             judged.processor += before.processor;
             let judged = Some(judged);
-            Ok(Self { netns, tap, index, mac: interface.mac, network: pod.network, judged })
+            let addresses = if meshed { read::own(&pod.network) } else { Vec::new() };
+            if meshed {
+                let step = "have it carry a proxy's packets";
+                let tap = |source| NetError::Tap { netns: netns.clone(), step, source };
+                mesh::ready_tap(mesh.dns).map_err(tap)?;
+                let name = pod.network.interfaces.first().map_or("", |it| it.name.as_str());
+                mesh::take(place, name, &addresses)
+                    .map_err(|source| NetError::Mesh { netns: netns.clone(), source })?;
+            }
+            let (mac, network) = (interface.mac, pod.network);
+            Ok(Self { netns, tap, index, mac, network, judged, meshed: addresses })
         })
     }
 
@@ -226,8 +253,10 @@ impl Wire {
     pub fn open(&self) -> Result<(), NetError> {
         let Some(index) = self.index else { return Ok(()) };
         inside(&self.netns, |place, _| {
+            let up = route::link("set the tap up", libc::RTM_NEWLINK, index, true);
+            let lead = mesh::lead(index, self.mac, &self.meshed);
             place
-                .request(route::link("set the tap up", libc::RTM_NEWLINK, index, true))
+                .batch(std::iter::once(up).chain(lead))
                 .map_err(|source| NetError::Netlink { netns: self.netns.clone(), source })
         })
     }
@@ -321,7 +350,8 @@ impl Wire {
                     other => other.map_err(netlink)?,
                 }
             }
-            Ok(())
+            let mesh = |source| NetError::Mesh { netns: netns.to_owned(), source };
+            mesh::give_back(place).map_err(mesh)
         });
         match result {
             Err(NetError::Namespace { source, .. }) if is_gone(&source) => Ok(()),

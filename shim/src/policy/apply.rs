@@ -203,9 +203,12 @@ pub(super) fn on(
     };
     write(maps, epoch, &compiled).map_err(undo)?;
     at("policy-written");
-    let Merged { documents, table, .. } = merged;
-    let persist = || {
+    let Merged { documents, table, checked } = merged;
+    let mesh = checked.node.map(|node| node.mesh).unwrap_or_default();
+    let persist = move || {
         if of_policy {
+            let of = Stored { at: documents.at, content: mesh, ..Stored::default() };
+            store.write_mesh(&of.stamped(epoch, again))?;
             store.write_policy(&documents.stamped(epoch, again))?;
         }
         if of_identities {

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use super::cidr;
 use super::error::Fault;
 use super::ports;
+use crate::mesh::{MODES, Mode, Namespaces};
 
 /// `spec` as it is written.
 #[derive(Debug, Default, Deserialize)]
@@ -14,6 +15,7 @@ pub(super) struct RawNode {
     node: Option<RawShared>,
     services: Option<Vec<RawService>>,
     allow: Option<Vec<RawAllow>>,
+    mesh: Option<Vec<RawMesh>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -42,6 +44,13 @@ struct RawAllow {
     from: String,
     to: String,
     ports: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawMesh {
+    namespaces: Vec<String>,
+    mode: String,
 }
 
 /// What is shared.
@@ -83,6 +92,8 @@ pub(super) struct NodePolicy {
     pub(super) node: Shared,
     pub(super) services: Vec<Service>,
     pub(super) allow: Vec<Allow>,
+    /// How pods of these namespaces are in a mesh where they do not say it themselves.
+    pub(super) mesh: Namespaces,
 }
 
 impl NodePolicy {
@@ -90,7 +101,13 @@ impl NodePolicy {
     /// kubelet's probes, and nothing else is shared.
     pub(super) fn absent() -> Self {
         let node = Shared { ports: Vec::new(), opens: vec![Ports::Any] };
-        Self { label: "no NodePolicy".into(), node, services: Vec::new(), allow: Vec::new() }
+        Self {
+            label: "no NodePolicy".into(),
+            node,
+            services: Vec::new(),
+            allow: Vec::new(),
+            mesh: Namespaces::new(),
+        }
     }
 
     pub(super) fn check(label: &str, raw: RawNode) -> Result<Self, Fault> {
@@ -117,6 +134,10 @@ impl NodePolicy {
         for (at, allow) in raw.allow.into_iter().flatten().enumerate() {
             let allow = allow.check().map_err(|fault| fault.within(&format!("allow[{at}]")))?;
             policy.allow.push(allow);
+        }
+        for (at, mesh) in raw.mesh.into_iter().flatten().enumerate() {
+            let fault = |fault: Fault| fault.within(&format!("mesh[{at}]"));
+            mesh.check(&mut policy.mesh).map_err(fault)?;
         }
         Ok(policy)
     }
@@ -211,6 +232,25 @@ impl RawAllow {
     }
 }
 
+impl RawMesh {
+    fn check(self, all: &mut Namespaces) -> Result<(), Fault> {
+        let Some(mode) = Mode::named(&self.mode) else {
+            return Err(Fault::new("mode", self.mode, format!("must be {MODES}")));
+        };
+        if self.namespaces.is_empty() {
+            return Err(Fault::new("namespaces", "[]", "must have at least one, or \"*\""));
+        }
+        for (at, namespace) in self.namespaces.into_iter().enumerate() {
+            let namespace = name(&format!("namespaces[{at}]"), namespace)?;
+            if all.insert(namespace.clone(), mode).is_some() {
+                let path = format!("namespaces[{at}]");
+                return Err(Fault::new(path, namespace, "must be named once"));
+            }
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::document::Documents;
@@ -237,6 +277,11 @@ mod tests {
         assert_eq!(policy.services[0].shared.ports.len(), 2);
         assert_eq!(policy.allow[0].to, "b");
         assert_eq!(node("  node: {opens: []}").unwrap().node.opens, []);
+        let policy = node(
+            "  mesh:\n  - {namespaces: [a, '*'], mode: ambient}\n  - {namespaces: [b], mode: none}",
+        );
+        let mesh = policy.unwrap().mesh;
+        assert_eq!((mesh.len(), mesh["*"], mesh["b"]), (3, Mode::Ambient, Mode::None));
         assert_eq!(node("  {}").unwrap().node, NodePolicy::absent().node);
     }
 
@@ -276,6 +321,12 @@ mod tests {
             ("  allow: [{from: a, to: b, ports: [any], ports: [any]}]", "node.yaml"),
             ("  node: {opens: [sctp]}", "node.opens[0]"),
             ("  node: any", "spec.node"),
+            ("  mesh: [{namespaces: [a], mode: on}]", "mesh[0].mode = \"on\""),
+            ("  mesh: [{namespaces: [], mode: none}]", "mesh[0].namespaces"),
+            (
+                "  mesh:\n  - {namespaces: [a], mode: none}\n  - {namespaces: [a], mode: ambient}",
+                "mesh[1].namespaces[0] = \"a\": must be named once",
+            ),
         ];
         for (spec, words) in cases {
             let error = node(spec).unwrap_err();

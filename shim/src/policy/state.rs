@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::document::Documents;
 use super::entry::{Entry, Namespace};
 use super::error::PolicyError;
+use crate::mesh::Namespaces;
 
 /// Format of the files. One of another format is refused, not guessed at.
 const VERSION: u32 = 1;
@@ -73,6 +74,19 @@ impl Store {
     /// The identities; none if none were applied.
     pub fn identities(&self) -> Result<Applied<Table>, PolicyError> {
         self.read("identities.json")
+    }
+
+    /// How the pods of namespaces are in a mesh: that part of the policy, in a file that is small enough for each
+    /// pod's start.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn mesh(&self) -> Result<Namespaces, PolicyError> {
+        self.read("mesh.json").map(|applied| applied.content)
+    }
+
+    pub(super) fn write_mesh(&self, mesh: &Applied<Namespaces>) -> Result<(), PolicyError> {
+        self.write("mesh.json", mesh)
     }
 
     pub(super) fn write_policy(&self, policy: &Applied<Documents>) -> Result<(), PolicyError> {

@@ -31,7 +31,9 @@ use crate::failpoint;
 use crate::guest::{GuestChannel, GuestError};
 use crate::host::net::{self, Applicant, Wire};
 use crate::host::{self, cgroup};
+use crate::mesh::{Mesh, MeshError};
 use crate::net_limits::NetLimits;
+use crate::policy::state::Store;
 use crate::policy::tenant;
 use crate::sizing::{self, Sizing};
 use crate::standby::{self, Standby};
@@ -95,13 +97,21 @@ impl Wanted {
         ))
     }
 
+    /// How the pod is in a mesh.
+    fn mesh(&self, config: &Config) -> Result<Mesh, MeshError> {
+        let namespaces = Store::new(&config.state_dir).mesh()?;
+        let pod = self.pod();
+        let namespace = pod.as_ref().map(|(namespace, _)| namespace.as_str());
+        Ok(Mesh::of(&self.annotations, namespace, &namespaces)?)
+    }
+
     /// Who the pod is to the node's policy.
     fn applicant(&self, config: &Config) -> Applicant {
         let pod = self.pod();
         let namespace = pod.as_ref().map(|(namespace, _)| namespace.as_str());
         let annotation = |key: &str| self.annotation(key);
         let tenant = tenant::of(annotation, namespace, &config.tenant_annotations);
-        Applicant { tenant: tenant.unwrap_or_default(), pod }
+        Applicant { tenant: tenant.unwrap_or_default(), pod, mesh: Mesh::default() }
     }
 }
 
@@ -285,7 +295,10 @@ impl Handle {
         let start = Instant::now();
         let limits =
             NetLimits::default().annotated(&wanted.annotations).map_err(|error| refuse(&error))?;
-        let applicant = wanted.applicant(config);
+        let applicant = Applicant {
+            mesh: wanted.mesh(config).map_err(|error| refuse(&error))?,
+            ..wanted.applicant(config)
+        };
         if !applicant.tenant.is_empty() {
             tenant::check(&applicant.tenant).map_err(|error| refuse(&error))?;
         }

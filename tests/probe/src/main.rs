@@ -3,6 +3,8 @@
 //! `cargo xtask test` links it statically, so that any image can run it.
 #![allow(clippy::print_stdout)]
 
+mod connects;
+
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::net::{Ipv6Addr, Shutdown, SocketAddr, UdpSocket};
@@ -208,6 +210,8 @@ fn main() -> Result<()> {
         ["read-random", path] => read(path, true),
         ["serve", path] => serve(path),
         ["ask", path, question] => ask(path, question),
+        ["connects", to, count] => connects::times(to, count),
+        ["connect-rate", to, count, threads] => connects::rate(to, count, threads),
         ["exchange", port, ..] => exchange(port, &texts[2..]),
         ["flood", to, seconds] => flood(to, seconds.parse()?),
         ["sink", port, seconds] => sink(port, seconds.parse()?),

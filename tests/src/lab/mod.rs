@@ -22,11 +22,13 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result};
-use joey_ebpf::policy::abi::{Identity, Ports, Prefix, Rule, Scope};
-use joey_ebpf::policy::maps::{Lock, Maps};
+use joey_ebpf::policy::Reason;
+use joey_ebpf::policy::abi::{Counters, Identity, NODE, Ports, Prefix, Rule, Scope, Side, Tenant};
+use joey_ebpf::policy::maps::{Lock, MapError, Maps};
 use joey_shim::config::Config;
 use joey_shim::flows::addresses;
 use joey_shim::host::net::{Applicant, Keeper, ParkedTap, Wire, own_addresses};
+use joey_shim::mesh::Mesh;
 use joey_shim::net_limits::NetLimits;
 use joey_shim::sandbox::record::PodNetwork;
 use tempfile::TempDir;
@@ -155,7 +157,8 @@ impl Lab {
         pod.ip(&network(number))?;
         let group = Group::add(&format!("{}p{number}", self.tag))?;
         let tenant = tenant.to_owned();
-        Ok(Pod { number, tenant, netns: pod, guest, vm: None, wire: None, place: None, group })
+        let (vm, wire, place, mesh) = (None, None, None, Mesh::default());
+        Ok(Pod { number, tenant, netns: pod, guest, vm, wire, place, mesh, group })
     }
 
     /// Puts the pod on its wire, as its shim would.
@@ -187,7 +190,8 @@ impl Lab {
         mut record: impl FnMut(&PodNetwork) -> io::Result<()> + Send,
     ) -> Result<Wire> {
         let name = format!("pod{}", pod.number);
-        let who = Applicant { tenant: pod.tenant.clone(), pod: Some((pod.tenant.clone(), name)) };
+        let tenant = pod.tenant.clone();
+        let who = Applicant { tenant: tenant.clone(), pod: Some((tenant, name)), mesh: pod.mesh };
         let (netns, mut place) = (pod.netns.path(), None);
         let record = |taken: &PodNetwork| {
             place = Some(taken.clone());
@@ -211,9 +215,29 @@ impl Lab {
         mac(&self.node, &format!("host{}", pod.number))
     }
 
+    /// What was counted of a pod.
+    pub fn counted(&self, pod: &Pod) -> Result<Counters> {
+        let id = pod.place.as_ref().context("the pod has no place")?.id;
+        Maps::open(&self.bpf_dir())?.counters(id)?.context("the pod has no counters")
+    }
+
+    /// How many packets that a side of a pod has sent were dropped for a reason.
+    pub fn dropped(&self, pod: &Pod, side: Side, reason: Reason) -> Result<u64> {
+        Ok(self.counted(pod)?.dropped(side, reason))
+    }
+
     /// Has the node's policy let the peer and these pods open anything to each other, pods between each other
-    /// not.
+    /// not; the node may open anything on them, as by default.
     pub fn allow(&self, pods: &[&Pod]) -> Result<()> {
+        self.permit(pods, false)
+    }
+
+    /// The same, and pods between each other.
+    pub fn allow_all(&self, pods: &[&Pod]) -> Result<()> {
+        self.permit(pods, true)
+    }
+
+    fn permit(&self, pods: &[&Pod], all: bool) -> Result<()> {
         let maps = Maps::open(&self.bpf_dir())?;
         let lock = Lock::take(&self.bpf_dir())?;
         let epoch = maps.active()?.epoch + 1;
@@ -222,14 +246,18 @@ impl Lab {
             let identity = Identity { tenant: outside, ..Identity::default() };
             maps.put_identity(epoch, Prefix { address, bits }, identity)?;
         }
-        for pod in pods {
-            let own = maps.number_of(&lock, &pod.tenant)?;
-            for (from, to) in [(own, outside), (outside, own)] {
-                maps.put_rule(
-                    epoch,
-                    &Rule { scope: Scope::Tenants { from, to }, ports: Ports::Any },
-                )?;
+        let number = |pod: &&Pod| Ok::<_, MapError>(maps.number_of(&lock, &pod.tenant)?);
+        let numbers: Vec<Tenant> = pods.iter().map(number).collect::<Result<_, _>>()?;
+        let mut scopes = vec![Scope::Service { class: NODE, opener: Side::Peer }];
+        for own in &numbers {
+            let others = numbers.iter().filter(|other| all && *other != own);
+            for (from, to) in [(*own, outside), (outside, *own)] {
+                scopes.push(Scope::Tenants { from, to });
             }
+            scopes.extend(others.map(|other| Scope::Tenants { from: *own, to: *other }));
+        }
+        for scope in scopes {
+            maps.put_rule(epoch, &Rule { scope, ports: Ports::Any })?;
         }
         maps.activate(&lock, epoch)?;
         Ok(maps.keep_only(&lock, epoch)?)
@@ -277,6 +305,8 @@ pub struct Pod {
     vm: Option<Vm>,
     wire: Option<Wire>,
     place: Option<PodNetwork>,
+    /// How it is in a mesh, from when it is plugged.
+    pub mesh: Mesh,
     /// Its namespace on the node.
     pub netns: NetNs,
     /// What its VM sees.

@@ -1,7 +1,7 @@
 //! The pinned programs, and how they are put on a pod's devices.
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::process::Command;
 
 use joey_ebpf::netlink::{NetlinkError, Socket};
@@ -11,6 +11,7 @@ use joey_ebpf::{attach, policy, route};
 use super::NetError;
 use super::tap::{MTU, silence};
 use crate::config::Config;
+use crate::mesh::{Mesh, Mode};
 
 /// The pinned programs that join a pod's two devices.
 #[derive(Debug)]
@@ -23,13 +24,23 @@ pub(super) enum Programs {
 
 impl Programs {
     /// Opens them; Joey's tool loads them when this node has not got them yet.
-    pub(super) fn open(config: &Config) -> Result<Self, NetError> {
+    pub(super) fn open(config: &Config, mesh: Mesh) -> Result<Self, NetError> {
         let dir = &config.bpf_dir;
         let fail = |reason: String| NetError::Program { dir: dir.clone(), reason };
+        let ambient = mesh.mode == Mode::Ambient;
         let open = || match config.isolation {
-            true => policy::attach::open(dir).map(Self::Policy),
+            true if ambient => {
+                policy::attach::Programs::open_meshed(dir, mesh.dns).map(Self::Policy)
+            }
+            true => policy::attach::Programs::open(dir).map(Self::Policy),
             false => attach::open(dir).map(Self::Wire),
         };
+        if ambient && !config.isolation {
+            return Err(fail(format!(
+                "{} = \"ambient\" needs isolation, which is off in the configuration",
+                crate::mesh::MODE
+            )));
+        }
         match open() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             other => return other.map_err(|error| fail(error.to_string())),
@@ -70,11 +81,8 @@ impl Programs {
         // filter would do otherwise.
         let carry = devices.map(attach::carry);
         let attach = match self {
-            Self::Wire(program) => devices.map(|device| attach::attach(device, program)),
-            Self::Policy(programs) => [
-                policy::attach::attach(tap, programs.from_vm.as_fd(), id),
-                policy::attach::attach(index, programs.to_vm.as_fd(), id),
-            ],
+            Self::Wire(program) => devices.map(|device| attach::attach(device, program)).into(),
+            Self::Policy(programs) => programs.attach(index, id),
         };
         place.batch([silence(tap)].into_iter().chain(size).chain(carry).chain(attach))
     }

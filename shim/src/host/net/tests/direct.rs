@@ -17,7 +17,7 @@ impl Joined {
     fn new(mut lab: Lab) -> Self {
         lab.config.isolation = true;
         let mut place = None;
-        let who = Applicant { tenant: "blue".to_owned(), pod: None };
+        let who = Applicant { tenant: "blue".to_owned(), ..Applicant::default() };
         let record = |taken: &PodNetwork| {
             place = Some(taken.clone());
             Ok(())

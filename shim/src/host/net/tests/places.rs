@@ -18,7 +18,7 @@ fn interface(mac: [u8; 6]) -> PodInterface {
 
 fn applicant(namespace: &str) -> Applicant {
     let pod = Some((namespace.to_owned(), "pod".to_owned()));
-    Applicant { tenant: namespace.to_owned(), pod }
+    Applicant { tenant: namespace.to_owned(), pod, ..Applicant::default() }
 }
 
 /// Takes a place, and has a record of it below `run_dir`.
