@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context as _, Result};
 use joey_ebpf::policy::Reason;
 use joey_ebpf::policy::abi::{Counters, Identity, NODE, Ports, Prefix, Rule, Scope, Side, Tenant};
-use joey_ebpf::policy::maps::{Lock, MapError, Maps};
+use joey_ebpf::policy::maps::{Lock, Maps};
 use joey_shim::config::Config;
 use joey_shim::flows::addresses;
 use joey_shim::host::net::{Applicant, Keeper, ParkedTap, Wire, own_addresses};
@@ -246,7 +246,7 @@ impl Lab {
             let identity = Identity { tenant: outside, ..Identity::default() };
             maps.put_identity(epoch, Prefix { address, bits }, identity)?;
         }
-        let number = |pod: &&Pod| Ok::<_, MapError>(maps.number_of(&lock, &pod.tenant)?);
+        let number = |pod: &&Pod| maps.number_of(&lock, &pod.tenant);
         let numbers: Vec<Tenant> = pods.iter().map(number).collect::<Result<_, _>>()?;
         let mut scopes = vec![Scope::Service { class: NODE, opener: Side::Peer }];
         for own in &numbers {
