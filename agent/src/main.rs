@@ -27,6 +27,7 @@ mod paths;
 mod phases;
 mod pod_disk;
 mod pod_pid;
+mod programs;
 mod reap;
 mod rehearsal;
 mod rootfs;
@@ -72,6 +73,8 @@ enum AgentError {
     Calls(#[from] ttrpc::Error),
     #[error("preparing the pod's disk: {0}")]
     Disk(#[from] storage::StorageError),
+    #[error(transparent)]
+    Programs(#[from] programs::ProgramsError),
     #[error("preparing containers: {0}")]
     Spares(#[from] container::Error),
     #[error("the agent has {0} threads; it may only fork with one")]
@@ -147,8 +150,10 @@ async fn serve(
     });
     let disk = pod_disk::PodDisk::new(blank, reaper.clone());
     disk.prepare()?;
-    let sandbox = Arc::new(sandbox::Sandbox::new(prepared, disk, mux.clone(), reaper, events));
     let cgroups = Path::new(boot::CGROUP_ROOT);
+    let programs = Some(programs::Programs::attach(cgroups)?);
+    let sandbox =
+        Arc::new(sandbox::Sandbox::new(prepared, disk, programs, mux.clone(), reaper, events));
     container::prepare_device_policy(cgroups)?;
     sandbox.spares.fork(cgroups, SPARES)?;
     let calls = mux.open(limits::STREAM_RPC)?;

@@ -31,6 +31,7 @@ use crate::identity::{self, IdentityError, Prepared};
 use crate::log::warning;
 use crate::pod_disk::{self, PodDisk};
 use crate::pod_pid::PodPidNamespace;
+use crate::programs::Programs;
 use crate::reap::Reaper;
 use crate::rootfs::SOURCES;
 use crate::share::{self, ShareError};
@@ -184,6 +185,8 @@ pub(crate) struct Sandbox {
     /// Kept to the end: closing what was prepared would cost each clone more than it frees.
     prepared: Mutex<Prepared>,
     pod_pid: Mutex<Option<PodPidNamespace>>,
+    /// What looks at the containers' sockets; none in tests.
+    pub(crate) programs: Option<Programs>,
     /// Where what containers write goes.
     pub(crate) disk: PodDisk,
     /// Small files from the host.
@@ -211,6 +214,7 @@ impl Sandbox {
     pub(crate) fn new(
         prepared: Prepared,
         disk: PodDisk,
+        programs: Option<Programs>,
         mux: Mux,
         reaper: Reaper,
         events: Events,
@@ -220,6 +224,7 @@ impl Sandbox {
             prepared: Mutex::new(prepared),
             pod_pid: Mutex::default(),
             disk,
+            programs,
             volumes: Volumes::new(VOLUMES, pod_disk::VOLUMES),
             spares: Spares::new(SOURCES),
             containers: Containers::default(),
@@ -428,7 +433,7 @@ mod tests {
     fn sandbox() -> Sandbox {
         let (mux, _driver) = Mux::new(tokio::io::empty());
         let disk = PodDisk::new(Vec::new(), Reaper::default());
-        Sandbox::new(Prepared::nothing(), disk, mux, Reaper::default(), Events::new().0)
+        Sandbox::new(Prepared::nothing(), disk, None, mux, Reaper::default(), Events::new().0)
     }
 
     #[tokio::test]

@@ -16,15 +16,14 @@ use super::abi::{
     Active, Counters, Denied, Flow, FlowKey, Identity, Limit, Local, Pod, PodId, Prefix, Rule,
     TABLES, Tenant, address_key, local_address, local_key, pod_key, space_key,
 };
+use crate::map::Map;
+pub use crate::map::MapError;
 use crate::sys;
 
 #[cfg(test)]
 mod by_hand;
-mod map;
 mod pins;
 
-use map::Map;
-pub use map::MapError;
 pub use pins::{Lock, directory, others};
 
 /// `BPF_NOEXIST`, a flag of map updates.
