@@ -29,9 +29,10 @@ use crate::events::Events;
 use crate::forward::{self, ForwardError};
 use crate::identity::{self, IdentityError, Prepared};
 use crate::log::warning;
+use crate::phases::Phases;
 use crate::pod_disk::{self, PodDisk};
 use crate::pod_pid::PodPidNamespace;
-use crate::programs::Programs;
+use crate::programs::{Programs, ProgramsError};
 use crate::reap::Reaper;
 use crate::rootfs::SOURCES;
 use crate::share::{self, ShareError};
@@ -60,6 +61,9 @@ pub(crate) enum SandboxError {
     /// The clone could not become the sandbox.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The containers' connections cannot be what the pod wants.
+    #[error(transparent)]
+    Programs(#[from] ProgramsError),
     /// A name is not one.
     #[error(transparent)]
     Name(#[from] IdError),
@@ -138,6 +142,7 @@ impl SandboxError {
                 Code::FAILED_PRECONDITION
             }
             Self::Identity(error) if error.is_callers() => Code::INVALID_ARGUMENT,
+            Self::Programs(error) if error.is_callers() => Code::INVALID_ARGUMENT,
             Self::Name(_) | Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
             Self::Invalid(_) | Self::Storage(StorageError::Invalid(_)) => Code::INVALID_ARGUMENT,
             Self::Unknown { .. } | Self::Ended(_) => Code::NOT_FOUND,
@@ -160,6 +165,7 @@ impl SandboxError {
                 Kind::Failed => Code::INTERNAL,
             },
             Self::Identity(_)
+            | Self::Programs(_)
             | Self::Clock(_)
             | Self::Volume(_)
             | Self::Signal { .. }
@@ -284,7 +290,7 @@ impl Sandbox {
             return Err(SandboxError::Rehearsing);
         }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let assumed = prepared.assume(&request).and_then(|mut response| {
+        let assumed = self.assume(&mut prepared, &request).and_then(|mut response| {
             response.boot_id = identity::boot_id()?;
             Ok(response)
         });
@@ -297,9 +303,24 @@ impl Sandbox {
             Err(error) => {
                 *phase = Phase::Failed;
                 warning!("sandbox {} does not start: {error}", request.sandbox_id);
-                Err(error.into())
+                Err(error)
             }
         }
+    }
+
+    /// Gives the machine its identity, and the programs what the pod wants of them.
+    fn assume(
+        &self,
+        prepared: &mut Prepared,
+        request: &api::StartSandboxRequest,
+    ) -> Result<api::StartSandboxResponse, SandboxError> {
+        let mut response = prepared.assume(request)?;
+        let mut phases = Phases::begin();
+        if self.programs.as_ref().map_or(Ok(false), |programs| programs.apply(request))? {
+            phases.done("mesh");
+        }
+        response.phases.extend(phases.end());
+        Ok(response)
     }
 
     /// Goes through [`Self::start`] and back.
@@ -312,14 +333,15 @@ impl Sandbox {
             return Err(SandboxError::StartedBefore);
         }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = prepared.assume(request).and_then(|done| {
+        let done = self.assume(&mut prepared, request).and_then(|done| {
             prepared.resign(&request.network)?;
+            self.programs.as_ref().map_or(Ok(()), Programs::clear)?;
             Ok(done)
         });
         if done.is_err() {
             *phase = Phase::Failed;
         }
-        Ok(done?)
+        done
     }
 
     /// Does what can wait until the pod has started.

@@ -19,6 +19,7 @@ mod io;
 mod kills;
 mod lifecycle;
 mod limits;
+mod mesh;
 mod network;
 mod power;
 mod registry;
@@ -105,6 +106,7 @@ fn tests() -> Vec<Test> {
         volumes::TESTS,
         io::TESTS,
         limits::TESTS,
+        mesh::TESTS,
         security::TESTS,
         network::TESTS,
         identity::TESTS,

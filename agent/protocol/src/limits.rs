@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 /// Version of everything in this crate. Raised with any change that the other side can notice.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// Length of `StartSandboxRequest.entropy`: fills the kernel's pool (512 bits).
 pub const ENTROPY_BYTES: usize = 64;

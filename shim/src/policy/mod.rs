@@ -20,7 +20,7 @@ pub mod feed;
 pub mod state;
 pub mod tenant;
 
-mod cidr;
+pub(crate) mod cidr;
 mod network_policy;
 mod node;
 mod ports;

@@ -31,7 +31,9 @@ use crate::failpoint;
 use crate::guest::{GuestChannel, GuestError};
 use crate::host::net::{self, Applicant, Wire};
 use crate::host::{self, cgroup};
+use crate::mesh::Mesh;
 use crate::net_limits::NetLimits;
+use crate::policy::state::Store;
 use crate::policy::tenant;
 use crate::sizing::{self, Sizing};
 use crate::standby::{self, Standby};
@@ -103,6 +105,14 @@ impl Wanted {
         let tenant = tenant::of(annotation, namespace, &config.tenant_annotations);
         Applicant { tenant: tenant.unwrap_or_default(), pod }
     }
+
+    /// How the pod is in a mesh.
+    fn mesh(&self, config: &Config) -> Result<Mesh, String> {
+        let namespace = self.pod().map(|(namespace, _)| namespace);
+        let namespaces = Store::new(&config.state_dir).mesh().map_err(|error| error.to_string())?;
+        Mesh::of(&self.annotations, namespace.as_deref(), &namespaces)
+            .map_err(|error| error.to_string())
+    }
 }
 
 /// The pod's interface is joined to a tap (or the pod has none), and the size is known.
@@ -113,6 +123,7 @@ struct Wired {
     sizing: Sizing,
     disk_mib: u64,
     cgroups: Vec<PathBuf>,
+    mesh: Option<api::Mesh>,
 }
 
 /// A VM that runs.
@@ -129,6 +140,8 @@ struct Launched {
     wire: Option<Wire>,
     machine: Machine,
     disk_mib: u64,
+    /// What the guest is to do with the containers' connections.
+    mesh: Option<api::Mesh>,
 }
 
 impl Handle {
@@ -237,6 +250,8 @@ impl Handle {
             sizing::disk_mib(config, &wanted.annotations).map_err(|error| refuse(&error))?;
         *self.0.empty_dirs.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
             sizing::empty_dirs(&wanted.annotations).map_err(|error| refuse(&error))?;
+        let mesh = wanted.mesh(config).map_err(|error| refuse(&error))?;
+        let mesh = mesh.in_guest(&wanted.annotations).map_err(|error| refuse(&error))?;
         let on_host = wanted.netns.as_deref().is_some_and(net::is_host_netns);
         let netns = match &wanted.netns {
             _ if on_host || wanted.host_network => {
@@ -308,7 +323,7 @@ impl Handle {
         }
         self.0.timeline.host("wire", "", start);
         failpoint::hold(&config.run_dir, "start.attached");
-        Ok(Wired { wire, machine, sizing, disk_mib, cgroups })
+        Ok(Wired { wire, machine, sizing, disk_mib, cgroups, mesh })
     }
 
     /// The VMM, cloned or booted or in reserve, and the channel to its agent.
@@ -319,8 +334,8 @@ impl Handle {
             self.table().vmm_pid = pid;
             self.record(|record| record.cloned = Some(true))?;
             self.0.timeline.mark("standby", "");
-            let Wired { wire, disk_mib, .. } = wired;
-            return Ok(Launched { wire, machine, disk_mib });
+            let Wired { wire, disk_mib, mesh, .. } = wired;
+            return Ok(Launched { wire, machine, disk_mib, mesh });
         }
         let fail = |what| move |error: &dyn std::fmt::Display| SandboxError::host(id, what, error);
         let procs =
@@ -368,13 +383,14 @@ impl Handle {
             self.0.timeline.host("kernel", "", start);
         }
         let machine = Machine { vm, channel, disks: Arc::default(), disk: None };
-        Ok(Launched { wire: wired.wire, machine, disk_mib: wired.disk_mib })
+        let Wired { wire, disk_mib, mesh, .. } = wired;
+        Ok(Launched { wire, machine, disk_mib, mesh })
     }
 
     /// Makes the clone itself. Nothing of it is optional.
     async fn identify(&self, wanted: &Wanted, launched: Launched) -> Result<Guest, SandboxError> {
         let id = &self.0.boot.id;
-        let Launched { wire, machine, disk_mib } = launched;
+        let Launched { wire, machine, disk_mib, mesh } = launched;
         let Machine { vm, channel, disks, disk } = machine;
         let mut secret = [0_u8; ENTROPY_BYTES + MACHINE_ID_BYTES];
         crate::sys::random(&mut secret)
@@ -390,6 +406,7 @@ impl Handle {
             machine_id: machine_id.to_vec(),
             network: wire.as_ref().map(Wire::network).into(),
             sysctls: wanted.sysctls.iter().cloned().collect(),
+            mesh: mesh.into(),
             ..Default::default()
         };
         failpoint::reach(&self.0.config.run_dir, "start.identity").await;

@@ -3,6 +3,8 @@
 //! `cargo xtask test` links it statically, so that any image can run it.
 #![allow(clippy::print_stdout)]
 
+mod sidecar;
+
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::net::{Ipv6Addr, Shutdown, SocketAddr, UdpSocket};
@@ -159,6 +161,11 @@ fn main() -> Result<()> {
         ["serve", path] => serve(path),
         ["ask", path, question] => ask(path, question),
         ["exchange", port, ..] => exchange(port, &texts[2..]),
+        ["sidecar", outbound, inbound] => sidecar::run(outbound, inbound, false),
+        ["sidecar-quiet", outbound, inbound] => sidecar::run(outbound, inbound, true),
+        ["dial", to] => sidecar::dial(to),
+        ["answer", at] => sidecar::answer(at),
+        ["flood", to, count] => sidecar::flood(to, count),
         ["watch", ..] => watch(words.get(1..).unwrap_or_default()),
         _ => bail!("{words:?}"),
     }
