@@ -39,7 +39,7 @@ OUTLINE int is_own(const struct pod *config, __u32 pod, __u32 family, const __u3
 }
 
 INLINE int arp(const struct __sk_buff *skb, const struct pod *config, __u32 pod,
-	       const struct packet *packet, int sender)
+	       struct packet *packet, int sender)
 {
 	struct {
 		__u16 hardware;
@@ -58,6 +58,7 @@ INLINE int arp(const struct __sk_buff *skb, const struct pod *config, __u32 pod,
 	if (head.hardware != BE16(1) || head.protocol != BE16(ETH_P_IP) || head.lengths[0] != 6 ||
 	    head.lengths[1] != 4 || (head.operation != BE16(1) && head.operation != BE16(2)))
 		return DROP_Arp;
+	packet->kind = BE16(head.operation);
 	if (sender != VM)
 		return ALLOWED;
 	if (!same_mac(head.sender_mac, config->mac))

@@ -80,7 +80,7 @@ struct packet {
 	__u8 more; // fragments follow
 	__u8 unspecified; // IPv6 source ::
 	__u8 tcp; // flags
-	__u8 kind; // type of ICMP
+	__u8 kind; // type of ICMP, operation of ARP
 };
 
 INLINE int same_mac(const __u8 *one, const __u8 *other)

@@ -140,8 +140,11 @@ struct flow_key {
 	__u8 proto;
 	__u8 family;
 	__u8 echo; // enum side of who asks, of ICMP echo; of who sends, of fragments; else 0
-	__u8 fragments; // 1: not a flow but fragments whose first one was let through
+	__u8 fragments; // 1: not a flow but fragments whose first one was let through; 2: QUERY
 };
+
+// Of key.fragments: not a flow but the last DNS query from a port of the VM's that a mesh's proxy was given.
+#define QUERY 2
 
 enum state {
 	NEW, // not answered yet
@@ -152,13 +155,16 @@ enum state {
 struct flow {
 	__u64 seen; // monotonic nanoseconds, as all times
 	__u64 begun;
-	__u64 packets[2]; // by enum side of the sender
+	union {
+		__u64 packets[2]; // by enum side of the sender
+		__u32 asked[4]; // of QUERY: whom
+	};
 	__u64 bytes[2];
 	__u32 generation; // of the policy that last let its opener open it
 	__u8 opener; // enum side
 	__u8 state;
 	__u8 finished; // TCP: bit per side
-	__u8 unused;
+	__u8 proxy; // 1: of a mesh's proxy in the pod's name, and not the VM's
 };
 
 // A refused attempt: the flow that it would have been, with the port of who opens 0.

@@ -26,6 +26,15 @@ const TCA_BPF_FD: u16 = 6;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_FLAGS: u16 = 8;
 const ACT_DIRECT: u32 = 1;
+/// Of which packets of a device a program decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hook {
+    /// Those that enter it.
+    Enters,
+    /// Those that leave it.
+    Leaves,
+}
+
 /// Difference between the indices of two paired devices; `bpf/wire.bpf.c` has the same number.
 const PARTNER: u32 = 0x4000_0000;
 
@@ -44,19 +53,21 @@ pub fn open(bpf_dir: &Path) -> io::Result<OwnedFd> {
 /// [`carry`].
 #[must_use]
 pub fn attach(index: u32, program: &OwnedFd) -> Message {
-    run(format!("attach the wire to interface {index}"), index, program.as_fd(), NAME, None)
+    let step = format!("attach the wire to interface {index}");
+    run(step, index, Hook::Enters, program.as_fd(), NAME, None)
 }
 
-/// The request that has `program` run, and decide, on all that enters `index`. Of a classid the kernel hands it 16 bits.
+/// The request that has `program` run, and decide, on all that enters or leaves `index`. Of a classid the kernel hands it 16 bits.
 pub(crate) fn run(
     step: String,
     index: u32,
+    hook: Hook,
     program: BorrowedFd<'_>,
     name: &str,
     classid: Option<u32>,
 ) -> Message {
     let fd = program.as_raw_fd().unsigned_abs();
-    Message::new(step, libc::RTM_NEWTFILTER, libc::NLM_F_CREATE, &filter(index))
+    Message::new(step, libc::RTM_NEWTFILTER, libc::NLM_F_CREATE, &filter(index, hook))
         .text(libc::TCA_KIND, "bpf")
         .nest(libc::TCA_OPTIONS, |options| {
             let options = options.number(TCA_BPF_FD, fd).text(TCA_BPF_NAME, name);
@@ -83,10 +94,11 @@ pub fn carry(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
 pub fn detach(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
     // The kernel answers EINVAL where there is no qdisc for filters at all.
     let gone = [libc::ENOENT, libc::ENODEV, libc::EINVAL];
-    let step = format!("detach the wire from interface {index}");
-    let delete =
-        Message::new(step, libc::RTM_DELTFILTER, 0, &filter(index)).text(libc::TCA_KIND, "bpf");
-    ignore(socket.request(delete), &gone)?;
+    for hook in [Hook::Enters, Hook::Leaves] {
+        let step = format!("detach the wire from interface {index}");
+        let delete = Message::new(step, libc::RTM_DELTFILTER, 0, &filter(index, hook));
+        ignore(socket.request(delete.text(libc::TCA_KIND, "bpf")), &gone)?;
+    }
     for parent in [INGRESS, EGRESS] {
         let step = format!("list the filters of interface {index}");
         let list = Message::new(step, libc::RTM_GETTFILTER, 0, &tcmsg(index, 0, parent, 0));
@@ -109,10 +121,14 @@ fn ignore(result: Result<(), NetlinkError>, fine: &[i32]) -> Result<(), NetlinkE
     }
 }
 
-/// The header of a request about Joey's filter of what enters a device.
-fn filter(index: u32) -> [u8; TCMSG] {
+/// The header of a request about Joey's filter of what enters or leaves a device.
+fn filter(index: u32, hook: Hook) -> [u8; TCMSG] {
     let protocol = (libc::ETH_P_ALL as u16).to_be();
-    tcmsg(index, HANDLE, INGRESS, PRIORITY << 16 | u32::from(protocol))
+    let parent = match hook {
+        Hook::Enters => INGRESS,
+        Hook::Leaves => EGRESS,
+    };
+    tcmsg(index, HANDLE, parent, PRIORITY << 16 | u32::from(protocol))
 }
 
 pub(crate) fn tcmsg(index: u32, handle: u32, parent: u32, info: u32) -> [u8; TCMSG] {

@@ -143,10 +143,10 @@ mod tests {
         }
         assert_eq!(fs::read_dir(&directory).unwrap().count(), 2);
         crate::attach::open(&directory).unwrap();
-        crate::policy::attach::open(&directory).unwrap();
+        crate::policy::attach::Programs::open(&directory).unwrap();
         let pins = || fs::read_dir(crate::policy::maps::directory(&directory)).unwrap();
-        // 14 maps and 2 programs.
-        assert_eq!(pins().count(), 16);
+        // 14 maps and 7 programs.
+        assert_eq!(pins().count(), 21);
         let maps = Maps::open(&directory).unwrap();
         let active = maps.active().unwrap();
         assert_eq!(active.epoch, 1);
@@ -161,13 +161,13 @@ mod tests {
                 continue;
             }
             fs::remove_file(pin.path()).unwrap();
-            for side in ["from_vm", "to_vm"] {
+            for side in ["from_vm", "mesh_out"] {
                 let digest = env!("JOEY_POLICY_DIGEST");
                 let program = crate::policy::maps::directory(&directory);
                 let _ = fs::remove_file(program.join(format!("{side}-{digest}")));
             }
             load(&directory, || Ok(())).unwrap();
-            assert_eq!(pins().count(), 16, "without {name:?}");
+            assert_eq!(pins().count(), 21, "without {name:?}");
         }
         let maps = Maps::open(&directory).unwrap();
         assert_eq!(maps.active().unwrap(), active);

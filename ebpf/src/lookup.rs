@@ -1,5 +1,5 @@
 //! Hands every TCP connection to a network namespace's loopback addresses to one listening socket: a program
-//! that the kernel asks which socket a connection is for (`BPF_PROG_TYPE_SK_LOOKUP`, Linux 5.9).
+//! that the kernel asks which socket a connection is for (`BPF_PROG_TYPE_SK_LOOKUP`, with the device since Linux 5.17).
 //!
 //! The program names its socket by a map of its own, so it is loaded for each pod: some thirty instructions,
 //! which need no compiler. Nothing is pinned; it goes with the last descriptor of its link.
@@ -14,6 +14,9 @@ const FAMILY: i16 = 8;
 const PROTOCOL: i16 = 12;
 const LOCAL_IP4: i16 = 40;
 const LOCAL_IP6: i16 = 44;
+const DEVICE: i16 = 64;
+/// The loopback device's index in every namespace.
+const LOOPBACK: i32 = 1;
 /// Helpers (`enum bpf_func_id`).
 const MAP_LOOKUP: i32 = 1;
 const SK_RELEASE: i32 = 86;
@@ -100,6 +103,9 @@ fn program(map: BorrowedFd<'_>) -> Vec<Instruction> {
     it.move_register(context, first);
     it.load(first, context, PROTOCOL);
     it.unless_equal(first, libc::IPPROTO_TCP, Label::Pass);
+    // Of the namespace's own, not of a program's that asks who would take what enters another device.
+    it.load(first, context, DEVICE);
+    it.unless_equal(first, LOOPBACK, Label::Pass);
     it.load(first, context, FAMILY);
     it.if_equal(first, libc::AF_INET, Label::Version4);
     it.unless_equal(first, libc::AF_INET6, Label::Pass);
@@ -145,7 +151,7 @@ fn program(map: BorrowedFd<'_>) -> Vec<Instruction> {
 /// network namespace, whatever its port, to `listener`, a listening socket of that namespace.
 ///
 /// # Errors
-/// The kernel refuses: it is older than Linux 5.9, or the listener does not listen.
+/// The kernel refuses: it is older than Linux 5.17, or the listener does not listen.
 pub fn attach(netns: BorrowedFd<'_>, listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let map = sys::socket_map(listener)?;
     let program = sys::load_lookup(&program(map.as_fd()))?;

@@ -146,3 +146,83 @@ pub fn word(reply: &Reply, offset: usize) -> Option<u32> {
     let bytes = reply.header(offset + 4)?.get(offset..)?;
     bytes.try_into().ok().map(u32::from_ne_bytes)
 }
+
+/// Length of `struct fib_rule_hdr`.
+pub const RULE: usize = 12;
+/// `FRA_IIFNAME`: the device that a packet enters by; `lo` for those of the namespace's own sockets.
+pub const RULE_DEVICE: u16 = 3;
+/// `FRA_PRIORITY`; none is 0.
+pub const RULE_PRIORITY: u16 = 6;
+/// `FRA_TABLE`.
+pub const RULE_TABLE: u16 = 15;
+/// `FRA_PROTOCOL`: who made it.
+const RULE_PROTOCOL: u16 = 21;
+/// `FR_ACT_TO_TBL`.
+const TO_TABLE: u8 = 1;
+
+/// A rule of the namespace: which table is asked for a packet's way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rule<'a> {
+    /// About IPv6.
+    pub ipv6: bool,
+    /// Of packets that enter by this device, or else of all.
+    pub device: Option<&'a str>,
+    /// Lower ones first; among equal ones the older.
+    pub priority: u32,
+    /// The table's number.
+    pub table: u32,
+    /// The kernel made it, or it looks so.
+    pub kernels: bool,
+}
+
+impl Rule<'_> {
+    /// `RTM_NEWRULE`, refused with `EEXIST` if it is there.
+    #[must_use]
+    pub fn add(&self) -> Message {
+        self.message("add", libc::RTM_NEWRULE, libc::NLM_F_CREATE | libc::NLM_F_EXCL)
+    }
+
+    /// `RTM_DELRULE`, refused with `ENOENT` if it is not there.
+    #[must_use]
+    pub fn remove(&self) -> Message {
+        self.message("remove", libc::RTM_DELRULE, 0)
+    }
+
+    fn message(&self, what: &str, kind: u16, flags: i32) -> Message {
+        let family = if self.ipv6 { libc::AF_INET6 } else { libc::AF_INET } as u8;
+        let mut header = [0; RULE];
+        (header[0], header[7]) = (family, TO_TABLE);
+        let step = format!("{what} the routing rule {} of table {}", self.priority, self.table);
+        let message = Message::new(step, kind, flags, &header)
+            .number(RULE_TABLE, self.table)
+            .number(RULE_PRIORITY, self.priority);
+        let protocol = if self.kernels { libc::RTPROT_KERNEL } else { libc::RTPROT_STATIC };
+        let message = message.attribute(RULE_PROTOCOL, &[protocol]);
+        self.device.into_iter().fold(message, |it, name| it.text(RULE_DEVICE, name))
+    }
+}
+
+/// A route of a table other than main: to `destination`, all addresses if it is empty, by the device `index`; `local`:
+/// what goes there is the namespace's own.
+#[must_use]
+pub fn table_route(
+    kind: u16,
+    table: u32,
+    ipv6: bool,
+    destination: &[u8],
+    index: u32,
+    local: bool,
+) -> Message {
+    let family = if ipv6 { libc::AF_INET6 } else { libc::AF_INET } as u8;
+    let prefix = u8::try_from(destination.len() * 8).unwrap_or(0);
+    let (scope, way) = match local {
+        true => (libc::RT_SCOPE_HOST, libc::RTN_LOCAL),
+        false => (libc::RT_SCOPE_LINK, libc::RTN_UNICAST),
+    };
+    let header = [family, prefix, 0, 0, 0, libc::RTPROT_STATIC, scope, way, 0, 0, 0, 0];
+    let flags = if kind == libc::RTM_NEWROUTE { PUT } else { 0 };
+    let message = Message::new(format!("change the routes of table {table}"), kind, flags, &header)
+        .number(libc::RTA_TABLE, table)
+        .number(libc::RTA_OIF, index);
+    if destination.is_empty() { message } else { message.attribute(libc::RTA_DST, destination) }
+}

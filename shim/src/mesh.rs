@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use joey_protocol::api;
 use serde::{Deserialize, Serialize};
 
+use crate::policy::error::PolicyError;
 use crate::sizing::SizingError;
 
 pub mod sidecar;
@@ -48,6 +49,17 @@ impl Mode {
             _ => None,
         }
     }
+}
+
+/// Why it is not known how a pod is in a mesh.
+#[derive(Debug, thiserror::Error)]
+pub enum MeshError {
+    /// An annotation that cannot be followed.
+    #[error(transparent)]
+    Annotation(#[from] SizingError),
+    /// What the node's policy says of its namespace cannot be read.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
 }
 
 /// The names of all modes, for messages.

@@ -15,6 +15,7 @@ pub mod node;
 pub mod paths;
 pub mod pod;
 pub mod process;
+pub mod proxy;
 pub mod registry;
 pub mod stream;
 mod sys;

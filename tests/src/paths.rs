@@ -48,3 +48,8 @@ pub fn probe() -> PathBuf {
 pub fn joey() -> PathBuf {
     binaries().join("joey")
 }
+
+/// The mesh's proxy of tests.
+pub fn proxy() -> PathBuf {
+    binaries().join("joey-proxy")
+}

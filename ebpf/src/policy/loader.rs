@@ -13,6 +13,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
 
 use super::Reason;
 use super::abi::{NODE, PodId, Ports, Rule, Scope, Side};
+use super::attach::Program;
 use super::maps::{Lock, MapError, Maps, NAMES, directory};
 
 static OBJECT: &[u8] = include_bytes_aligned!(env!("JOEY_POLICY_OBJECT"));
@@ -88,11 +89,11 @@ pub struct Policy {
     pub maps: Maps,
 }
 
-/// The function in `bpf/policy.bpf.c` that judges what this side sends.
-fn program_of(sender: Side) -> &'static str {
+/// The program that judges what this side sends.
+fn program_of(sender: Side) -> Program {
     match sender {
-        Side::Vm => "from_vm",
-        Side::Peer => "to_vm",
+        Side::Vm => Program::FromVm,
+        Side::Peer => Program::ToVm,
     }
 }
 
@@ -141,8 +142,7 @@ impl Policy {
         fill: impl FnOnce() -> Result<(), String>,
     ) -> Result<(), PolicyError> {
         let directory = directory(bpf_dir);
-        let pins =
-            [Side::Vm, Side::Peer].map(|side| (side, super::attach::pinned_path(bpf_dir, side)));
+        let pins = Program::ALL.map(|program| (program, program.pinned_path(bpf_dir)));
         if pins.iter().all(|(_, path)| fs::symlink_metadata(path).is_ok()) {
             return Ok(());
         }
@@ -166,10 +166,10 @@ impl Policy {
             fill().map_err(PolicyError::Fill)?;
         }
         policy.verify()?;
-        for (side, path) in pins {
+        for (program, path) in pins {
             if fs::symlink_metadata(&path).is_err() {
                 let fail = |error| PolicyError::Maps(io::Error::other(error));
-                policy.program(side)?.pin(&path).map_err(fail)?;
+                policy.program(program)?.pin(&path).map_err(fail)?;
             }
         }
         Ok(())
@@ -191,10 +191,10 @@ impl Policy {
     }
 
     fn verify(&mut self) -> Result<(), PolicyError> {
-        for sender in [Side::Vm, Side::Peer] {
-            let name = program_of(sender);
+        for program in Program::ALL {
+            let name = program.name();
             let fail = |source| PolicyError::Program { name, source };
-            self.program(sender)?.load().map_err(fail)?;
+            self.program(program)?.load().map_err(fail)?;
         }
         Ok(())
     }
@@ -211,21 +211,21 @@ impl Policy {
         self.object.take_map("events").unwrap().try_into().unwrap()
     }
 
-    fn program(&mut self, sender: Side) -> Result<&mut SchedClassifier, PolicyError> {
-        let name = program_of(sender);
+    fn program(&mut self, program: Program) -> Result<&mut SchedClassifier, PolicyError> {
+        let name = program.name();
         let program = self.object.program_mut(name).ok_or(PolicyError::Missing(name))?;
         program.try_into().map_err(|source| PolicyError::Program { name, source })
     }
 
     /// The program that judges what a side sends, to be attached.
     pub fn classifier(&mut self, sender: Side) -> Result<&mut SchedClassifier, PolicyError> {
-        self.program(sender)
+        self.program(program_of(sender))
     }
 
     /// How many instructions the verifier went through for a program.
-    pub fn verified(&mut self, sender: Side) -> Result<Option<u32>, PolicyError> {
-        let info = self.program(sender)?.info();
-        let fail = |source| PolicyError::Program { name: program_of(sender), source };
+    pub fn verified(&mut self, program: Program) -> Result<Option<u32>, PolicyError> {
+        let info = self.program(program)?.info();
+        let fail = |source| PolicyError::Program { name: program.name(), source };
         Ok(info.map_err(fail)?.verified_instruction_count())
     }
 
@@ -249,7 +249,7 @@ impl Policy {
         repeat: u32,
         segment: u32,
     ) -> Result<Outcome, PolicyError> {
-        let name = program_of(sender);
+        let name = program_of(sender).name();
         let mut context = [0; CONTEXT];
         context[MARK..MARK + 4].copy_from_slice(&u32::from(pod).to_ne_bytes());
         context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&segment.to_ne_bytes());
@@ -262,7 +262,7 @@ impl Policy {
             ..TestRunOptions::default()
         };
         let fail = |source| PolicyError::Program { name, source };
-        let result = self.program(sender)?.test_run(options).map_err(fail)?;
+        let result = self.program(program_of(sender))?.test_run(options).map_err(fail)?;
         let mut reason = [0; 4];
         reason.copy_from_slice(&after[CB..CB + 4]);
         let (action, reason) = (result.return_value, u32::from_ne_bytes(reason));

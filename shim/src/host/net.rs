@@ -13,6 +13,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use joey_protocol::api::Network;
 use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::config::Config;
+use crate::mesh::{Mesh, Mode};
 use crate::net_limits::NetLimits;
 use crate::sandbox::record::PodNetwork;
 use crate::sys;
@@ -33,6 +35,7 @@ use crate::sys;
 pub use admission::{AdmissionError, Applicant, own_addresses};
 
 mod admission;
+mod mesh;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -109,6 +112,8 @@ pub struct Wire {
     mac: [u8; 6],
     network: Network,
     judged: Option<(Instant, Duration)>,
+    /// The pod's addresses, if a mesh's proxy is to reach it by them.
+    meshed: Vec<IpAddr>,
 }
 
 /// A tap that a VM has before its pod is known, in a namespace of its own that goes with it.
@@ -184,7 +189,9 @@ impl Wire {
                 reason: reason.to_owned(),
             });
         }
-        let programs = Programs::open(config)?;
+        let mesh = applicant.mesh;
+        let programs = Programs::open(config, mesh)?;
+        let meshed = mesh.mode == Mode::Ambient;
         let admission = |source| NetError::Admission { netns: netns.to_owned(), source };
         let begun = Instant::now();
         let node = match programs {
@@ -206,8 +213,9 @@ impl Wire {
             };
             let netns = netns.to_owned();
             let Some(interface) = pod.interface else {
-                let network = Network::new();
-                return Ok(Self { netns, tap, index, mac: NO_MAC, network, judged: None });
+                let (network, mac) = (Network::new(), NO_MAC);
+                let meshed = Vec::new();
+                return Ok(Self { netns, tap, index, mac, network, judged: None, meshed });
             };
             let begun = Instant::now();
             let id = match programs {
@@ -224,7 +232,17 @@ impl Wire {
                 return Err(netlink(error));
             }
             let judged = Some((begun, before + begun.elapsed()));
-            Ok(Self { netns, tap, index, mac: interface.mac, network: pod.network, judged })
+            let addresses = if meshed { read::own(&pod.network) } else { Vec::new() };
+            if meshed {
+                let step = "have it carry a proxy's packets";
+                let tap = |source| NetError::Tap { netns: netns.clone(), step, source };
+                mesh::ready_tap(mesh.dns).map_err(tap)?;
+                let name = pod.network.interfaces.first().map_or("", |it| it.name.as_str());
+                mesh::take(place, name, &addresses)
+                    .map_err(|source| NetError::Netlink { netns: netns.clone(), source })?;
+            }
+            let (mac, network) = (interface.mac, pod.network);
+            Ok(Self { netns, tap, index, mac, network, judged, meshed: addresses })
         })
     }
 
@@ -232,8 +250,10 @@ impl Wire {
     pub fn open(&self) -> Result<(), NetError> {
         let Some(index) = self.index else { return Ok(()) };
         inside(&self.netns, |place, _| {
+            let up = route::link("set the tap up", libc::RTM_NEWLINK, index, true);
+            let lead = mesh::lead(index, self.mac, &self.meshed);
             place
-                .request(route::link("set the tap up", libc::RTM_NEWLINK, index, true))
+                .batch(std::iter::once(up).chain(lead))
                 .map_err(|source| NetError::Netlink { netns: self.netns.clone(), source })
         })
     }
@@ -320,7 +340,7 @@ impl Wire {
                     other => other.map_err(netlink)?,
                 }
             }
-            Ok(())
+            mesh::give_back(place).map_err(netlink)
         });
         match result {
             Err(NetError::Namespace { source, .. }) if is_gone(&source) => Ok(()),
@@ -403,13 +423,23 @@ enum Programs {
 
 impl Programs {
     /// Opens them; Joey's tool loads them when this node has not got them yet.
-    fn open(config: &Config) -> Result<Self, NetError> {
+    fn open(config: &Config, mesh: Mesh) -> Result<Self, NetError> {
         let dir = &config.bpf_dir;
         let fail = |reason: String| NetError::Program { dir: dir.clone(), reason };
+        let ambient = mesh.mode == Mode::Ambient;
         let open = || match config.isolation {
-            true => policy::attach::open(dir).map(Self::Policy),
+            true if ambient => {
+                policy::attach::Programs::open_meshed(dir, mesh.dns).map(Self::Policy)
+            }
+            true => policy::attach::Programs::open(dir).map(Self::Policy),
             false => attach::open(dir).map(Self::Wire),
         };
+        if ambient && !config.isolation {
+            return Err(fail(format!(
+                "{} = \"ambient\" needs isolation, which is off in the configuration",
+                crate::mesh::MODE
+            )));
+        }
         match open() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             other => return other.map_err(|error| fail(error.to_string())),
@@ -448,11 +478,10 @@ impl Programs {
             attach::carry(place, device)?;
         }
         place.batch(match self {
-            Self::Wire(program) => [tap, index].map(|device| attach::attach(device, program)),
-            Self::Policy(programs) => [
-                policy::attach::attach(tap, programs.from_vm.as_fd(), id),
-                policy::attach::attach(index, programs.to_vm.as_fd(), id),
-            ],
+            Self::Wire(program) => {
+                [tap, index].map(|device| attach::attach(device, program)).into()
+            }
+            Self::Policy(programs) => programs.attach(index, id),
         })
     }
 }

@@ -31,7 +31,7 @@ use crate::failpoint;
 use crate::guest::{GuestChannel, GuestError};
 use crate::host::net::{self, Applicant, Wire};
 use crate::host::{self, cgroup};
-use crate::mesh::Mesh;
+use crate::mesh::{Mesh, MeshError};
 use crate::net_limits::NetLimits;
 use crate::policy::state::Store;
 use crate::policy::tenant;
@@ -97,21 +97,21 @@ impl Wanted {
         ))
     }
 
+    /// How the pod is in a mesh.
+    fn mesh(&self, config: &Config) -> Result<Mesh, MeshError> {
+        let namespaces = Store::new(&config.state_dir).mesh()?;
+        let pod = self.pod();
+        let namespace = pod.as_ref().map(|(namespace, _)| namespace.as_str());
+        Ok(Mesh::of(&self.annotations, namespace, &namespaces)?)
+    }
+
     /// Who the pod is to the node's policy.
     fn applicant(&self, config: &Config) -> Applicant {
         let pod = self.pod();
         let namespace = pod.as_ref().map(|(namespace, _)| namespace.as_str());
         let annotation = |key: &str| self.annotation(key);
         let tenant = tenant::of(annotation, namespace, &config.tenant_annotations);
-        Applicant { tenant: tenant.unwrap_or_default(), pod }
-    }
-
-    /// How the pod is in a mesh.
-    fn mesh(&self, config: &Config) -> Result<Mesh, String> {
-        let namespace = self.pod().map(|(namespace, _)| namespace);
-        let namespaces = Store::new(&config.state_dir).mesh().map_err(|error| error.to_string())?;
-        Mesh::of(&self.annotations, namespace.as_deref(), &namespaces)
-            .map_err(|error| error.to_string())
+        Applicant { tenant: tenant.unwrap_or_default(), pod, mesh: Mesh::default() }
     }
 }
 
@@ -123,7 +123,8 @@ struct Wired {
     sizing: Sizing,
     disk_mib: u64,
     cgroups: Vec<PathBuf>,
-    mesh: Option<api::Mesh>,
+    /// What the guest is to do with the containers' connections.
+    in_guest: Option<api::Mesh>,
 }
 
 /// A VM that runs.
@@ -141,7 +142,7 @@ struct Launched {
     machine: Machine,
     disk_mib: u64,
     /// What the guest is to do with the containers' connections.
-    mesh: Option<api::Mesh>,
+    in_guest: Option<api::Mesh>,
 }
 
 impl Handle {
@@ -251,7 +252,7 @@ impl Handle {
         *self.0.empty_dirs.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
             sizing::empty_dirs(&wanted.annotations).map_err(|error| refuse(&error))?;
         let mesh = wanted.mesh(config).map_err(|error| refuse(&error))?;
-        let mesh = mesh.in_guest(&wanted.annotations).map_err(|error| refuse(&error))?;
+        let in_guest = mesh.in_guest(&wanted.annotations).map_err(|error| refuse(&error))?;
         let on_host = wanted.netns.as_deref().is_some_and(net::is_host_netns);
         let netns = match &wanted.netns {
             _ if on_host || wanted.host_network => {
@@ -301,7 +302,7 @@ impl Handle {
         let start = Instant::now();
         let limits =
             NetLimits::default().annotated(&wanted.annotations).map_err(|error| refuse(&error))?;
-        let applicant = wanted.applicant(config);
+        let applicant = Applicant { mesh, ..wanted.applicant(config) };
         if !applicant.tenant.is_empty() {
             tenant::check(&applicant.tenant).map_err(|error| refuse(&error))?;
         }
@@ -323,7 +324,7 @@ impl Handle {
         }
         self.0.timeline.host("wire", "", start);
         failpoint::hold(&config.run_dir, "start.attached");
-        Ok(Wired { wire, machine, sizing, disk_mib, cgroups, mesh })
+        Ok(Wired { wire, machine, sizing, disk_mib, cgroups, in_guest })
     }
 
     /// The VMM, cloned or booted or in reserve, and the channel to its agent.
@@ -334,8 +335,8 @@ impl Handle {
             self.table().vmm_pid = pid;
             self.record(|record| record.cloned = Some(true))?;
             self.0.timeline.mark("standby", "");
-            let Wired { wire, disk_mib, mesh, .. } = wired;
-            return Ok(Launched { wire, machine, disk_mib, mesh });
+            let Wired { wire, disk_mib, in_guest, .. } = wired;
+            return Ok(Launched { wire, machine, disk_mib, in_guest });
         }
         let fail = |what| move |error: &dyn std::fmt::Display| SandboxError::host(id, what, error);
         let procs =
@@ -383,14 +384,14 @@ impl Handle {
             self.0.timeline.host("kernel", "", start);
         }
         let machine = Machine { vm, channel, disks: Arc::default(), disk: None };
-        let Wired { wire, disk_mib, mesh, .. } = wired;
-        Ok(Launched { wire, machine, disk_mib, mesh })
+        let Wired { wire, disk_mib, in_guest, .. } = wired;
+        Ok(Launched { wire, machine, disk_mib, in_guest })
     }
 
     /// Makes the clone itself. Nothing of it is optional.
     async fn identify(&self, wanted: &Wanted, launched: Launched) -> Result<Guest, SandboxError> {
         let id = &self.0.boot.id;
-        let Launched { wire, machine, disk_mib, mesh } = launched;
+        let Launched { wire, machine, disk_mib, in_guest } = launched;
         let Machine { vm, channel, disks, disk } = machine;
         let mut secret = [0_u8; ENTROPY_BYTES + MACHINE_ID_BYTES];
         crate::sys::random(&mut secret)
@@ -406,7 +407,7 @@ impl Handle {
             machine_id: machine_id.to_vec(),
             network: wire.as_ref().map(Wire::network).into(),
             sysctls: wanted.sysctls.iter().cloned().collect(),
-            mesh: mesh.into(),
+            mesh: in_guest.into(),
             ..Default::default()
         };
         failpoint::reach(&self.0.config.run_dir, "start.identity").await;

@@ -25,6 +25,7 @@ use joey_ebpf::policy::abi::{Identity, Ports, Prefix, Rule, Scope};
 use joey_ebpf::policy::maps::{Lock, Maps};
 use joey_shim::config::Config;
 use joey_shim::host::net::{Applicant, Wire};
+use joey_shim::mesh::Mesh;
 use joey_shim::net_limits::NetLimits;
 use joey_shim::sandbox::record::PodNetwork;
 use tempfile::TempDir;
@@ -36,7 +37,8 @@ use crate::sys;
 
 /// The peer's addresses.
 pub const PEER: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 2);
-const PEER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0xffff, 0, 0, 0, 0, 0, 2);
+/// See [`PEER`].
+pub const PEER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0xffff, 0, 0, 0, 0, 0, 2);
 /// What every pod knows as its router, as with CNI's plugin ptp.
 const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 9, 255, 1);
 const ROUTER6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0xffff, 1);
@@ -136,7 +138,8 @@ impl Lab {
         ])?;
         pod.ip(&network(number))?;
         let group = Group::add(&format!("{}p{number}", self.tag))?;
-        Ok(Pod { number, netns: pod, guest, vm: None, wire: None, place: None, group })
+        let (vm, wire, place, mesh) = (None, None, None, Mesh::default());
+        Ok(Pod { number, netns: pod, guest, vm, wire, place, mesh, group })
     }
 
     /// Puts the pod on its wire, as its shim would.
@@ -157,7 +160,8 @@ impl Lab {
     /// The shim's part of it: until [`Wire::open`] nothing passes.
     pub fn wire(&self, pod: &mut Pod, config: &Config) -> Result<Wire> {
         let name = format!("pod{}", pod.number);
-        let who = Applicant { tenant: name.clone(), pod: Some((name.clone(), name)) };
+        let who =
+            Applicant { tenant: name.clone(), pod: Some((name.clone(), name)), mesh: pod.mesh };
         let (netns, mut place) = (pod.netns.path(), None);
         let record = |taken: &PodNetwork| {
             place = Some(taken.clone());
@@ -225,6 +229,8 @@ pub struct Pod {
     vm: Option<Vm>,
     wire: Option<Wire>,
     place: Option<PodNetwork>,
+    /// How it is in a mesh, from when it is plugged.
+    pub mesh: Mesh,
     /// Its namespace on the node.
     pub netns: NetNs,
     /// What its VM sees.
@@ -238,6 +244,22 @@ impl Pod {
     #[must_use]
     pub fn address(&self) -> IpAddr {
         Ipv4Addr::new(10, 9, 0, self.number).into()
+    }
+
+    /// Its IPv6 address.
+    #[must_use]
+    pub fn address6(&self) -> IpAddr {
+        Ipv6Addr::new(
+            0xfd09,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            u16::from_str_radix(&self.number.to_string(), 16).unwrap_or(0),
+        )
+        .into()
     }
 
     /// The running VM.

@@ -11,6 +11,7 @@ use nix::sys::socket::{
 use super::cases::*;
 use super::frames::*;
 use super::{Model, World, alone, tell};
+use crate::attach::Hook;
 use crate::attach::{carry, detach, partner};
 use crate::netlink::{Message, Socket};
 use crate::policy::Reason;
@@ -139,7 +140,7 @@ fn judged_on_devices() {
     for (sender, index) in [(Side::Vm, partner(ETH0)), (Side::Peer, ETH0)] {
         carry(&mut netlink, index).unwrap();
         let program = policy.classifier(sender).unwrap().fd().unwrap().as_fd();
-        netlink.request(attach(index, program, POD_ID)).unwrap();
+        netlink.request(attach(index, Hook::Enters, program, POD_ID)).unwrap();
     }
     let kind = SockType::Raw;
     let socket = socket(AddressFamily::Packet, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();

@@ -9,6 +9,7 @@ use super::frames::*;
 use super::{World, cases, tell};
 use crate::policy::Reason;
 use crate::policy::abi::Side;
+use crate::policy::attach::Program;
 
 /// Instructions that the verifier may have to go through for a program; Linux 6.1 goes through the most.
 const BUDGET: u32 = 65_536;
@@ -16,10 +17,10 @@ const BUDGET: u32 = 65_536;
 #[test]
 fn the_verifier_keeps_its_budget() {
     let Some(mut world) = World::new("the budget of the policy's programs") else { return };
-    for side in [Side::Vm, Side::Peer] {
-        let count = world.policy.verified(side).unwrap();
-        tell(&format!("what {side:?} sends: {count:?} verified instructions of {BUDGET}"));
-        assert!(count.is_some_and(|count| count <= BUDGET), "{side:?}: {count:?}");
+    for program in Program::ALL {
+        let (count, name) = (world.policy.verified(program).unwrap(), program.name());
+        tell(&format!("{name}: {count:?} verified instructions of {BUDGET}"));
+        assert!(count.is_some_and(|count| count <= BUDGET), "{name}: {count:?}");
     }
 }
 

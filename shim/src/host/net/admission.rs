@@ -15,6 +15,7 @@ use joey_ebpf::policy::maps::{Lock, MapError, Maps, directory};
 use nix::time::{ClockId, clock_gettime};
 
 use super::read;
+use crate::mesh::Mesh;
 use crate::net_limits::NetLimits;
 use crate::sandbox::record::PodNetwork;
 
@@ -49,6 +50,8 @@ pub struct Applicant {
     pub tenant: String,
     /// Kubernetes namespace and name, where CRI gave them.
     pub pod: Option<(String, String)>,
+    /// How it is in a mesh.
+    pub mesh: Mesh,
 }
 
 fn open(bpf_dir: &Path) -> Result<(Maps, Lock), AdmissionError> {

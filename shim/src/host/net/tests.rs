@@ -387,7 +387,7 @@ fn packets_are_limited_where_the_policy_has_the_pod() {
     let Some(mut lab) = Lab::with_interface() else { return };
     lab.config.isolation = true;
     let (before, netns, mut place) = (lab.left(), lab.path("p"), None);
-    let who = Applicant { tenant: "blue".to_owned(), pod: None };
+    let who = Applicant { tenant: "blue".to_owned(), pod: None, ..Applicant::default() };
     let record = |taken: &PodNetwork| {
         place = Some(taken.clone());
         Ok(())
