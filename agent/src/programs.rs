@@ -15,6 +15,8 @@ use joey_ebpf::guest::mesh::{Mark, Mesh, Prefix, Settings};
 use joey_ebpf::map::MapError;
 use joey_protocol::api;
 
+use crate::network::link_local;
+
 /// The network namespace of the agent's only thread.
 const NETNS: &str = "/proc/self/ns/net";
 
@@ -99,8 +101,12 @@ fn settings(mesh: &api::Mesh, network: &api::Network) -> Result<Settings, Progra
         0 if !mesh.capture => Ok(0),
         number => port(field, number),
     };
-    let own = network.interfaces.iter().flat_map(|interface| &interface.addresses);
-    let own = own.map(|own| prefix("address", own).map(|(ip, _)| ip));
+    let own = network.interfaces.iter().flat_map(|interface| {
+        let ip = |own: &api::Address| prefix("address", own).map(|(ip, _)| ip);
+        let mac = Some(&interface.mac).filter(|mac| mac.len() == 6);
+        let local = mac.map(|mac| api::Address { ip: link_local(mac), ..Default::default() });
+        interface.addresses.iter().map(ip).chain(local.map(|local| ip(&local)))
+    });
     let prefixes = |field, list: &[api::Address]| {
         list.iter().map(|it| prefix(field, it)).collect::<Result<Vec<_>, _>>()
     };
@@ -162,12 +168,14 @@ mod tests {
     #[test]
     fn a_request_is_made_settings() {
         let own = api::Address { ip: vec![10, 0, 0, 2], prefix: 24, ..Default::default() };
-        let interface = api::Interface { addresses: vec![own], ..Default::default() };
+        let mac = vec![2, 0, 0, 0, 0, 2];
+        let interface = api::Interface { addresses: vec![own], mac, ..Default::default() };
         let network = api::Network { interfaces: vec![interface], ..Default::default() };
         let settings = settings(&sidecar(), &network).unwrap();
         let both = Mark::InExcluded as u32 | Mark::OutIncluded as u32;
         assert_eq!(settings.ports, [(80, both), (15090, Mark::InExcluded as u32)]);
-        assert_eq!(settings.own, ["10.0.0.2".parse::<IpAddr>().unwrap()]);
+        let own = ["10.0.0.2", "fe80::ff:fe00:2"].map(|own| own.parse::<IpAddr>().unwrap());
+        assert_eq!(settings.own, own);
         assert_eq!(settings.included, [("0.0.0.0".parse().unwrap(), 0)]);
     }
 

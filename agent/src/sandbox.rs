@@ -334,7 +334,7 @@ impl Sandbox {
         }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         let done = self.assume(&mut prepared, request).and_then(|done| {
-            prepared.resign(&request.network)?;
+            prepared.resign(request)?;
             self.programs.as_ref().map_or(Ok(()), Programs::clear)?;
             Ok(done)
         });

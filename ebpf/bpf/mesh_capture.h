@@ -247,15 +247,32 @@ INLINE void tcp_event(struct bpf_sock_ops *event)
 	}
 }
 
+INLINE struct endpoint sender(const struct bpf_sk_lookup *packet)
+{
+	__u32 short_form = READ(packet->remote_ip4), family = READ(packet->family);
+	struct endpoint it = {
+		.address = { READ(packet->remote_ip6[0]), READ(packet->remote_ip6[1]),
+			     READ(packet->remote_ip6[2]), READ(packet->remote_ip6[3]) },
+	};
+
+	return family == IPV4 ? ipv4(short_form, 0) : it;
+}
+
 // Hands a packet that opens a connection from outside to the proxy; 0 if it is to be refused.
 INLINE int hand_over(struct bpf_sk_lookup *packet)
 {
 	const struct settings *it = settings_for(CAPTURE);
 	__u32 marks, slot, last;
+	struct endpoint from;
 	void *socket;
 	int i;
 
-	if (!it || packet->protocol != TCP || packet->ingress_ifindex == 1)
+	if (!it || packet->protocol != TCP)
+		return SK_PASS;
+	// From the pod itself: by its address, since `ingress_ifindex` is that of the address's device even if the
+	// packet came by loopback. From outside nobody gets an answer to such an address.
+	from = sender(packet);
+	if (is_loopback(&from) || is_in(OWN, &from))
 		return SK_PASS;
 	marks = marks_of(packet->local_port);
 	if (packet->local_port == TUNNEL ||

@@ -2,12 +2,14 @@
 //! whose connections it gets.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket,
+};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use nix::sys::socket::{getsockopt, sockopt};
 
 /// Where a connection was to go, by SO_ORIGINAL_DST.
@@ -39,14 +41,28 @@ fn carry(near: &TcpStream, far: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Carries one connection on; what it was is said.
-fn serve(near: &TcpStream, inbound: bool, quiet: bool) -> Result<()> {
+/// What it does with connections.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Manner {
+    /// Carries them on, and says what they were.
+    Tells,
+    /// Carries them on.
+    Carries,
+    /// Answers itself.
+    Answers,
+}
+
+fn serve(mut near: &TcpStream, inbound: bool, manner: Manner) -> Result<()> {
     near.set_nodelay(true)?;
-    let (peer, own) = (plain(near.peer_addr()?), plain(near.local_addr()?));
     let to = original(near)?;
-    if !quiet {
-        let way = if inbound { "inbound" } else { "outbound" };
-        println!("{way} from {peer} at {own} for {to};");
+    match manner {
+        Manner::Answers => return Ok(near.write_all(format!("proxy for {to}").as_bytes())?),
+        Manner::Carries => {}
+        Manner::Tells => {
+            let (peer, own) = (plain(near.peer_addr()?), plain(near.local_addr()?));
+            let way = if inbound { "inbound" } else { "outbound" };
+            println!("{way} from {peer} at {own} for {to};");
+        }
     }
     let next = match (inbound, to.ip()) {
         (false, _) => to,
@@ -61,7 +77,13 @@ fn serve(near: &TcpStream, inbound: bool, quiet: bool) -> Result<()> {
 }
 
 /// Listens where a sidecar does, on both families, for ever.
-pub fn run(outbound: &str, inbound: &str, quiet: bool) -> Result<()> {
+pub fn run(manner: &str, outbound: &str, inbound: &str) -> Result<()> {
+    let manner = match manner {
+        "tells" => Manner::Tells,
+        "carries" => Manner::Carries,
+        "answers" => Manner::Answers,
+        _ => bail!("{manner:?} is tells, carries or answers"),
+    };
     let listen = |port: &str| -> Result<TcpListener> {
         TcpListener::bind((Ipv6Addr::UNSPECIFIED, port.parse()?))
             .with_context(|| format!("listen at {port}"))
@@ -73,11 +95,15 @@ pub fn run(outbound: &str, inbound: &str, quiet: bool) -> Result<()> {
             let listener = Arc::new(listener);
             scope.spawn(move || {
                 for near in listener.incoming().flatten() {
-                    thread::spawn(move || {
-                        if let Err(error) = serve(&near, inbound, quiet) {
+                    let serve = move || {
+                        if let Err(error) = serve(&near, inbound, manner) {
                             println!("lost: {error:#}");
                         }
-                    });
+                    };
+                    match manner {
+                        Manner::Answers => serve(),
+                        Manner::Tells | Manner::Carries => drop(thread::spawn(serve)),
+                    }
                 }
             });
         }
@@ -110,12 +136,13 @@ pub fn answer(at: &str) -> Result<()> {
     Ok(())
 }
 
-/// Connects so often, one after another, each until the other end has ended it; prints how many did not and the
-/// microseconds that connecting took: the median, and the 99th of a hundred.
+/// Connects so often, one after another, each until the other end has ended it. Prints how many failed, how many the
+/// node itself has answered, the microseconds that connecting took (median, and 99th of a hundred), the median until
+/// the answer, and how many there were in a second.
 pub fn flood(to: &str, count: &str) -> Result<()> {
     let (to, count): (SocketAddr, usize) = (to.parse()?, count.parse()?);
-    let mut took = Vec::with_capacity(count);
-    let mut failed = 0;
+    let (mut took, mut answered) = (Vec::with_capacity(count), Vec::with_capacity(count));
+    let (mut failed, mut direct) = (0, 0);
     let begun = Instant::now();
     for _ in 0..count {
         let start = Instant::now();
@@ -127,13 +154,55 @@ pub fn flood(to: &str, count: &str) -> Result<()> {
                 if stream.read_to_end(&mut said).is_err() || said.is_empty() {
                     failed += 1;
                 }
+                answered.push(start.elapsed().as_micros());
+                direct += usize::from(said.starts_with(b"node"));
             }
             Err(_) => failed += 1,
         }
     }
     let rate = count as f64 / begun.elapsed().as_secs_f64();
-    took.sort_unstable();
-    let at = |part: usize| took.get(took.len() * part / 100).copied().unwrap_or(0);
-    println!("failed {failed} p50 {} p99 {} rate {rate:.0}", at(50), at(99));
+    let at = |times: &mut Vec<u128>, part: usize| {
+        times.sort_unstable();
+        times.get(times.len() * part / 100).copied().unwrap_or(0)
+    };
+    let (p50, p99, until) = (at(&mut took, 50), at(&mut took, 99), at(&mut answered, 50));
+    println!("failed {failed} direct {direct} p50 {p50} p99 {p99} answered {until} rate {rate:.0}");
+    Ok(())
+}
+
+/// Sends every datagram back, for ever.
+pub fn echo(at: &str) -> Result<()> {
+    let socket = UdpSocket::bind(at.parse::<SocketAddr>()?).context("bind")?;
+    println!("echoes");
+    let mut buffer = [0; 512];
+    loop {
+        let (length, from) = socket.recv_from(&mut buffer)?;
+        socket.send_to(&buffer[..length], from)?;
+    }
+}
+
+/// Sends a datagram, over a socket that is connected and over one that is not, and prints from whom the answers are.
+pub fn query(to: &str) -> Result<()> {
+    let to: SocketAddr = to.parse()?;
+    let any: IpAddr = match to {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    for connected in [true, false] {
+        let socket = UdpSocket::bind((any, 0))?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        if connected {
+            socket.connect(to)?;
+            println!("peer {}", socket.peer_addr()?);
+            socket.send(b"who")?;
+        } else {
+            socket.send_to(b"who", to)?;
+        }
+        let mut buffer = [0; 16];
+        match socket.recv_from(&mut buffer) {
+            Ok((_, from)) => println!("answer from {from}"),
+            Err(error) => println!("no answer: {:?}", error.kind()),
+        }
+    }
     Ok(())
 }
