@@ -11,6 +11,7 @@ mod boot;
 mod calls;
 mod channel;
 mod clock;
+mod connections;
 mod container;
 mod containers;
 mod damage;
@@ -140,8 +141,8 @@ async fn serve(
     let (mux, driver) = Mux::new(fd_io::FdIo::new(port)?);
     let reaper = reap::Reaper::default();
     tokio::spawn(reaper.clone().run());
-    let (events, queue) = events::Events::new();
-    tokio::spawn(events::run(queue, mux.open(limits::STREAM_EVENTS)?));
+    let (events, queues) = events::Events::new();
+    tokio::spawn(events::run(queues, mux.open(limits::STREAM_EVENTS)?));
     let (listener, found) = (damage::listen()?, events.clone());
     tokio::spawn(async move {
         if let Err(error) = damage::watch(listener, found).await {

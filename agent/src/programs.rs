@@ -9,8 +9,10 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use joey_ebpf::guest::GuestError;
+use joey_ebpf::guest::events::Events;
 use joey_ebpf::guest::mesh::{Mark, Mesh, Prefix, Settings};
 use joey_ebpf::map::MapError;
 use joey_protocol::api;
@@ -58,6 +60,7 @@ impl ProgramsError {
 #[derive(Debug)]
 pub(crate) struct Programs {
     mesh: Mesh,
+    events: Mutex<Option<Events>>,
 }
 
 impl Programs {
@@ -67,8 +70,9 @@ impl Programs {
             File::open(path).map_err(|source| ProgramsError::Open { path: path.into(), source })
         };
         let (cgroup, netns) = (open(cgroups)?, open(Path::new(NETNS))?);
-        let mesh = Mesh::attach(cgroup.as_fd(), netns.as_fd()).map_err(ProgramsError::Mesh)?;
-        Ok(Self { mesh })
+        let mut mesh = Mesh::attach(cgroup.as_fd(), netns.as_fd()).map_err(ProgramsError::Mesh)?;
+        let events = Mutex::new(mesh.take_events());
+        Ok(Self { mesh, events })
     }
 
     /// Has them do what the pod asks for, before there is a container; `false` if that is nothing.
@@ -76,6 +80,11 @@ impl Programs {
         let Some(mesh) = request.mesh.as_ref() else { return Ok(false) };
         self.mesh.apply(&settings(mesh, &request.network)?)?;
         Ok(true)
+    }
+
+    /// What is told of connections; once.
+    pub(crate) fn take_events(&self) -> Option<Events> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Takes that back.
@@ -112,6 +121,7 @@ fn settings(mesh: &api::Mesh, network: &api::Network) -> Result<Settings, Progra
     };
     Ok(Settings {
         capture: mesh.capture,
+        observe: mesh.observe,
         outbound: listener("outbound_port", mesh.outbound_port)?,
         inbound: listener("inbound_port", mesh.inbound_port)?,
         dns: if mesh.dns_port == 0 { 0 } else { port("dns_port", mesh.dns_port)? },

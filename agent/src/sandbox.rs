@@ -22,6 +22,7 @@ use protobuf::MessageField;
 use ttrpc::Code;
 
 use crate::block_devices;
+use crate::connections;
 use crate::container::{Kind, Spares};
 use crate::containers::Containers;
 use crate::disk_volumes::{DiskVolumeError, DiskVolumes};
@@ -297,6 +298,12 @@ impl Sandbox {
         match assumed {
             Ok(response) => {
                 *phase = Phase::Started;
+                if request.mesh.observe
+                    && let Some(events) = self.programs.as_ref().and_then(Programs::take_events)
+                {
+                    let host = self.events.connections();
+                    tokio::spawn(connections::tell(events, Arc::clone(self), host));
+                }
                 tokio::spawn(Arc::clone(self).complete(request.network));
                 Ok(response)
             }

@@ -9,8 +9,6 @@
 
 #include "mesh_guest.h"
 
-static long (*const set_flags)(struct bpf_sock_ops *event,
-			       int flags) = (void *)BPF_FUNC_sock_ops_cb_flags_set;
 static long (*const put_socket)(struct bpf_sock_ops *event, void *map, void *key,
 				__u64 flags) = (void *)BPF_FUNC_sock_map_update;
 static long (*const assign)(struct bpf_sk_lookup *packet, void *socket,
@@ -148,31 +146,6 @@ INLINE int bound(struct bpf_sock *socket, __u32 port)
 	if (!is_proxy())
 		return DENY;
 	return storage(&sockets, socket, &fresh, BPF_SK_STORAGE_GET_F_CREATE) ? ALLOW : DENY;
-}
-
-// The other end of a socket's connection, and the socket's own; of IPv4 over a socket of IPv6 as of IPv4.
-INLINE struct endpoint remote(const struct bpf_sock_ops *event)
-{
-	__u32 short_form = READ(event->remote_ip4), family = READ(event->family);
-	struct endpoint it = {
-		.address = { READ(event->remote_ip6[0]), READ(event->remote_ip6[1]), READ(event->remote_ip6[2]),
-			     READ(event->remote_ip6[3]) },
-		.port = LONG(READ(event->remote_port)),
-	};
-
-	return family == IPV4 ? ipv4(short_form, it.port) : it;
-}
-
-INLINE struct endpoint local(const struct bpf_sock_ops *event, const struct endpoint *remote)
-{
-	__u32 short_form = READ(event->local_ip4);
-	struct endpoint it = {
-		.address = { READ(event->local_ip6[0]), READ(event->local_ip6[1]), READ(event->local_ip6[2]),
-			     READ(event->local_ip6[3]) },
-		.port = READ(event->local_port),
-	};
-
-	return is_ipv4(remote) ? ipv4(short_form, it.port) : it;
 }
 
 INLINE struct pending_key pending_of(const struct endpoint *from, const struct endpoint *to)

@@ -2,6 +2,7 @@
 //
 // The mesh's programs in the guest: on the cgroup of all containers, and on their network namespace.
 #include "mesh_capture.h"
+#include "mesh_observe.h"
 
 // The addresses by which the proxy marks what it hands on to the pod: 127.0.0.6 and ::6.
 INLINE int is_back4(const struct bpf_sock_addr *call)
@@ -21,6 +22,7 @@ int connect4(struct bpf_sock_addr *call)
 	struct endpoint to = named4(call), was = to;
 	int verdict = capture(call, &to, is_back4(call));
 
+	watch(call, &was, OUT);
 	if (!is_same(&to, &was))
 		name4(call, &to);
 	return verdict;
@@ -32,6 +34,7 @@ int connect6(struct bpf_sock_addr *call)
 	struct endpoint to = named6(call), was = to;
 	int verdict = capture(call, &to, is_back6(call));
 
+	watch(call, &was, OUT);
 	if (!is_same(&to, &was))
 		name6(call, &to);
 	return verdict;
@@ -43,6 +46,7 @@ int sendmsg4(struct bpf_sock_addr *call)
 	struct endpoint to = named4(call), was = to;
 	int verdict = capture(call, &to, 0);
 
+	watch(call, &was, OUT);
 	if (!is_same(&to, &was))
 		name4(call, &to);
 	return verdict;
@@ -54,6 +58,7 @@ int sendmsg6(struct bpf_sock_addr *call)
 	struct endpoint to = named6(call), was = to;
 	int verdict = capture(call, &to, 0);
 
+	watch(call, &was, OUT);
 	if (!is_same(&to, &was))
 		name6(call, &to);
 	return verdict;
@@ -65,6 +70,7 @@ int recvmsg4(struct bpf_sock_addr *call)
 	struct endpoint from = named4(call);
 	const struct endpoint *asked = answered(call, &from);
 
+	watch(call, &from, IN);
 	if (asked)
 		name4(call, asked);
 	return ALLOW;
@@ -76,6 +82,7 @@ int recvmsg6(struct bpf_sock_addr *call)
 	struct endpoint from = named6(call);
 	const struct endpoint *asked = answered(call, &from);
 
+	watch(call, &from, IN);
 	if (asked)
 		name6(call, asked);
 	return ALLOW;
@@ -104,12 +111,14 @@ int getpeername6(struct bpf_sock_addr *call)
 SEC("cgroup/post_bind4")
 int post_bind4(struct bpf_sock *socket)
 {
+	watch_bound(socket);
 	return bound(socket, socket->src_port);
 }
 
 SEC("cgroup/post_bind6")
 int post_bind6(struct bpf_sock *socket)
 {
+	watch_bound(socket);
 	return bound(socket, socket->src_port);
 }
 
@@ -124,6 +133,7 @@ SEC("sockops")
 int sock_ops(struct bpf_sock_ops *event)
 {
 	tcp_event(event);
+	watch_tcp(event);
 	return ALLOW;
 }
 

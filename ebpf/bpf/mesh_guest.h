@@ -6,6 +6,9 @@
 
 #include "guest.h"
 
+static long (*const set_flags)(struct bpf_sock_ops *event,
+			       int flags) = (void *)BPF_FUNC_sock_ops_cb_flags_set;
+
 // What the pod asks for. Zero, as it is before there is a pod: nothing.
 enum mode { CAPTURE = 1, OBSERVE = 2 };
 
@@ -127,6 +130,31 @@ INLINE const struct settings *settings_for(__u32 mode)
 	const struct settings *it = map_lookup(&settings, &key);
 
 	return it && (it->mode & mode) ? it : 0;
+}
+
+// The other end of a socket's connection, and the socket's own; of IPv4 over a socket of IPv6 as of IPv4.
+INLINE struct endpoint remote(const struct bpf_sock_ops *event)
+{
+	__u32 short_form = READ(event->remote_ip4), family = READ(event->family);
+	struct endpoint it = {
+		.address = { READ(event->remote_ip6[0]), READ(event->remote_ip6[1]), READ(event->remote_ip6[2]),
+			     READ(event->remote_ip6[3]) },
+		.port = LONG(READ(event->remote_port)),
+	};
+
+	return family == IPV4 ? ipv4(short_form, it.port) : it;
+}
+
+INLINE struct endpoint local(const struct bpf_sock_ops *event, const struct endpoint *remote)
+{
+	__u32 short_form = READ(event->local_ip4);
+	struct endpoint it = {
+		.address = { READ(event->local_ip6[0]), READ(event->local_ip6[1]), READ(event->local_ip6[2]),
+			     READ(event->local_ip6[3]) },
+		.port = READ(event->local_port),
+	};
+
+	return is_ipv4(remote) ? ipv4(short_form, it.port) : it;
 }
 
 #endif

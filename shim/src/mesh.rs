@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::policy::error::PolicyError;
 use crate::sizing::SizingError;
 
+pub mod connections;
 pub mod sidecar;
 
 /// Annotation: how the pod is in a mesh, one of [`Mode`]'s words.

@@ -50,6 +50,10 @@ pub const MAX_COPY_IN_CHUNK: usize = 1024 * 1024;
 pub const MAX_READ_FILE: usize = 64 * 1024;
 /// Largest event, encoded.
 pub const MAX_EVENT: usize = 4096;
+/// Connections in one event: so many fit, with the longest names.
+pub const MAX_CONNECTIONS: usize = 12;
+/// Longest name of a command: the kernel's.
+pub const MAX_COMMAND: usize = 16;
 /// Largest OCI specification as JSON.
 pub const MAX_SPEC: usize = 3 * 1024 * 1024;
 /// Process ids in one `Processes` reply that the host looks at.

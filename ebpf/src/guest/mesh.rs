@@ -1,10 +1,11 @@
-//! Sidecar mode in the guest: what the pod asks for, as entries of the maps in `bpf/mesh_guest.h`.
+//! Sidecar and observe modes in the guest: what the pod asks for, as entries of the maps in `bpf/mesh_guest.h`.
 
 use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
 use aya::include_bytes_aligned;
 
+use super::events::Events;
 use super::{Attached, GuestError};
 use crate::map::{Map, MapError};
 
@@ -48,6 +49,8 @@ pub type Prefix = (IpAddr, u8);
 pub struct Settings {
     /// Connections are redirected to the pod's proxy.
     pub capture: bool,
+    /// Connections are told of, as [`Event`](super::events::Event)s.
+    pub observe: bool,
     /// Where the proxy listens for what leaves the pod, on loopback.
     pub outbound: u16,
     /// Where it listens for what comes in.
@@ -77,6 +80,7 @@ pub struct Mesh {
     ports: Map<4, 4>,
     ranges: Map<24, 4>,
     owners: Map<8, 4>,
+    events: Option<Events>,
     _attached: Attached,
 }
 
@@ -87,7 +91,9 @@ impl Mesh {
     /// The kernel refuses.
     pub fn attach(cgroup: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> Result<Self, GuestError> {
         let mut attached = Attached::new(OBJECT, cgroup, netns)?;
+        let events = Events::new(attached.map("events")?, attached.map("lost")?)?;
         Ok(Self {
+            events: Some(events),
             settings: attached.map("settings")?,
             ports: attached.map("ports")?,
             ranges: attached.map("ranges")?,
@@ -119,6 +125,11 @@ impl Mesh {
         self.settings.put(&ONLY, &encode(settings))
     }
 
+    /// What is told of connections, for one reader; `None` once it was taken.
+    pub fn take_events(&mut self) -> Option<Events> {
+        self.events.take()
+    }
+
     /// Takes them back: as if there had been none.
     ///
     /// # Errors
@@ -141,7 +152,9 @@ fn empty<const K: usize, const V: usize>(map: &Map<K, V>) -> Result<(), MapError
 /// `struct settings`.
 fn encode(settings: &Settings) -> [u8; 12] {
     let mut value = [0; 12];
-    value[..4].copy_from_slice(&u32::from(settings.capture).to_ne_bytes());
+    // `enum mode`.
+    let mode = u32::from(settings.capture) | u32::from(settings.observe) << 1;
+    value[..4].copy_from_slice(&mode.to_ne_bytes());
     let ports = [settings.outbound, settings.inbound, settings.dns, u16::from(settings.every_port)];
     for (at, port) in value[4..].chunks_exact_mut(2).zip(ports) {
         at.copy_from_slice(&port.to_ne_bytes());

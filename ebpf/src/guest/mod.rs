@@ -15,6 +15,7 @@ use aya::{EbpfError, EbpfLoader};
 use crate::map::Map;
 use crate::sys;
 
+pub mod events;
 pub mod mesh;
 
 /// Functions of objects, and where they are attached: numbers of `enum bpf_attach_type`.
