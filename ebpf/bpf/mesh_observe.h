@@ -147,6 +147,7 @@ INLINE void watch_bound(struct bpf_sock *socket)
 
 INLINE void watch_tcp(struct bpf_sock_ops *event)
 {
+	__u64 sent = 0, received = 0;
 	struct endpoint near, far;
 	struct seen *seen;
 	__u8 what = OPENED;
@@ -169,17 +170,27 @@ INLINE void watch_tcp(struct bpf_sock_ops *event)
 	case BPF_SOCK_OPS_STATE_CB:
 		if (event->args[1] != BPF_TCP_CLOSE || !seen->way)
 			return;
+		sent = event->bytes_acked;
+		received = event->bytes_received;
+		// Both count what opens and ends a connection as a byte.
+		if (seen->way == OUT && sent)
+			sent--;
 		switch (event->args[0]) {
 		case BPF_TCP_SYN_SENT:
 			what = FAILED;
 			break;
 		// Ends that one side has not agreed to.
-		case BPF_TCP_ESTABLISHED:
 		case BPF_TCP_CLOSE_WAIT:
+			received -= !!received;
+			what = RESET;
+			break;
+		case BPF_TCP_ESTABLISHED:
 		case BPF_TCP_FIN_WAIT1:
 			what = RESET;
 			break;
 		default:
+			sent -= !!sent;
+			received -= !!received;
 			what = CLOSED;
 		}
 		break;
@@ -188,8 +199,7 @@ INLINE void watch_tcp(struct bpf_sock_ops *event)
 	}
 	far = remote(event);
 	near = local(event, &far);
-	tell(event, seen, what, seen->way, TCP, &near, &far, event->bytes_acked,
-	     event->bytes_received);
+	tell(event, seen, what, seen->way, TCP, &near, &far, sent, received);
 }
 
 #endif

@@ -163,6 +163,7 @@ fn main() -> Result<()> {
         ["exchange", port, ..] => exchange(port, &texts[2..]),
         ["sidecar", manner, outbound, inbound] => sidecar::run(manner, outbound, inbound),
         ["echo", at] => sidecar::echo(at),
+        ["spray", to, count] => sidecar::spray(to, count),
         ["query", to] => sidecar::query(to),
         ["dial", to] => sidecar::dial(to),
         ["answer", at] => sidecar::answer(at),

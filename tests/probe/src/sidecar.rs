@@ -118,7 +118,7 @@ pub fn dial(to: &str) -> Result<()> {
         .map_err(|error| anyhow::anyhow!("connect: {error} ({:?})", error.kind()))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     println!("peer {}", stream.peer_addr()?);
-    stream.shutdown(Shutdown::Write)?;
+    stream.write_all(b"who")?;
     let mut said = String::new();
     stream.read_to_string(&mut said)?;
     println!("said {said:?}");
@@ -131,6 +131,8 @@ pub fn answer(at: &str) -> Result<()> {
     println!("answers");
     for mut stream in listener.incoming().flatten() {
         let from = plain(stream.peer_addr()?);
+        let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+        let _ = stream.read(&mut [0; 16]);
         let _ = stream.write_all(format!("pod to {from}").as_bytes());
     }
     Ok(())
@@ -204,5 +206,17 @@ pub fn query(to: &str) -> Result<()> {
             Err(error) => println!("no answer: {:?}", error.kind()),
         }
     }
+    Ok(())
+}
+
+/// Sends a datagram to each of the first so many ports of an address, and does not listen.
+pub fn spray(to: &str, count: &str) -> Result<()> {
+    let (to, count): (IpAddr, u16) = (to.parse()?, count.parse()?);
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    for port in 1..=count {
+        // Refused or not: all the same.
+        let _ = socket.send_to(b"x", (to, port));
+    }
+    println!("sprayed");
     Ok(())
 }

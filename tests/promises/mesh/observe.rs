@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use joey_tests::paths;
 use joey_tests::pod::{self, Pod, SOON};
 use serde_json::Value;
 
@@ -19,13 +18,7 @@ fn observed<'n>(ctx: &Context<'n>, name: &str) -> Result<Pod<'n>> {
 
 /// What `joey connections` says.
 fn told(ctx: &Context<'_>, pod: &Pod<'_>, more: &[&str]) -> Result<String> {
-    let output = ctx.inside(
-        &paths::joey().display().to_string(),
-        &[&["connections", &pod.id], more].concat(),
-    )?;
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "joey connections: {errors}");
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    ctx.node.joey(&[&["connections", &pod.id], more].concat())
 }
 
 fn events(ctx: &Context<'_>, pod: &Pod<'_>) -> Result<Vec<Value>> {
@@ -102,17 +95,25 @@ pub(super) fn hostile(ctx: &Context<'_>) -> Result<()> {
     let app = pod.start(&probed(pod::script("app", "sleep 10000")))?;
     // A command with control characters.
     let text = "cp /probe /tmp/$(printf 'x\\033[2Jy\\nz') && /tmp/x* dial 10.88.0.1:7171; \
-        /probe flood 10.88.0.1:7171 4000";
+        /probe flood 10.88.0.1:7171 3000";
+    let begun = Instant::now();
     let output = app.exec_for(&["sh", "-c", text], SOON * 2)?;
-    holds("flood", &output.text(), "failed 0 direct 4000")?;
+    holds("flood", &output.text(), "failed 0 direct 3000")?;
     let table = told(ctx, &pod, &[])?;
     ensure!(!table.contains('\u{1b}'), "a control character comes through");
-    // As many as are remembered, and word of the others.
-    let all = events(ctx, &pod)?;
+    holds("sprayed", &app.exec(&["/probe", "spray", "10.88.0.1", "20000"])?.text(), "sprayed")?;
+    // As many as are remembered, and word of the others, once no more are on their way.
+    let (mut all, mut before) = (events(ctx, &pod)?, 0);
+    while all.len() != before {
+        before = all.len();
+        std::thread::sleep(Duration::from_secs(1));
+        all = events(ctx, &pod)?;
+    }
     let count = all.iter().filter(|event| event.get("what").is_some()).count();
     ensure!(count <= 4096, "{count} events are remembered");
     let lost: u64 = all.iter().filter_map(|event| event.get("lost")?.as_u64()).sum();
-    println!("        {count} events kept, {lost} lost");
+    println!("        {count} kept, {lost} lost in {:.1?}", begun.elapsed());
+    ensure!(lost > 0, "26000 events were told of in no time");
     same("the pod is well", app.exec(&["echo", "well"])?.text().trim(), "well")?;
     pod.remove()
 }

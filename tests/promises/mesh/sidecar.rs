@@ -42,6 +42,10 @@ impl Server {
                 match listener.accept() {
                     Ok((mut stream, from)) => {
                         let from = from.ip().to_canonical();
+                        // Some proxies cannot have the server speak first.
+                        let _ = stream.set_nonblocking(false);
+                        let _ = stream.set_read_timeout(Some(PATIENCE));
+                        let _ = stream.read(&mut [0; 16]);
                         let _ = stream.write_all(format!("node to {from}").as_bytes());
                     }
                     Err(_) => std::thread::sleep(Duration::from_millis(1)),
@@ -135,6 +139,8 @@ pub(super) fn from_node(ctx: &Context<'_>, address: &str, port: u16) -> Result<O
     ctx.node.in_network(|| {
         let Ok(mut stream) = TcpStream::connect_timeout(&to, PATIENCE) else { return Ok(None) };
         stream.set_read_timeout(Some(PATIENCE))?;
+        // Refused later than at once: no answer, too.
+        let _ = stream.write_all(b"who");
         let mut said = String::new();
         Ok(stream.read_to_string(&mut said).is_ok().then_some(said).filter(|said| !said.is_empty()))
     })?
