@@ -26,6 +26,7 @@ struct draft {
 	struct flow next;
 	struct flow_key key;
 	struct peer peer; // who is known if a verdict was needed
+	__u32 way; // in a mesh: see mesh.h
 };
 
 struct {

@@ -73,7 +73,7 @@ INLINE __u32 tuple_of(struct bpf_sock_tuple *tuple, const struct packet *packet)
 }
 
 // Whether a connection of the namespace's sockets has this segment. One that only waits for late segments has none
-// that opens another (as TPROXY, net/ipv4/netfilter/nf_tproxy_ipv4.c, nf_tproxy_handle_time_wait4()).
+// that opens another.
 INLINE int is_connected(struct __sk_buff *skb, const struct packet *packet, int opens)
 {
 	struct bpf_sock_tuple tuple;
@@ -153,41 +153,41 @@ INLINE int is_probe(const struct packet *packet)
 // Which way a TCP segment of the VM's goes: what it opens is the proxy's, what others had opened past the proxy goes
 // back that way, and what is of neither is of nothing.
 INLINE int from_vm_way(struct __sk_buff *skb, const struct pod *config, const struct packet *packet,
-		       const struct course *course, int *way)
+		       const struct course *course)
 {
 	int opens = course->role == OPENS;
 
 	if (packet->fragment != WHOLE)
 		return DROP_Fragment;
-	*way = STACK;
+	course->draft->way = STACK;
 	if (is_connected(skb, packet, opens))
 		return ALLOWED;
 	if (opens)
 		return is_nowhere(packet->family, packet->destination) ? DROP_ProxyPort :
 									 give(skb, packet, OUTBOUND);
-	*way = PAST;
+	course->draft->way = PAST;
 	return is_proxys(config, &course->draft->key) ? DROP_NoFlow : ALLOWED;
 }
 
 // The same of what comes to the pod.
 INLINE int to_vm_way(struct __sk_buff *skb, const struct pod *config, const struct packet *packet,
-		     const struct course *course, int *way)
+		     const struct course *course)
 {
 	__u16 port = BE16(packet->destination_port);
 	int opens = course->role == OPENS;
 
 	if (packet->fragment != WHOLE)
 		return DROP_Fragment;
-	*way = STACK;
+	course->draft->way = STACK;
 	if (is_connected(skb, packet, opens))
 		return ALLOWED;
 	if (!opens) {
 		// The stack answers what is of no connection any more by a reset.
-		*way = is_proxys(config, &course->draft->key) ? STACK : PAST;
+		course->draft->way = is_proxys(config, &course->draft->key) ? STACK : PAST;
 		return ALLOWED;
 	}
 	if (is_probe(packet)) {
-		*way = PAST;
+		course->draft->way = PAST;
 		return ALLOWED;
 	}
 	if (port == OUTBOUND || port == INBOUND || port == RESOLVER)
@@ -373,6 +373,17 @@ INLINE int answer(struct __sk_buff *skb, const struct pod *config, __u32 pod)
 	return packet.proto == TCP ? ALLOWED : DROP_Protocol;
 }
 
+// Tells that a connection found no proxy.
+INLINE void miss(const struct pod *config, struct counters *count, int sender, struct course *course)
+{
+	struct draft *draft = course->draft;
+
+	draft->next.seen = ktime();
+	draft->next.opener = sender;
+	verdict(config, read_active(EPOCH), &draft->key, sender, &draft->peer);
+	deny(count, config, &draft->peer, &draft->key, &draft->next, DROP_Proxy);
+}
+
 // What is judged in a mesh, and which way it goes.
 INLINE int judge_meshed(struct __sk_buff *skb, const struct pod *config, __u32 pod,
 			struct counters *count, int sender, int resolves, int *way)
@@ -382,7 +393,6 @@ INLINE int judge_meshed(struct __sk_buff *skb, const struct pod *config, __u32 p
 	int reason = look(skb, config, pod, &packet, sender, &course);
 	int tcp = packet.proto == TCP && (course.role == OPENS || course.role == FOLLOWS);
 
-	*way = PAST;
 	if (reason)
 		return reason;
 	if (resolves && (tcp || (packet.proto == UDP && course.role == OPENS)) &&
@@ -392,16 +402,25 @@ INLINE int judge_meshed(struct __sk_buff *skb, const struct pod *config, __u32 p
 			     ask(skb, config, &packet, &course);
 	}
 	if (tcp && sender == VM)
-		reason = from_vm_way(skb, config, &packet, &course, way);
+		reason = from_vm_way(skb, config, &packet, &course);
 	else if (tcp)
-		reason = to_vm_way(skb, config, &packet, &course, way);
-	// Nothing is judged or counted between VM and proxy: what the proxy sends instead is, in mesh_out.
-	if (reason || (sender == VM && *way == STACK))
+		reason = to_vm_way(skb, config, &packet, &course);
+	if (reason == DROP_Proxy)
+		miss(config, count, sender, &course);
+	if (reason)
 		return reason;
+	// It is asked for anew: what follows is the same on every way, and the verifier goes through it once.
+	*way = course.draft->way;
+	// Nothing is judged or counted between VM and proxy: what the proxy sends instead is, in mesh_out.
+	if (sender == VM && *way == STACK)
+		return ALLOWED;
 	course.draft->next.proxy = *way == STACK;
 	reason = settle(skb, config, count, &packet, sender, &course);
-	if (reason || sender == VM)
+	if (reason)
 		return reason;
+	*way = course.draft->way;
+	if (sender == VM)
+		return ALLOWED;
 	// A request would be answered by the stack, to which all addresses are its own.
 	if (course.role == LINK && packet.kind == (packet.family ? NEIGHBOUR_ADVERTISEMENT : ARP_REPLY))
 		*way = BOTH;

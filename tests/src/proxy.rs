@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::paths;
@@ -16,7 +16,7 @@ use crate::paths;
 #[derive(Debug)]
 pub struct Proxy {
     child: Child,
-    log: PathBuf,
+    log: Option<PathBuf>,
 }
 
 /// A connection that a proxy took, or a query, or why it could not carry one.
@@ -38,30 +38,33 @@ pub struct Seen {
 impl Proxy {
     /// The command of a proxy in this namespace, to be started by [`Proxy::of`].
     #[must_use]
-    pub fn command(netns: &Path, log: &Path) -> Command {
+    pub fn command(netns: &Path, log: Option<&Path>) -> Command {
         let mut command = Command::new(paths::proxy());
-        command.arg("--netns").arg(netns).arg("--log").arg(log);
+        command.arg("--netns").arg(netns);
+        if let Some(log) = log {
+            command.arg("--log").arg(log);
+        }
         command
     }
 
     /// Starts a proxy and waits until it listens; `start` is given its command.
     pub fn of(
         mut command: Command,
-        log: &Path,
+        log: Option<&Path>,
         start: impl FnOnce(Command) -> Result<Child>,
     ) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = start(command).context("start joey-proxy")?;
         let output = child.stdout.take();
         let mut line = String::new();
-        let proxy = Self { child, log: log.to_owned() };
+        let proxy = Self { child, log: log.map(Path::to_owned) };
         BufReader::new(output.context("its output is not piped")?).read_line(&mut line)?;
         ensure!(line.trim() == "ready", "the proxy does not listen: {line:?}");
         Ok(proxy)
     }
 
     /// Starts one in this process's own namespaces.
-    pub fn start(netns: &Path, log: &Path, more: &[&str]) -> Result<Self> {
+    pub fn start(netns: &Path, log: Option<&Path>, more: &[&str]) -> Result<Self> {
         let mut command = Self::command(netns, log);
         command.args(more);
         Self::of(command, log, |mut command| Ok(command.spawn()?))
@@ -69,7 +72,7 @@ impl Proxy {
 
     /// All that it saw so far, and those before it that wrote to the same file.
     pub fn seen(&self) -> Result<Vec<Seen>> {
-        seen(&self.log)
+        seen(self.log.as_ref().context("the proxy has no log")?)
     }
 
     /// What it saw, once there is something that fits.
@@ -96,4 +99,27 @@ impl Drop for Proxy {
 fn seen(log: &Path) -> Result<Vec<Seen>> {
     let text = fs::read_to_string(log)?;
     text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+}
+
+/// The answer to a DNS query (RFC 1035, 4.1): one address for a question of type A, none for others.
+pub fn answer(query: &[u8], address: Ipv4Addr) -> Result<Vec<u8>> {
+    // Behind the header there is a name, length by length, then type and class.
+    let mut end = 12;
+    loop {
+        match query.get(end) {
+            None => bail!("ends in its name"),
+            Some(0) => break,
+            Some(length) => end += usize::from(*length) + 1,
+        }
+    }
+    let question = query.get(12..end + 5).context("ends in its question")?;
+    let known = question.get(question.len() - 4..question.len() - 2) == Some(&[0, 1]);
+    let mut answer = vec![query[0], query[1], 0x84, 0, 0, 1, 0, u8::from(known), 0, 0, 0, 0];
+    answer.extend_from_slice(question);
+    if known {
+        // The question's name, type A, class IN, a minute, four bytes.
+        answer.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+        answer.extend_from_slice(&address.octets());
+    }
+    Ok(answer)
 }

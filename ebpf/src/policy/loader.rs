@@ -74,9 +74,9 @@ pub enum PolicyError {
 
 /// How a run by hand ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Outcome {
+pub struct Outcome<T = ()> {
     /// The decision.
-    pub decision: Result<(), Reason>,
+    pub decision: Result<T, Reason>,
     /// Mean time of a run.
     pub time: Duration,
 }
@@ -249,7 +249,28 @@ impl Policy {
         repeat: u32,
         segment: u32,
     ) -> Result<Outcome, PolicyError> {
-        let name = program_of(sender).name();
+        let program = program_of(sender);
+        let ended = self.run_program(program, pod, frame, repeat, segment)?;
+        let decision = match ended.decision {
+            Ok(REDIRECT) => Ok(()),
+            Err(reason) => Err(reason),
+            Ok(action) => {
+                return Err(PolicyError::Outcome { name: program.name(), action, reason: 0 });
+            }
+        };
+        Ok(Outcome { decision, time: ended.time })
+    }
+
+    /// Runs any of the programs; allowed, it returns the kernel's number of what is done with the packet.
+    pub(super) fn run_program(
+        &mut self,
+        program: Program,
+        pod: PodId,
+        frame: &[u8],
+        repeat: u32,
+        segment: u32,
+    ) -> Result<Outcome<u32>, PolicyError> {
+        let name = program.name();
         let mut context = [0; CONTEXT];
         context[MARK..MARK + 4].copy_from_slice(&u32::from(pod).to_ne_bytes());
         context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&segment.to_ne_bytes());
@@ -262,13 +283,14 @@ impl Policy {
             ..TestRunOptions::default()
         };
         let fail = |source| PolicyError::Program { name, source };
-        let result = self.program(program_of(sender))?.test_run(options).map_err(fail)?;
+        let result = self.program(program)?.test_run(options).map_err(fail)?;
         let mut reason = [0; 4];
         reason.copy_from_slice(&after[CB..CB + 4]);
         let (action, reason) = (result.return_value, u32::from_ne_bytes(reason));
         let decision = match (action, Reason::from_number(reason)) {
-            (REDIRECT, None) if reason == 0 => Ok(()),
             (SHOT, Some(reason)) => Err(reason),
+            (SHOT, None) => return Err(PolicyError::Outcome { name, action, reason }),
+            (action, None) if reason == 0 => Ok(action),
             _ => return Err(PolicyError::Outcome { name, action, reason }),
         };
         Ok(Outcome { decision, time: result.duration })

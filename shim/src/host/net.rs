@@ -33,6 +33,7 @@ use crate::sandbox::record::PodNetwork;
 use crate::sys;
 
 pub use admission::{AdmissionError, Applicant, own_addresses};
+pub use mesh::MeshNetError;
 
 mod admission;
 mod mesh;
@@ -91,6 +92,14 @@ pub enum NetError {
         netns: PathBuf,
         /// Why.
         source: AdmissionError,
+    },
+    /// The namespace cannot be made one for a mesh's proxy, or given back.
+    #[error("network namespace {netns}, for a mesh's proxy: {source}")]
+    Mesh {
+        /// Its path.
+        netns: PathBuf,
+        /// Why.
+        source: MeshNetError,
     },
     /// The programs are not on the node and could not be brought there.
     #[error("the packet programs below {dir}: {reason}")]
@@ -239,7 +248,7 @@ impl Wire {
                 mesh::ready_tap(mesh.dns).map_err(tap)?;
                 let name = pod.network.interfaces.first().map_or("", |it| it.name.as_str());
                 mesh::take(place, name, &addresses)
-                    .map_err(|source| NetError::Netlink { netns: netns.clone(), source })?;
+                    .map_err(|source| NetError::Mesh { netns: netns.clone(), source })?;
             }
             let (mac, network) = (interface.mac, pod.network);
             Ok(Self { netns, tap, index, mac, network, judged, meshed: addresses })
@@ -340,7 +349,8 @@ impl Wire {
                     other => other.map_err(netlink)?,
                 }
             }
-            mesh::give_back(place).map_err(netlink)
+            let mesh = |source| NetError::Mesh { netns: netns.to_owned(), source };
+            mesh::give_back(place).map_err(mesh)
         });
         match result {
             Err(NetError::Namespace { source, .. }) if is_gone(&source) => Ok(()),

@@ -3,6 +3,7 @@
 //! `cargo xtask test` links it statically, so that any image can run it.
 #![allow(clippy::print_stdout)]
 
+mod connects;
 mod sidecar;
 
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -160,6 +161,8 @@ fn main() -> Result<()> {
         ["read-random", path] => read(path, true),
         ["serve", path] => serve(path),
         ["ask", path, question] => ask(path, question),
+        ["connects", to, count] => connects::times(to, count),
+        ["connect-rate", to, count, threads] => connects::rate(to, count, threads),
         ["exchange", port, ..] => exchange(port, &texts[2..]),
         ["sidecar", manner, outbound, inbound] => sidecar::run(manner, outbound, inbound),
         ["echo", at] => sidecar::echo(at),

@@ -1,5 +1,8 @@
-//! Pods in a service mesh: who gets their connections, and that nobody does who should not.
+//! Pods in a service mesh: who gets their connections, and that nobody does who should not. Ambient mode on namespaces
+//! with a fake VM (`lab`), what then fails (`closed`), and with real pods (`ambient`); `sidecar` and `observe`.
 
+mod ambient;
+mod closed;
 mod lab;
 mod observe;
 mod sidecar;
@@ -7,7 +10,24 @@ mod sidecar;
 use crate::context::Test;
 
 pub const TESTS: &[Test] = &[
-    Test { name: "mesh::lab::outbound", run: lab::outbound },
+    Test { name: "mesh::lab_outbound", run: lab::outbound },
+    Test { name: "mesh::lab_inbound", run: lab::inbound },
+    Test { name: "mesh::lab_tunnel", run: lab::tunnel },
+    Test { name: "mesh::lab_past_the_proxy", run: lab::past_the_proxy },
+    Test { name: "mesh::lab_dns", run: lab::dns },
+    Test { name: "mesh::lab_ports_come_again", run: lab::ports_come_again },
+    Test { name: "mesh::lab_100000_connections", run: lab::many },
+    Test { name: "mesh::lab_given_back", run: lab::given_back },
+    Test { name: "mesh::lab_no_proxy", run: closed::no_proxy },
+    Test { name: "mesh::lab_killed_under_load", run: closed::killed_under_load },
+    Test { name: "mesh::lab_nobodys_ports", run: closed::nobodys_ports },
+    Test { name: "mesh::lab_tenants_through_the_proxy", run: closed::tenants },
+    Test { name: "mesh::lab_without_rules", run: closed::without_rules },
+    Test { name: "mesh::ambient", run: ambient::through_the_proxy },
+    Test { name: "mesh::ambient_of_namespaces", run: ambient::of_namespaces },
+    Test { name: "mesh::ambient_fails_closed", run: ambient::fails_closed },
+    Test { name: "mesh::ambient_killed_shim", run: ambient::killed_shim },
+    Test { name: "mesh::bad_annotations", run: ambient::bad_annotations },
     Test { name: "mesh::sidecar_outbound", run: sidecar::outbound },
     Test { name: "mesh::sidecar_inbound", run: sidecar::inbound },
     Test { name: "mesh::sidecar_exclusions", run: sidecar::exclusions },

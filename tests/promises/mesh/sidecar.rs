@@ -193,6 +193,7 @@ pub(super) fn inbound(ctx: &Context<'_>) -> Result<()> {
     // kubectl port-forward reaches the application, as from localhost.
     std::thread::sleep(Duration::from_millis(300));
     let mut forwarded = pod.forward(8080)?;
+    forwarded.send(b"who")?;
     holds("port-forward", &String::from_utf8_lossy(&forwarded.receive()?), "pod to 127.0.0.1:")?;
     same("inbound", seen(&proxy, "inbound from")?, 4)?;
     // Killed: refused, never past it. Back: as before.

@@ -3,7 +3,7 @@
 
 mod gaps;
 mod policy;
-mod seeing;
+pub(crate) mod seeing;
 mod spoofing;
 
 use std::fs;
@@ -35,18 +35,18 @@ pub const TESTS: &[Test] = &[
 const PATIENCE: &str = "2";
 
 /// A pod of a namespace, with a web server on both families and a shell to ask others from.
-struct Peer<'n> {
-    pod: Pod<'n>,
-    shell: Container<'n>,
-    addresses: Vec<String>,
+pub(crate) struct Peer<'n> {
+    pub(crate) pod: Pod<'n>,
+    pub(crate) shell: Container<'n>,
+    pub(crate) addresses: Vec<String>,
 }
 
 impl<'n> Peer<'n> {
-    fn run(ctx: &Context<'n>, name: &str, namespace: &str) -> Result<Self> {
+    pub(crate) fn run(ctx: &Context<'n>, name: &str, namespace: &str) -> Result<Self> {
         Self::annotated(ctx, name, namespace, &[])
     }
 
-    fn annotated(
+    pub(crate) fn annotated(
         ctx: &Context<'n>,
         name: &str,
         namespace: &str,
@@ -71,19 +71,19 @@ impl<'n> Peer<'n> {
     }
 
     /// Whether this pod gets an answer from the web server at an address.
-    fn reaches(&self, address: &str, port: u16) -> Result<bool> {
+    pub(crate) fn reaches(&self, address: &str, port: u16) -> Result<bool> {
         let url = url(address, port);
         let answer = self.shell.exec(&["timeout", PATIENCE, "wget", "-qO-", &url])?;
         Ok(answer.code == 0 && answer.text().contains("hello from the pod"))
     }
 
     /// Whether an address answers this pod's ping.
-    fn pings(&self, address: &str) -> Result<bool> {
+    pub(crate) fn pings(&self, address: &str) -> Result<bool> {
         Ok(self.shell.exec(&["ping", "-c", "1", "-W", PATIENCE, address])?.code == 0)
     }
 
     /// Checks for both families whether this pod reaches another.
-    fn expect(&self, other: &Peer<'_>, port: u16, expected: bool) -> Result<()> {
+    pub(crate) fn expect(&self, other: &Peer<'_>, port: u16, expected: bool) -> Result<()> {
         for address in &other.addresses {
             let reached = self.reaches(address, port)?;
             ensure!(
@@ -96,13 +96,13 @@ impl<'n> Peer<'n> {
         Ok(())
     }
 
-    fn remove(self) -> Result<()> {
+    pub(crate) fn remove(self) -> Result<()> {
         self.pod.remove()
     }
 }
 
 /// Asks a pod's web server as a kubelet's probe does.
-fn probe(ctx: &Context<'_>, address: &str) -> Result<()> {
+pub(crate) fn probe(ctx: &Context<'_>, address: &str) -> Result<()> {
     let answer = ctx.node.in_network(|| network::get(address, 80))??;
     holds("a probe", &answer, "hello from the pod")
 }
@@ -115,17 +115,17 @@ fn url(address: &str, port: u16) -> String {
 }
 
 /// The node's policy as tests change it; the node's own is applied again in the end.
-struct Policy<'a, 'n> {
+pub(crate) struct Policy<'a, 'n> {
     ctx: &'a Context<'n>,
 }
 
 impl<'a, 'n> Policy<'a, 'n> {
-    fn new(ctx: &'a Context<'n>) -> Self {
+    pub(crate) fn new(ctx: &'a Context<'n>) -> Self {
         Self { ctx }
     }
 
     /// Applies the node's own documents and more.
-    fn apply(&self, more: &str) -> Result<String> {
+    pub(crate) fn apply(&self, more: &str) -> Result<String> {
         let path = self.ctx.node.dir().join("more.yaml");
         fs::write(&path, format!("{}{more}", config::POLICY))?;
         self.ctx.node.joey(&["policy", "apply", "-f", &path.to_string_lossy()])
@@ -155,13 +155,13 @@ impl Drop for Policy<'_, '_> {
 }
 
 /// What `joey` prints with `--json`, as it is.
-fn told(ctx: &Context<'_>, arguments: &[&str]) -> Result<serde_json::Value> {
+pub(crate) fn told(ctx: &Context<'_>, arguments: &[&str]) -> Result<serde_json::Value> {
     let text = ctx.node.joey(&[arguments, &["--json"]].concat())?;
     serde_json::from_str(&text).with_context(|| format!("joey {arguments:?} printed {text}"))
 }
 
 /// Leaves the test unless the handler is Joey's.
-fn only_joey(ctx: &Context<'_>) -> Result<()> {
+pub(crate) fn only_joey(ctx: &Context<'_>) -> Result<()> {
     if ctx.handler == "runc" {
         return skip("runc's pods are on the CNI's network as it is");
     }

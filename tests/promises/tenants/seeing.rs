@@ -15,7 +15,7 @@ use super::{Context, Peer, only_joey, told};
 use crate::context::{holds, same};
 
 /// One pod's line of `joey top`.
-fn counted(ctx: &Context<'_>, pod: &str) -> Result<Value> {
+pub(crate) fn counted(ctx: &Context<'_>, pod: &str) -> Result<Value> {
     let all = told(ctx, &["top", "--once"])?;
     let pods = all["pods"].as_array().with_context(|| format!("no pods: {all}"))?;
     let found = pods.iter().find(|line| line["pod"] == pod);
@@ -68,7 +68,7 @@ fn settled(ctx: &Context<'_>, capture: &Capture) -> Result<(Seen, Value)> {
 }
 
 /// A pod's network namespace, in the node.
-fn netns(ctx: &Context<'_>, peer: &Peer<'_>) -> Result<String> {
+pub(crate) fn netns(ctx: &Context<'_>, peer: &Peer<'_>) -> Result<String> {
     let told = told(ctx, &["inspect", &peer.pod.id])?;
     let netns = told["record"]["netns"].as_str();
     Ok(netns.with_context(|| format!("no network namespace: {told}"))?.to_owned())

@@ -2,6 +2,7 @@
 
 pub mod files;
 pub mod images;
+pub mod mesh;
 pub mod net;
 pub mod plot;
 pub mod stats;

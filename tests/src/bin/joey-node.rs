@@ -101,6 +101,11 @@ enum Bench {
         )]
         parts: Vec<bench::net::Part>,
     },
+    /// Connections of pods in a mesh beside those of a pod that is in none
+    Mesh {
+        #[command(flatten)]
+        measure: Measure,
+    },
 }
 
 const NAME: &str = "dev";
@@ -135,6 +140,7 @@ fn run(command: Command) -> Result<()> {
             Bench::Disk { measure } => measure.run(10, bench::files::disk),
             Bench::Volume { measure } => measure.run(10, bench::files::volume),
             Bench::Net { measure, parts } => measure.net(&parts),
+            Bench::Mesh { measure } => measure.run(10, bench::mesh::mesh),
         },
         Command::Demo => with_node(Version::V2_1, "demo", demo::run),
     }

@@ -24,8 +24,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
+use joey_tests::proxy::answer;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::sockopt::{
     Ip6tOriginalDst, IpFreebind, IpTransparent, Mark, OriginalDst, ReuseAddr,
@@ -233,27 +234,4 @@ fn resolve(proxy: &Arc<Proxy>, address: Ipv4Addr) -> Result<()> {
         });
     }
     Ok(())
-}
-
-/// The answer to a query (RFC 1035, 4.1): one address for a question of type A, none for others.
-fn answer(query: &[u8], address: Ipv4Addr) -> Result<Vec<u8>> {
-    // Behind the header there is a name, length by length, then type and class.
-    let mut end = 12;
-    loop {
-        match query.get(end) {
-            None => bail!("ends in its name"),
-            Some(0) => break,
-            Some(length) => end += usize::from(*length) + 1,
-        }
-    }
-    let question = query.get(12..end + 5).context("ends in its question")?;
-    let known = question.get(question.len() - 4..question.len() - 2) == Some(&[0, 1]);
-    let mut answer = vec![query[0], query[1], 0x84, 0, 0, 1, 0, u8::from(known), 0, 0, 0, 0];
-    answer.extend_from_slice(question);
-    if known {
-        // The question's name, type A, class IN, a minute, four bytes.
-        answer.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
-        answer.extend_from_slice(&address.octets());
-    }
-    Ok(answer)
 }

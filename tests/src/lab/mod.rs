@@ -21,7 +21,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result};
-use joey_ebpf::policy::abi::{Identity, Ports, Prefix, Rule, Scope};
+use joey_ebpf::policy::Reason;
+use joey_ebpf::policy::abi::{Counters, Identity, NODE, Ports, Prefix, Rule, Scope, Side, Tenant};
 use joey_ebpf::policy::maps::{Lock, Maps};
 use joey_shim::config::Config;
 use joey_shim::host::net::{Applicant, Wire};
@@ -173,9 +174,29 @@ impl Lab {
         wire
     }
 
+    /// What was counted of a pod.
+    pub fn counted(&self, pod: &Pod) -> Result<Counters> {
+        let id = pod.place.as_ref().context("the pod has no place")?.id;
+        Maps::open(&self.bpf_dir())?.counters(id)?.context("the pod has no counters")
+    }
+
+    /// How many packets that a side of a pod has sent were dropped for a reason.
+    pub fn dropped(&self, pod: &Pod, side: Side, reason: Reason) -> Result<u64> {
+        Ok(self.counted(pod)?.dropped(side, reason))
+    }
+
     /// Has the node's policy let the peer and these pods open anything to each other, pods between each other
-    /// not.
+    /// not; the node may open anything on them, as by default.
     pub fn allow(&self, pods: &[&Pod]) -> Result<()> {
+        self.permit(pods, false)
+    }
+
+    /// The same, and pods between each other.
+    pub fn allow_all(&self, pods: &[&Pod]) -> Result<()> {
+        self.permit(pods, true)
+    }
+
+    fn permit(&self, pods: &[&Pod], all: bool) -> Result<()> {
         let maps = Maps::open(&self.bpf_dir())?;
         let lock = Lock::take(&self.bpf_dir())?;
         let epoch = maps.active()?.epoch + 1;
@@ -184,14 +205,18 @@ impl Lab {
             let identity = Identity { tenant: outside, ..Identity::default() };
             maps.put_identity(epoch, Prefix { address, bits }, identity)?;
         }
-        for pod in pods {
-            let own = maps.number_of(&lock, &format!("pod{}", pod.number))?;
-            for (from, to) in [(own, outside), (outside, own)] {
-                maps.put_rule(
-                    epoch,
-                    &Rule { scope: Scope::Tenants { from, to }, ports: Ports::Any },
-                )?;
+        let number = |pod: &&Pod| maps.number_of(&lock, &format!("pod{}", pod.number));
+        let numbers: Vec<Tenant> = pods.iter().map(number).collect::<Result<_, _>>()?;
+        let mut scopes = vec![Scope::Service { class: NODE, opener: Side::Peer }];
+        for own in &numbers {
+            let others = numbers.iter().filter(|other| all && *other != own);
+            for (from, to) in [(*own, outside), (outside, *own)] {
+                scopes.push(Scope::Tenants { from, to });
             }
+            scopes.extend(others.map(|other| Scope::Tenants { from: *own, to: *other }));
+        }
+        for scope in scopes {
+            maps.put_rule(epoch, &Rule { scope, ports: Ports::Any })?;
         }
         maps.activate(&lock, epoch)?;
         Ok(maps.keep_only(&lock, epoch)?)

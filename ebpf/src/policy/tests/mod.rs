@@ -22,6 +22,7 @@ mod events;
 mod frames;
 mod limit;
 mod link;
+mod mesh;
 mod narrow;
 mod random;
 mod replies;

@@ -7,6 +7,11 @@
 //!   rule 1                         ─▶ table local   which the kernel has at 0
 //! ```
 //!
+//! A connection's end there waits for no late segments (`TIME-WAIT`): a listener that is given a segment which opens
+//! another one of the same ports could not take it for a minute (`net/ipv4/inet_hashtables.c`, `inet_ehash_insert()`;
+//! iptables' TPROXY ends the old one first, which programs cannot). Between proxy and VM nothing comes late, and
+//! others are answered by a reset.
+//!
 //! No address, and no route of the kernel's or of CNI's, is changed; what is made is found by its tables' numbers, and
 //! taken away knowing nothing but the namespace. Rules by device need no marks, so nobody else's are in the way.
 
@@ -25,6 +30,19 @@ const VM: u32 = 0x6A7A;
 /// Every namespace has its loopback at this index (`LOOPBACK_IFINDEX`).
 const LOOPBACK: u32 = 1;
 const LOCAL: u32 = libc::RT_TABLE_LOCAL as u32;
+/// How many ends of connections may wait. What it was is kept as the metric of the routes of [`TAKEN`].
+const WAITING: &str = "/proc/sys/net/ipv4/tcp_max_tw_buckets";
+
+/// Why the namespace is not as it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum MeshNetError {
+    /// A request.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// A setting.
+    #[error("{WAITING}: {0}")]
+    Setting(#[from] io::Error),
+}
 
 /// Joey's rules for one family.
 fn rules(ipv6: bool, interface: &str) -> [Rule<'_>; 3] {
@@ -43,21 +61,30 @@ fn families(addresses: &[IpAddr]) -> impl Iterator<Item = bool> {
     [any(false).then_some(false), any(true).then_some(true)].into_iter().flatten()
 }
 
-/// Has what enters the interface and the tap be for the namespace's sockets.
+/// Has what enters the interface and the tap be for the namespace's sockets. What an earlier attempt left is taken
+/// away first.
 pub(super) fn take(
     place: &mut Socket,
     interface: &str,
     addresses: &[IpAddr],
-) -> Result<(), NetlinkError> {
+) -> Result<(), MeshNetError> {
+    give_back(place)?;
+    let waiting = fs::read_to_string(WAITING)?;
+    let waiting = waiting.trim().parse().map_err(io::Error::other)?;
     for ipv6 in families(addresses) {
-        place.request(route::table_route(libc::RTM_NEWROUTE, TAKEN, ipv6, &[], LOOPBACK, true))?;
-        let rules = rules(ipv6, interface);
-        for rule in rules.iter().chain([&local(ipv6, 1)]) {
-            ignore(place.request(rule.add()), &[libc::EEXIST])?;
+        for rule in rules(ipv6, interface) {
+            place.request(rule.add())?;
         }
-        ignore(place.request(local(ipv6, 0).remove()), &[libc::ENOENT])?;
+        place.request(taken(libc::RTM_NEWROUTE, ipv6).number(libc::RTA_PRIORITY, waiting))?;
+        place.request(local(ipv6, 1).add())?;
+        place.request(local(ipv6, 0).remove())?;
     }
-    Ok(())
+    Ok(fs::write(WAITING, "0")?)
+}
+
+/// About the route by which everything is local.
+fn taken(kind: u16, ipv6: bool) -> Message {
+    route::table_route(kind, TAKEN, ipv6, &[], LOOPBACK, true)
 }
 
 /// The requests that lead to the VM, once the tap is up.
@@ -79,11 +106,10 @@ fn octets(ip: &IpAddr) -> Vec<u8> {
     }
 }
 
-/// Gives the namespace back as it was. Fine when nothing was changed; the tap is gone already.
-pub(super) fn give_back(place: &mut Socket) -> Result<(), NetlinkError> {
+/// Gives the namespace back as it was. Fine when nothing was changed, or is changed any more.
+pub(super) fn give_back(place: &mut Socket) -> Result<(), MeshNetError> {
     const GONE: [i32; 3] = [libc::ENOENT, libc::ESRCH, libc::EEXIST];
     let found = place.dump(Message::new("list rules", libc::RTM_GETRULE, 0, &[0; route::RULE]))?;
-    // The device's name and the family of each.
     let own: Vec<(bool, String, u32)> = found
         .iter()
         .filter_map(|reply| {
@@ -93,10 +119,21 @@ pub(super) fn give_back(place: &mut Socket) -> Result<(), NetlinkError> {
             Some((ipv6, attributes.text(route::RULE_DEVICE)?.to_owned(), table))
         })
         .collect();
+    if own.is_empty() {
+        return Ok(());
+    }
+    for reply in place.dump(route::list("list routes", libc::RTM_GETROUTE))? {
+        let attributes = reply.attributes(route::ROUTE);
+        let of_table = attributes.number(libc::RTA_TABLE) == Some(TAKEN);
+        if let Some(waiting) = attributes.number(libc::RTA_PRIORITY).filter(|_| of_table) {
+            fs::write(WAITING, waiting.to_string())?;
+        }
+    }
     for ipv6 in [false, true] {
         if own.iter().any(|(of, ..)| *of == ipv6) {
-            let routes = route::table_route(libc::RTM_DELROUTE, TAKEN, ipv6, &[], LOOPBACK, true);
-            for request in [local(ipv6, 0).add(), local(ipv6, 1).remove(), routes] {
+            let requests =
+                [local(ipv6, 0).add(), local(ipv6, 1).remove(), taken(libc::RTM_DELROUTE, ipv6)];
+            for request in requests {
                 ignore(place.request(request), &GONE)?;
             }
         }
