@@ -26,7 +26,7 @@ const ADDRESS_FLAGS: u32 = NO_DETECTION | 0x200;
 const NO_DETECTION: u32 = 0x02;
 /// `::6`: by which a sidecar, bound to it, marks what it hands on to the pod. Loopback has 127.0.0.6 already; this
 /// Istio's init container adds (`configureIPv6Addresses` of istio-iptables).
-const HANDED_ON: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 6];
+pub(crate) const HANDED_ON: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 6];
 /// Longest name of an interface.
 const NAME_MAX: usize = 15;
 

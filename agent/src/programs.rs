@@ -17,7 +17,7 @@ use joey_ebpf::guest::mesh::{Mark, Mesh, Prefix, Settings};
 use joey_ebpf::map::MapError;
 use joey_protocol::api;
 
-use crate::network::link_local;
+use crate::network::{HANDED_ON, link_local};
 
 /// The network namespace of the agent's only thread.
 const NETNS: &str = "/proc/self/ns/net";
@@ -116,6 +116,7 @@ fn settings(mesh: &api::Mesh, network: &api::Network) -> Result<Settings, Progra
         let local = mac.map(|mac| api::Address { ip: link_local(mac), ..Default::default() });
         interface.addresses.iter().map(ip).chain(local.map(|local| ip(&local)))
     });
+    let handed_on = mesh.capture.then_some(Ok(HANDED_ON.into()));
     let prefixes = |field, list: &[api::Address]| {
         list.iter().map(|it| prefix(field, it)).collect::<Result<Vec<_>, _>>()
     };
@@ -131,7 +132,7 @@ fn settings(mesh: &api::Mesh, network: &api::Network) -> Result<Settings, Progra
         ports: ports.into_iter().collect(),
         excluded: prefixes("exclude_outbound", &mesh.exclude_outbound)?,
         included: prefixes("include_outbound", &mesh.include_outbound)?,
-        own: own.collect::<Result<_, _>>()?,
+        own: own.chain(handed_on).collect::<Result<_, _>>()?,
     })
 }
 
@@ -184,7 +185,7 @@ mod tests {
         let settings = settings(&sidecar(), &network).unwrap();
         let both = Mark::InExcluded as u32 | Mark::OutIncluded as u32;
         assert_eq!(settings.ports, [(80, both), (15090, Mark::InExcluded as u32)]);
-        let own = ["10.0.0.2", "fe80::ff:fe00:2"].map(|own| own.parse::<IpAddr>().unwrap());
+        let own = ["10.0.0.2", "fe80::ff:fe00:2", "::6"].map(|own| own.parse::<IpAddr>().unwrap());
         assert_eq!(settings.own, own);
         assert_eq!(settings.included, [("0.0.0.0".parse().unwrap(), 0)]);
     }

@@ -66,6 +66,14 @@ INLINE int is_loopback(const struct endpoint *it)
 	return !it->address[0] && !it->address[1] && !it->address[2] && (!last || last == LONG(1));
 }
 
+// 127.0.0.1, ::1, and the address that is none.
+INLINE int is_localhost(const struct endpoint *it)
+{
+	__u32 last = it->address[3];
+
+	return is_loopback(it) && (!last || LONG(last) == (is_ipv4(it) ? 0x7f000001 : 1));
+}
+
 INLINE int is_same(const struct endpoint *one, const struct endpoint *other)
 {
 	return one->address[0] == other->address[0] && one->address[1] == other->address[1] &&

@@ -65,10 +65,11 @@ INLINE enum target target_of(const struct settings *it, const struct endpoint *t
 	if (marks & OUT_EXCLUDED)
 		return DIRECT;
 	if (is_proxy()) {
-		// What the pod sends to a service that the pod itself serves reaches it as from outside.
-		if (protocol != TCP || back || query || to->port == TUNNEL || is_loopback(to))
+		// What the pod sends to a service that the pod itself serves reaches it as from outside; and so does
+		// what goes to another loopback address, by which Istio's validation tries it.
+		if (protocol != TCP || back || query || to->port == TUNNEL || is_localhost(to))
 			return DIRECT;
-		return is_in(OWN, to) ? TO_INBOUND : DIRECT;
+		return is_loopback(to) || is_in(OWN, to) ? TO_INBOUND : DIRECT;
 	}
 	if (query)
 		return TO_DNS;

@@ -161,6 +161,7 @@ fn main() -> Result<()> {
         ["read-random", path] => read(path, true),
         ["serve", path] => serve(path),
         ["ask", path, question] => ask(path, question),
+        ["greet", at] => connects::greet(at),
         ["connects", to, count] => connects::times(to, count),
         ["connect-rate", to, count, threads] => connects::rate(to, count, threads),
         ["exchange", port, ..] => exchange(port, &texts[2..]),

@@ -190,12 +190,17 @@ pub(super) fn inbound(ctx: &Context<'_>) -> Result<()> {
             by_proxy,
         )?;
     }
+    // What Istio's validation does.
+    for to in ["127.0.0.6:15002", "[::6]:15002"] {
+        dial(&proxy, to)?;
+        proxy.wait_output(&format!(" for {to};"), SOON)?;
+    }
     // kubectl port-forward reaches the application, as from localhost.
     std::thread::sleep(Duration::from_millis(300));
     let mut forwarded = pod.forward(8080)?;
     forwarded.send(b"who")?;
     holds("port-forward", &String::from_utf8_lossy(&forwarded.receive()?), "pod to 127.0.0.1:")?;
-    same("inbound", seen(&proxy, "inbound from")?, 4)?;
+    same("inbound", seen(&proxy, "inbound from")?, 6)?;
     // Killed: refused, never past it. Back: as before.
     proxy.remove(Duration::ZERO)?;
     for address in &addresses {
