@@ -12,6 +12,7 @@
 //! host to try again.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -123,6 +124,13 @@ impl Containers {
     /// Whether there is none, not even in the making.
     pub(crate) fn is_empty(&self) -> bool {
         lock(&self.0).is_empty()
+    }
+
+    /// The containers, with their cgroups' directories.
+    pub(crate) fn cgroups(&self) -> Vec<(String, PathBuf)> {
+        let table = lock(&self.0);
+        let entries = table.values().flatten();
+        entries.map(|it| (it.id.clone(), it.engine.cgroup().to_owned())).collect()
     }
 
     /// Finds a container.

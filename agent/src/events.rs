@@ -7,15 +7,49 @@ use tokio::sync::mpsc;
 
 use crate::log::warning;
 
+/// Batches of connections that wait; whoever has more waits too.
+const CONNECTIONS: usize = 2;
+
 /// Queues events. Bounded by what causes them: each process ends once.
 #[derive(Debug, Clone)]
-pub(crate) struct Events(mpsc::UnboundedSender<api::Event>);
+pub(crate) struct Events {
+    all: mpsc::UnboundedSender<api::Event>,
+    connections: mpsc::Sender<api::ConnectionsEvent>,
+}
+
+/// What waits to be sent.
+#[derive(Debug)]
+pub(crate) struct Queues {
+    all: mpsc::UnboundedReceiver<api::Event>,
+    connections: mpsc::Receiver<api::ConnectionsEvent>,
+}
+
+impl Queues {
+    /// The next event; connections when there is nothing else.
+    async fn next(&mut self) -> Option<api::Event> {
+        tokio::select! {
+            biased;
+            event = self.all.recv() => event,
+            Some(batch) = self.connections.recv() => {
+                let event = Some(api::event::Event::Connections(batch));
+                Some(api::Event { event, ..Default::default() })
+            }
+        }
+    }
+}
 
 impl Events {
-    /// A queue and what is to be sent from it.
-    pub(crate) fn new() -> (Self, mpsc::UnboundedReceiver<api::Event>) {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        (Self(sender), receiver)
+    /// Queues and what is to be sent from them.
+    pub(crate) fn new() -> (Self, Queues) {
+        let (all, all_queue) = mpsc::unbounded_channel();
+        let (connections, connections_queue) = mpsc::channel(CONNECTIONS);
+        let queues = Queues { all: all_queue, connections: connections_queue };
+        (Self { all, connections }, queues)
+    }
+
+    /// Where batches of connections go.
+    pub(crate) fn connections(&self) -> mpsc::Sender<api::ConnectionsEvent> {
+        self.connections.clone()
     }
 
     /// Queues the end of a process.
@@ -42,16 +76,13 @@ impl Events {
 
     fn send(&self, event: api::event::Event) {
         // Without a receiver the channel is gone, and the machine is about to end.
-        let _ = self.0.send(api::Event { event: Some(event), ..Default::default() });
+        let _ = self.all.send(api::Event { event: Some(event), ..Default::default() });
     }
 }
 
 /// Sends queued events, each behind its length, for as long as the channel lives.
-pub(crate) async fn run(
-    mut queue: mpsc::UnboundedReceiver<api::Event>,
-    mut stream: impl AsyncWrite + Unpin,
-) {
-    while let Some(event) = queue.recv().await {
+pub(crate) async fn run(mut queues: Queues, mut stream: impl AsyncWrite + Unpin) {
+    while let Some(event) = queues.next().await {
         let mut frame = vec![0; 4];
         if let Err(error) = event.write_to_vec(&mut frame) {
             warning!("encoding an event: {error}");

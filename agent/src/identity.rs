@@ -142,12 +142,15 @@ impl Prepared {
 
     /// Takes back what [`Self::assume`] gave and the next identity would not replace: to be called before
     /// there was any container.
-    pub(crate) fn resign(&mut self, network: &api::Network) -> Result<(), IdentityError> {
+    pub(crate) fn resign(
+        &mut self,
+        request: &api::StartSandboxRequest,
+    ) -> Result<(), IdentityError> {
         nix::unistd::sethostname(NO_HOSTNAME).map_err(step("host name"))?;
         for (name, usual, _) in USUAL_SYSCTLS {
             set_sysctl(name, usual)?;
         }
-        Ok(self.links.clear(network)?)
+        Ok(self.links.clear(&request.network, request.mesh.capture)?)
     }
 
     /// Gives this clone its identity; on any error the sandbox must not start.
@@ -165,7 +168,7 @@ impl Prepared {
         set_names(&self.machine_id, request)?;
         phases.done("names");
         // Before the sysctls, which may be an interface's.
-        self.links.apply(&request.network)?;
+        self.links.apply(&request.network, request.mesh.capture)?;
         phases.done("network");
         set_sysctls(request)?;
         set_shared_memory(request.shm_bytes)?;

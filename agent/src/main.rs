@@ -11,6 +11,7 @@ mod boot;
 mod calls;
 mod channel;
 mod clock;
+mod connections;
 mod container;
 mod containers;
 mod damage;
@@ -27,6 +28,7 @@ mod paths;
 mod phases;
 mod pod_disk;
 mod pod_pid;
+mod programs;
 mod reap;
 mod rehearsal;
 mod rootfs;
@@ -72,6 +74,8 @@ enum AgentError {
     Calls(#[from] ttrpc::Error),
     #[error("preparing the pod's disk: {0}")]
     Disk(#[from] storage::StorageError),
+    #[error(transparent)]
+    Programs(#[from] programs::ProgramsError),
     #[error("preparing containers: {0}")]
     Spares(#[from] container::Error),
     #[error("the agent has {0} threads; it may only fork with one")]
@@ -137,8 +141,8 @@ async fn serve(
     let (mux, driver) = Mux::new(fd_io::FdIo::new(port)?);
     let reaper = reap::Reaper::default();
     tokio::spawn(reaper.clone().run());
-    let (events, queue) = events::Events::new();
-    tokio::spawn(events::run(queue, mux.open(limits::STREAM_EVENTS)?));
+    let (events, queues) = events::Events::new();
+    tokio::spawn(events::run(queues, mux.open(limits::STREAM_EVENTS)?));
     let (listener, found) = (damage::listen()?, events.clone());
     tokio::spawn(async move {
         if let Err(error) = damage::watch(listener, found).await {
@@ -147,8 +151,10 @@ async fn serve(
     });
     let disk = pod_disk::PodDisk::new(blank, reaper.clone());
     disk.prepare()?;
-    let sandbox = Arc::new(sandbox::Sandbox::new(prepared, disk, mux.clone(), reaper, events));
     let cgroups = Path::new(boot::CGROUP_ROOT);
+    let programs = Some(programs::Programs::attach(cgroups)?);
+    let sandbox =
+        Arc::new(sandbox::Sandbox::new(prepared, disk, programs, mux.clone(), reaper, events));
     container::prepare_device_policy(cgroups)?;
     sandbox.spares.fork(cgroups, SPARES)?;
     let calls = mux.open(limits::STREAM_RPC)?;

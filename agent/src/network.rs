@@ -24,6 +24,9 @@ const LOOPBACK: u32 = 1;
 const ADDRESS_FLAGS: u32 = NO_DETECTION | 0x200;
 /// `IFA_F_NODAD`: no duplicate address detection, which would only cost a second.
 const NO_DETECTION: u32 = 0x02;
+/// `::6`: by which a sidecar, bound to it, marks what it hands on to the pod. Loopback has 127.0.0.6 already; this
+/// Istio's init container adds (`configureIPv6Addresses` of istio-iptables).
+pub(crate) const HANDED_ON: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 6];
 /// Longest name of an interface.
 const NAME_MAX: usize = 15;
 
@@ -113,9 +116,17 @@ impl Links {
         Ok(self.socket.batch(batch)?)
     }
 
-    /// Gives the links the pod's addresses and routes; a link that the pod has no use for goes down.
-    pub(crate) fn apply(&mut self, network: &api::Network) -> Result<(), NetworkError> {
+    /// Gives the links the pod's addresses and routes, and loopback what a `sidecar` needs; a link that the pod has
+    /// no use for goes down.
+    pub(crate) fn apply(
+        &mut self,
+        network: &api::Network,
+        sidecar: bool,
+    ) -> Result<(), NetworkError> {
         let mut batch = Vec::new();
+        if sidecar {
+            batch.push(route::address("add ::6 to lo", LOOPBACK, &HANDED_ON, 128));
+        }
         for interface in &network.interfaces {
             configure(&mut batch, device(&self.devices, interface)?.index, interface)?;
         }
@@ -144,8 +155,15 @@ impl Links {
     }
 
     /// Takes addresses and routes back, the latter by setting the links down and up again.
-    pub(crate) fn clear(&mut self, network: &api::Network) -> Result<(), NetworkError> {
+    pub(crate) fn clear(
+        &mut self,
+        network: &api::Network,
+        sidecar: bool,
+    ) -> Result<(), NetworkError> {
         let mut batch = Vec::new();
+        if sidecar {
+            batch.push(route::no_address("remove ::6 from lo", LOOPBACK, &HANDED_ON, 128));
+        }
         for interface in &network.interfaces {
             let index = device(&self.devices, interface)?.index;
             for address in &interface.addresses {
@@ -208,8 +226,8 @@ fn without_own_addresses(device: &str) -> Result<(), NetworkError> {
     Ok(())
 }
 
-/// The link-local address that belongs to a hardware address (RFC 4291, appendix A).
-fn link_local(mac: &[u8]) -> Vec<u8> {
+/// The link-local address that belongs to a hardware address of 6 bytes (RFC 4291, appendix A).
+pub(crate) fn link_local(mac: &[u8]) -> Vec<u8> {
     let mut ip = vec![0xfe, 0x80, 0, 0, 0, 0, 0, 0];
     ip.extend([mac[0] ^ 0x02, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]]);
     ip

@@ -22,6 +22,7 @@ use protobuf::MessageField;
 use ttrpc::Code;
 
 use crate::block_devices;
+use crate::connections;
 use crate::container::{Kind, Spares};
 use crate::containers::Containers;
 use crate::disk_volumes::{DiskVolumeError, DiskVolumes};
@@ -29,8 +30,10 @@ use crate::events::Events;
 use crate::forward::{self, ForwardError};
 use crate::identity::{self, IdentityError, Prepared};
 use crate::log::warning;
+use crate::phases::Phases;
 use crate::pod_disk::{self, PodDisk};
 use crate::pod_pid::PodPidNamespace;
+use crate::programs::{Programs, ProgramsError};
 use crate::reap::Reaper;
 use crate::rootfs::SOURCES;
 use crate::share::{self, ShareError};
@@ -59,6 +62,9 @@ pub(crate) enum SandboxError {
     /// The clone could not become the sandbox.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The containers' connections cannot be what the pod wants.
+    #[error(transparent)]
+    Programs(#[from] ProgramsError),
     /// A name is not one.
     #[error(transparent)]
     Name(#[from] IdError),
@@ -137,6 +143,7 @@ impl SandboxError {
                 Code::FAILED_PRECONDITION
             }
             Self::Identity(error) if error.is_callers() => Code::INVALID_ARGUMENT,
+            Self::Programs(error) if error.is_callers() => Code::INVALID_ARGUMENT,
             Self::Name(_) | Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
             Self::Invalid(_) | Self::Storage(StorageError::Invalid(_)) => Code::INVALID_ARGUMENT,
             Self::Unknown { .. } | Self::Ended(_) => Code::NOT_FOUND,
@@ -159,6 +166,7 @@ impl SandboxError {
                 Kind::Failed => Code::INTERNAL,
             },
             Self::Identity(_)
+            | Self::Programs(_)
             | Self::Clock(_)
             | Self::Volume(_)
             | Self::Signal { .. }
@@ -184,6 +192,8 @@ pub(crate) struct Sandbox {
     /// Kept to the end: closing what was prepared would cost each clone more than it frees.
     prepared: Mutex<Prepared>,
     pod_pid: Mutex<Option<PodPidNamespace>>,
+    /// What looks at the containers' sockets; none in tests.
+    pub(crate) programs: Option<Programs>,
     /// Where what containers write goes.
     pub(crate) disk: PodDisk,
     /// Small files from the host.
@@ -211,6 +221,7 @@ impl Sandbox {
     pub(crate) fn new(
         prepared: Prepared,
         disk: PodDisk,
+        programs: Option<Programs>,
         mux: Mux,
         reaper: Reaper,
         events: Events,
@@ -220,6 +231,7 @@ impl Sandbox {
             prepared: Mutex::new(prepared),
             pod_pid: Mutex::default(),
             disk,
+            programs,
             volumes: Volumes::new(VOLUMES, pod_disk::VOLUMES),
             spares: Spares::new(SOURCES),
             containers: Containers::default(),
@@ -279,22 +291,43 @@ impl Sandbox {
             return Err(SandboxError::Rehearsing);
         }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let assumed = prepared.assume(&request).and_then(|mut response| {
+        let assumed = self.assume(&mut prepared, &request).and_then(|mut response| {
             response.boot_id = identity::boot_id()?;
             Ok(response)
         });
         match assumed {
             Ok(response) => {
                 *phase = Phase::Started;
+                if request.mesh.observe
+                    && let Some(events) = self.programs.as_ref().and_then(Programs::take_events)
+                {
+                    let host = self.events.connections();
+                    tokio::spawn(connections::tell(events, Arc::clone(self), host));
+                }
                 tokio::spawn(Arc::clone(self).complete(request.network));
                 Ok(response)
             }
             Err(error) => {
                 *phase = Phase::Failed;
                 warning!("sandbox {} does not start: {error}", request.sandbox_id);
-                Err(error.into())
+                Err(error)
             }
         }
+    }
+
+    /// Gives the machine its identity, and the programs what the pod wants of them.
+    fn assume(
+        &self,
+        prepared: &mut Prepared,
+        request: &api::StartSandboxRequest,
+    ) -> Result<api::StartSandboxResponse, SandboxError> {
+        let mut response = prepared.assume(request)?;
+        let mut phases = Phases::begin();
+        if self.programs.as_ref().map_or(Ok(false), |programs| programs.apply(request))? {
+            phases.done("mesh");
+        }
+        response.phases.extend(phases.end());
+        Ok(response)
     }
 
     /// Goes through [`Self::start`] and back.
@@ -307,14 +340,15 @@ impl Sandbox {
             return Err(SandboxError::StartedBefore);
         }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = prepared.assume(request).and_then(|done| {
-            prepared.resign(&request.network)?;
+        let done = self.assume(&mut prepared, request).and_then(|done| {
+            prepared.resign(request)?;
+            self.programs.as_ref().map_or(Ok(()), Programs::clear)?;
             Ok(done)
         });
         if done.is_err() {
             *phase = Phase::Failed;
         }
-        Ok(done?)
+        done
     }
 
     /// Does what can wait until the pod has started.
@@ -428,7 +462,7 @@ mod tests {
     fn sandbox() -> Sandbox {
         let (mux, _driver) = Mux::new(tokio::io::empty());
         let disk = PodDisk::new(Vec::new(), Reaper::default());
-        Sandbox::new(Prepared::nothing(), disk, mux, Reaper::default(), Events::new().0)
+        Sandbox::new(Prepared::nothing(), disk, None, mux, Reaper::default(), Events::new().0)
     }
 
     #[tokio::test]

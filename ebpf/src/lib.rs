@@ -1,4 +1,5 @@
-//! Joey's packet programs: compiled into this crate, loaded once per node, attached per pod.
+//! Joey's eBPF programs, compiled into this crate: those that judge packets, loaded once per node and attached per
+//! pod, and those that a guest's kernel runs ([`guest`]), loaded by the agent before there is a pod.
 //!
 //! Loading (feature `loader`) verifies and pins a program and is done by `joey ebpf load`. Attaching
 //! opens the pin and speaks netlink, nothing else: it is on the start path of every pod.
@@ -7,8 +8,11 @@ use std::path::{Path, PathBuf};
 
 pub mod attach;
 #[cfg(feature = "loader")]
+pub mod guest;
+#[cfg(feature = "loader")]
 pub mod loader;
 pub mod lookup;
+pub mod map;
 pub mod netlink;
 pub mod policy;
 pub mod route;

@@ -155,7 +155,7 @@ fn program(map: BorrowedFd<'_>) -> Vec<Instruction> {
 pub fn attach(netns: BorrowedFd<'_>, listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let map = sys::socket_map(listener)?;
     let program = sys::load_lookup(&program(map.as_fd()))?;
-    sys::link_lookup(program.as_fd(), netns)
+    sys::link(program.as_fd(), netns, sys::SK_LOOKUP)
 }
 
 #[cfg(test)]

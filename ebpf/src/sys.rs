@@ -19,7 +19,7 @@ const BPF_MAP_GET_FD_BY_ID: libc::c_int = 14;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
 /// `BPF_SK_LOOKUP` of `enum bpf_attach_type`.
-const SK_LOOKUP: u32 = 36;
+pub(crate) const SK_LOOKUP: u32 = 36;
 
 /// `struct bpf_insn`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +132,7 @@ unsafe fn element(
     }
 }
 
-/// Sizes of what is read and written are those of the map: [`crate::policy::maps`] checks them when it opens it.
+/// Sizes of what is read and written are those of the map: whoever opens it checks them.
 pub(crate) mod map {
     use super::*;
 
@@ -316,12 +316,17 @@ pub(crate) fn load_lookup(program: &[Instruction]) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(program) })
 }
 
-/// Has a network namespace ask such a program, for as long as the result is open.
-pub(crate) fn link_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+/// Has what `target` is, a cgroup or a network namespace, run a program at this of its hooks
+/// (`enum bpf_attach_type`), after those that are there, for as long as the result is open.
+pub(crate) fn link(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    hook: u32,
+) -> io::Result<OwnedFd> {
     let attributes = LinkAttributes {
         program: number(program),
-        target: number(netns),
-        attach_type: SK_LOOKUP,
+        target: number(target),
+        attach_type: hook,
         flags: 0,
     };
     // SAFETY: plain numbers.

@@ -5,14 +5,19 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use joey_protocol::api;
 use serde::{Deserialize, Serialize};
 
 use crate::policy::error::PolicyError;
 use crate::sizing::SizingError;
 
+pub mod connections;
+pub mod sidecar;
+
 /// Annotation: how the pod is in a mesh, one of [`Mode`]'s words.
 pub const MODE: &str = "io.joey.mesh";
-/// Annotation: whether the proxy answers the pod's DNS queries, `true` or `false`; of [`Mode::Ambient`].
+/// Annotation: whether the proxy answers the pod's DNS queries, `true` or `false`; not of
+/// [`Mode::Observe`] and [`Mode::None`].
 pub const DNS: &str = "io.joey.mesh.dns";
 
 /// In a node policy: every namespace that no other entry names.
@@ -100,14 +105,29 @@ impl Mesh {
         };
         let dns = match notes.get(DNS).map(String::as_str) {
             None | Some("false") => false,
-            Some("true") if mode == Mode::Ambient => true,
+            Some("true") if matches!(mode, Mode::Ambient | Mode::Sidecar) => true,
             Some(value @ "true") => {
-                let reason = format!("needs {MODE} = \"ambient\"");
+                let reason = format!("needs {MODE} = \"ambient\" or \"sidecar\"");
                 return Err(bad(DNS, value, reason));
             }
             Some(value) => return Err(bad(DNS, value, "must be true or false".to_owned())),
         };
         Ok(Self { mode, dns })
+    }
+
+    /// What the agent is to do about it, for a pod with these annotations.
+    ///
+    /// # Errors
+    /// An annotation that cannot be followed.
+    pub fn in_guest(
+        &self,
+        notes: &HashMap<String, String>,
+    ) -> Result<Option<api::Mesh>, SizingError> {
+        match self.mode {
+            Mode::None | Mode::Ambient => Ok(None),
+            Mode::Sidecar => sidecar::of(notes, self.dns).map(Some),
+            Mode::Observe => Ok(Some(api::Mesh { observe: true, ..Default::default() })),
+        }
     }
 }
 

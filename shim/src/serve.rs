@@ -18,6 +18,7 @@ use crate::api::{events, sandbox, task};
 use crate::bootstrap::{self, Invocation};
 use crate::config::{CONFIG, Config};
 use crate::host::cgroup;
+use crate::mesh::connections;
 use crate::sandbox::record::{Record, directory};
 use crate::sandbox::{Boot, Handle, orphans, teardown};
 use crate::standby::Standby;
@@ -104,7 +105,8 @@ async fn until_shutdown(config: Config, start: Start) -> Result<()> {
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(task::services(&handle))
-        .register_service(sandbox::services(&handle));
+        .register_service(sandbox::services(&handle))
+        .register_service(connections::services(&handle));
     server.start().await.context("serve containerd")?;
     handle.left().await;
     tokio::time::sleep(LAST_ANSWER).await;

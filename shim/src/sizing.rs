@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, DISK_MIB};
-use crate::mesh;
+use crate::mesh::{self, sidecar};
 use crate::net_limits::NET_LIMITS;
 use crate::policy::tenant;
 use crate::vmm::DiskLimits;
@@ -62,7 +62,7 @@ pub struct SizingError {
 /// Sizes a sandbox from its annotations.
 pub fn size(config: &Config, notes: &HashMap<String, String>) -> Result<Sizing, SizingError> {
     for (name, value) in notes {
-        let known = || KNOWN.iter().chain(&DISK_LIMITS).chain(&NET_LIMITS);
+        let known = || KNOWN.iter().chain(&DISK_LIMITS).chain(&NET_LIMITS).chain(&sidecar::OWN);
         let volumes = name.starts_with(EMPTY_DIR);
         if name.starts_with(PREFIX) && !volumes && !known().any(|known| known == name) {
             let known = known().copied().collect::<Vec<_>>().join(", ");

@@ -14,6 +14,9 @@ pub const BUSYBOX: &str = "localhost/busybox:1";
 /// A web server from Debian's packages: nginx, its libraries and a page.
 pub const NGINX: &str = "localhost/nginx:1";
 
+/// A proxy of Debian's packages: sslsplit.
+pub const SSLSPLIT: &str = "localhost/sslsplit:1";
+
 /// A large image of real files: Debian's python3 and openjdk.
 pub const DEBIAN: &str = "localhost/debian:1";
 
@@ -271,6 +274,27 @@ pub fn nginx(folder: &Path) -> Result<PathBuf> {
     };
     let path = folder.join("nginx.tar");
     write(&path, NGINX, layers, &settings)?;
+    Ok(path)
+}
+
+/// Packs Debian's sslsplit, a proxy that asks where a redirected connection was to go, with busybox. Kept for the
+/// next time.
+pub fn sslsplit(folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("sslsplit.tar");
+    if !path.exists() {
+        let tree = debian_tree(&folder.join("sslsplit-tree"), &["sslsplit", "libsystemd0"])?;
+        let busybox = busybox()?;
+        let shell = Layer::default().file("usr/bin/busybox", 0o755, &busybox)?;
+        let shell = shell.directory("bin", 0o755)?.file("bin/sh", 0o755, &busybox)?;
+        let settings = Settings {
+            command: &["/usr/bin/sslsplit"],
+            environment: &["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
+            ..Settings::default()
+        };
+        let beside = folder.join("sslsplit.new");
+        write(&beside, SSLSPLIT, vec![Layer::default().tree(&tree)?, shell], &settings)?;
+        fs::rename(beside, &path)?;
+    }
     Ok(path)
 }
 

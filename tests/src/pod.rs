@@ -262,6 +262,11 @@ impl Container<'_> {
         self.node.cri.exec(&self.id, command, SOON)
     }
 
+    /// Runs a command in it that may take long.
+    pub fn exec_for(&self, command: &[&str], deadline: Duration) -> Result<Output> {
+        self.node.cri.exec(&self.id, command, deadline)
+    }
+
     /// Runs a shell command in it.
     pub fn sh(&self, text: &str) -> Result<Output> {
         self.exec(&["sh", "-c", text])

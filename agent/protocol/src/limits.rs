@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 /// Version of everything in this crate. Raised with any change that the other side can notice.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// Length of `StartSandboxRequest.entropy`: fills the kernel's pool (512 bits).
 pub const ENTROPY_BYTES: usize = 64;
@@ -50,6 +50,10 @@ pub const MAX_COPY_IN_CHUNK: usize = 1024 * 1024;
 pub const MAX_READ_FILE: usize = 64 * 1024;
 /// Largest event, encoded.
 pub const MAX_EVENT: usize = 4096;
+/// Connections in one event: so many fit, with the longest names.
+pub const MAX_CONNECTIONS: usize = 12;
+/// Longest name of a command: the kernel's.
+pub const MAX_COMMAND: usize = 16;
 /// Largest OCI specification as JSON.
 pub const MAX_SPEC: usize = 3 * 1024 * 1024;
 /// Process ids in one `Processes` reply that the host looks at.

@@ -84,7 +84,7 @@ fn the_guest_gets_all_of_the_pods_network() {
         ip_tool("link add before type veth peer name other");
         ip_tool("link set other up");
         let mut links = Links::prepare().expect("prepare");
-        links.apply(&network()).expect("apply");
+        links.apply(&network(), false).expect("apply");
         links.add_link_local(&network()).expect("link-local");
         let link = ip_tool("-d link show eth0");
         assert!(link.contains("mtu 1400") && link.contains("02:00:00:00:07:07"), "{link}");
@@ -107,7 +107,7 @@ fn the_guest_gets_all_of_the_pods_network() {
 fn a_pod_without_interface_has_loopback() {
     alone(|| {
         let mut links = Links::prepare().expect("prepare");
-        links.apply(&api::Network::new()).expect("apply");
+        links.apply(&api::Network::new(), false).expect("apply");
         assert!(ip_tool("link show lo").contains("LOOPBACK,UP"));
     });
 }
@@ -116,14 +116,14 @@ fn a_pod_without_interface_has_loopback() {
 fn what_cannot_be_is_refused() {
     alone(|| {
         let mut links = Links::prepare().expect("prepare");
-        let error = links.apply(&network()).expect_err("no device");
+        let error = links.apply(&network(), false).expect_err("no device");
         assert!(matches!(error, NetworkError::NoDevice { .. }), "{error}");
         ip_tool("link add before type veth peer name other");
         let mut links = Links::prepare().expect("prepare");
         let mut refused = |change: fn(&mut api::Network)| {
             let mut network = network();
             change(&mut network);
-            let error = links.apply(&network).expect_err("must be refused");
+            let error = links.apply(&network, false).expect_err("must be refused");
             assert!(error.is_callers(), "{error}");
         };
         refused(|n| n.interfaces[0].name = "../eth0".to_owned());

@@ -11,6 +11,8 @@ use protobuf::Message as _;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::mpsc;
 
+use crate::mesh::connections::Told;
+
 /// Something that happened in the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -20,6 +22,13 @@ pub enum Event {
     Oom {
         /// Which container.
         container: ContainerId,
+    },
+    /// Connections of containers.
+    Connections {
+        /// Some of them.
+        connections: Vec<Told>,
+        /// Those that were lost since the sandbox's start.
+        lost: u64,
     },
     /// What a disk has in this block of 4096 bytes is not what was once written there.
     Damage {
@@ -70,6 +79,14 @@ pub enum EventError {
         /// Its value.
         value: i64,
     },
+    /// A connection that cannot be.
+    #[error("the guest sent a connection with {what} {value}, which cannot be")]
+    Connection {
+        /// What of it.
+        what: &'static str,
+        /// Its value.
+        value: i64,
+    },
     /// The stream ended or failed.
     #[error("the guest ended its events: {0}")]
     Ended(#[from] io::Error),
@@ -103,6 +120,11 @@ fn check(event: api::Event) -> Result<Event, EventError> {
         Some(Kind::Exit(exit)) => Ok(Event::Exit(check_exit(&exit)?)),
         Some(Kind::Oom(oom)) => Ok(Event::Oom { container: ContainerId::new(&oom.container_id)? }),
         Some(Kind::Damage(damage)) => Ok(Event::Damage { slot: damage.slot, block: damage.block }),
+        Some(Kind::Connections(event)) => {
+            let connections =
+                event.connections.iter().map(Told::check).collect::<Result<_, _>>()?;
+            Ok(Event::Connections { connections, lost: event.lost })
+        }
         _ => Err(EventError::Unknown),
     }
 }

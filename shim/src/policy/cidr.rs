@@ -6,7 +6,7 @@ use joey_ebpf::policy::abi::Prefix;
 
 /// Reads `10.0.0.0/8`, `fd00::/64`, or an address for itself. Bits behind the prefix must be zero: who
 /// wrote them meant something else.
-pub(super) fn parse(text: &str) -> Result<Prefix, String> {
+pub(crate) fn parse(text: &str) -> Result<Prefix, String> {
     let wrong =
         || "must be an address, or one with a prefix length: 10.0.0.0/8, fd00::/64".to_owned();
     let (address, bits) = match text.split_once('/') {

@@ -21,7 +21,7 @@ pub mod state;
 pub mod tenant;
 pub mod versions;
 
-mod cidr;
+pub(crate) mod cidr;
 mod network_policy;
 mod node;
 mod ports;

@@ -123,6 +123,8 @@ struct Wired {
     sizing: Sizing,
     disk_mib: u64,
     cgroups: Vec<PathBuf>,
+    /// What the guest is to do with the containers' connections.
+    in_guest: Option<api::Mesh>,
 }
 
 /// A VM that runs.
@@ -139,6 +141,8 @@ struct Launched {
     wire: Option<Wire>,
     machine: Machine,
     disk_mib: u64,
+    /// What the guest is to do with the containers' connections.
+    in_guest: Option<api::Mesh>,
 }
 
 impl Handle {
@@ -247,6 +251,8 @@ impl Handle {
             sizing::disk_mib(config, &wanted.annotations).map_err(|error| refuse(&error))?;
         *self.0.empty_dirs.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
             sizing::empty_dirs(&wanted.annotations).map_err(|error| refuse(&error))?;
+        let mesh = wanted.mesh(config).map_err(|error| refuse(&error))?;
+        let in_guest = mesh.in_guest(&wanted.annotations).map_err(|error| refuse(&error))?;
         let on_host = wanted.netns.as_deref().is_some_and(net::is_host_netns);
         let netns = match &wanted.netns {
             _ if on_host || wanted.host_network => {
@@ -295,10 +301,7 @@ impl Handle {
         let start = Instant::now();
         let limits =
             NetLimits::default().annotated(&wanted.annotations).map_err(|error| refuse(&error))?;
-        let applicant = Applicant {
-            mesh: wanted.mesh(config).map_err(|error| refuse(&error))?,
-            ..wanted.applicant(config)
-        };
+        let applicant = Applicant { mesh, ..wanted.applicant(config) };
         if !applicant.tenant.is_empty() {
             tenant::check(&applicant.tenant).map_err(|error| refuse(&error))?;
         }
@@ -324,7 +327,7 @@ impl Handle {
         // used up what it may, keeps all other pods of the node waiting.
         cgroup::join(&cgroups)
             .map_err(|error| SandboxError::host(id, "enter the pod's cgroup", error))?;
-        Ok(Wired { wire, machine, sizing, disk_mib, cgroups })
+        Ok(Wired { wire, machine, sizing, disk_mib, cgroups, in_guest })
     }
 
     /// The VMM, cloned or booted or in reserve, and the channel to its agent.
@@ -335,8 +338,8 @@ impl Handle {
             self.table().vmm_pid = pid;
             self.record(|record| record.cloned = Some(true))?;
             self.0.timeline.mark("standby", "");
-            let Wired { wire, disk_mib, .. } = wired;
-            return Ok(Launched { wire, machine, disk_mib });
+            let Wired { wire, disk_mib, in_guest, .. } = wired;
+            return Ok(Launched { wire, machine, disk_mib, in_guest });
         }
         let fail = |what| move |error: &dyn std::fmt::Display| SandboxError::host(id, what, error);
         let procs =
@@ -384,13 +387,14 @@ impl Handle {
             self.0.timeline.host("kernel", "", start);
         }
         let machine = Machine { vm, channel, disks: Arc::default(), disk: None };
-        Ok(Launched { wire: wired.wire, machine, disk_mib: wired.disk_mib })
+        let Wired { wire, disk_mib, in_guest, .. } = wired;
+        Ok(Launched { wire, machine, disk_mib, in_guest })
     }
 
     /// Makes the clone itself. Nothing of it is optional.
     async fn identify(&self, wanted: &Wanted, launched: Launched) -> Result<Guest, SandboxError> {
         let id = &self.0.boot.id;
-        let Launched { wire, machine, disk_mib } = launched;
+        let Launched { wire, machine, disk_mib, in_guest } = launched;
         let Machine { vm, channel, disks, disk } = machine;
         let mut secret = [0_u8; ENTROPY_BYTES + MACHINE_ID_BYTES];
         crate::sys::random(&mut secret)
@@ -406,6 +410,7 @@ impl Handle {
             machine_id: machine_id.to_vec(),
             network: wire.as_ref().map(Wire::network).into(),
             sysctls: wanted.sysctls.iter().cloned().collect(),
+            mesh: in_guest.into(),
             ..Default::default()
         };
         failpoint::reach(&self.0.config.run_dir, "start.identity").await;

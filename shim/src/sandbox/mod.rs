@@ -52,6 +52,7 @@ pub use self::types::{
 };
 use crate::config::Config;
 use crate::guest::{Client, GuestChannel, Streams};
+use crate::mesh::connections::Book;
 use crate::net_limits::NetLimits;
 use crate::share::Shares;
 use crate::standby::Standby;
@@ -151,6 +152,8 @@ struct Sandbox {
     disk_limits: AsyncMutex<DiskLimits>,
     /// What its network may do at most.
     net_limits: Mutex<NetLimits>,
+    /// What connections its containers have, if it is observed.
+    connections: Book,
     /// Held while the sandbox's traces are removed.
     undoing: AsyncMutex<()>,
     /// Set when the shim is to leave.
@@ -201,6 +204,7 @@ impl Handle {
             volumes: Volumes::default(),
             disk_limits: AsyncMutex::default(),
             net_limits: Mutex::default(),
+            connections: Book::default(),
             undoing: AsyncMutex::default(),
             leave: channel::Sender::new(false),
             boot,
@@ -266,6 +270,11 @@ impl Handle {
         let Progress::Ended(reason) = &*ended else { return Err(error) };
         let reason = format!("{reason} ({error})").into();
         Err(SandboxError::Ended { id: self.0.boot.id.clone(), reason })
+    }
+
+    /// What its guest has told of connections.
+    pub(crate) fn connections(&self) -> &Book {
+        &self.0.connections
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {

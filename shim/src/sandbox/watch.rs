@@ -36,6 +36,9 @@ impl Handle {
                 match event {
                     Event::Oom { container } => handle.on_oom(container.to_string()),
                     Event::Exit(exit) => handle.on_exit(&listening, exit),
+                    Event::Connections { connections, lost } => {
+                        handle.connections().note(connections, lost);
+                    }
                     Event::Damage { slot, block } => handle.on_damage(&listening, slot, block),
                 }
             }

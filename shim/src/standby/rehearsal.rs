@@ -15,6 +15,7 @@ use tokio::net::UnixStream;
 
 use crate::config::Config;
 use crate::guest::{Event, Events, GuestChannel};
+use crate::mesh::sidecar;
 use crate::rootfs::{FileSystem, described};
 use crate::sandbox::{Guest, PodDisk};
 use crate::sizing;
@@ -128,6 +129,7 @@ fn identity() -> Result<api::StartSandboxRequest> {
         entropy: entropy.to_vec(),
         machine_id: machine_id.to_vec(),
         network: Some(network).into(),
+        mesh: Some(sidecar::of(&HashMap::new(), true)?).into(),
         ..Default::default()
     })
 }

@@ -1,7 +1,7 @@
 //! Connections to a server that greets with a byte: how long each takes, and how many are made in a second.
 
-use std::io::Read as _;
-use std::net::{SocketAddr, TcpStream};
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
@@ -12,6 +12,16 @@ fn one(to: SocketAddr) -> Result<(Duration, Duration)> {
     let connected = begun.elapsed();
     stream.read_exact(&mut [0]).with_context(|| format!("read from {to}"))?;
     Ok((connected, begun.elapsed()))
+}
+
+/// Greets all who connect with a byte, for ever.
+pub fn greet(at: &str) -> Result<()> {
+    let listener = TcpListener::bind(at.parse::<SocketAddr>()?).context("listen")?;
+    println!("greets");
+    for mut stream in listener.incoming().flatten() {
+        let _ = stream.write_all(b"x");
+    }
+    Ok(())
 }
 
 /// Prints of each the microseconds until it is made, and until the byte is there.

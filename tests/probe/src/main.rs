@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout)]
 
 mod connects;
+mod sidecar;
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -210,6 +211,7 @@ fn main() -> Result<()> {
         ["read-random", path] => read(path, true),
         ["serve", path] => serve(path),
         ["ask", path, question] => ask(path, question),
+        ["greet", at] => connects::greet(at),
         ["connects", to, count] => connects::times(to, count),
         ["connect-rate", to, count, threads] => connects::rate(to, count, threads),
         ["exchange", port, ..] => exchange(port, &texts[2..]),
@@ -220,6 +222,13 @@ fn main() -> Result<()> {
             spin(seconds.parse()?);
             Ok(())
         }
+        ["sidecar", manner, outbound, inbound] => sidecar::run(manner, outbound, inbound),
+        ["echo", at] => sidecar::echo(at),
+        ["spray", to, count] => sidecar::spray(to, count),
+        ["query", to] => sidecar::query(to),
+        ["dial", to] => sidecar::dial(to),
+        ["answer", at] => sidecar::answer(at),
+        ["connections", to, count] => sidecar::connections(to, count),
         ["watch", ..] => watch(words.get(1..).unwrap_or_default()),
         _ => bail!("{words:?}"),
     }

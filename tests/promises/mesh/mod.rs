@@ -1,9 +1,11 @@
-//! Pods in a service mesh: in ambient mode on namespaces with a fake VM (`lab`), what then fails (`closed`), and with
-//! real pods (`ambient`).
+//! Pods in a service mesh: who gets their connections, and that nobody does who should not. Ambient mode on namespaces
+//! with a fake VM (`lab`), what then fails (`closed`), and with real pods (`ambient`); `sidecar` and `observe`.
 
 mod ambient;
 mod closed;
 mod lab;
+mod observe;
+mod sidecar;
 
 use crate::context::Test;
 
@@ -26,4 +28,16 @@ pub const TESTS: &[Test] = &[
     Test { name: "mesh::ambient_fails_closed", run: ambient::fails_closed },
     Test { name: "mesh::ambient_killed_shim", run: ambient::killed_shim },
     Test { name: "mesh::bad_annotations", run: ambient::bad_annotations },
+    Test { name: "mesh::sidecar_outbound", run: sidecar::outbound },
+    Test { name: "mesh::sidecar_inbound", run: sidecar::inbound },
+    Test { name: "mesh::sidecar_exclusions", run: sidecar::exclusions },
+    Test { name: "mesh::sidecar_impostor", run: sidecar::impostor },
+    Test { name: "mesh::sidecar_killed_under_load", run: sidecar::killed_under_load },
+    Test { name: "mesh::sidecar_many_connections", run: sidecar::many_connections },
+    Test { name: "mesh::sidecar_dns", run: sidecar::dns },
+    Test { name: "mesh::sidecar_real_proxy", run: sidecar::real_proxy },
+    Test { name: "mesh::observe", run: observe::connections },
+    Test { name: "mesh::observe_hostile", run: observe::hostile },
+    Test { name: "mesh::observe_only_where_wanted", run: observe::only_where_wanted },
+    Test { name: "mesh::sidecar_bad_annotations", run: sidecar::bad_annotations },
 ];

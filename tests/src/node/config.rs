@@ -155,7 +155,8 @@ fn runtimes(section: &str, version: Version, dir: &str) -> String {
     let joey = |name: &str, more: &str| {
         format!(
             "[{section}.{name}]\nruntime_type = \"io.containerd.joey.v2\"\nruntime_path = \"{}\"\n\
-             pod_annotations = [\"io.joey.*\", \"tenancy.x-k8s.io/*\", \"kubernetes.io/*-bandwidth\"]\n{more}",
+             pod_annotations = [\"io.joey.*\", \"tenancy.x-k8s.io/*\", \"kubernetes.io/*-bandwidth\", \
+             \"traffic.sidecar.istio.io/*\"]\n{more}",
             shim.display()
         )
     };

@@ -11,19 +11,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::abi::Counters;
+pub use crate::map::MapError;
+use crate::map::{Map, Source};
 use crate::sys;
 
 #[cfg(test)]
 mod by_hand;
 mod epochs;
-mod map;
 mod names;
 mod pins;
 mod pods;
 mod seen;
 
-pub use map::MapError;
-use map::{Map, Source};
 pub use names::KEPT;
 pub use pins::{Lock, directory, others};
 #[cfg(all(test, feature = "loader"))]

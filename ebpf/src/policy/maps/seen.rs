@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::io;
 
 use super::super::abi::{Counters, Denied, Flow, FlowKey, PodId, Tenant, pod_key};
-use super::map::{Map, Source};
 use super::{MapError, Maps, NO_EXIST};
+use crate::map::{Map, Source};
 use crate::sys;
 
 impl Maps {

@@ -130,7 +130,7 @@ fn unfinished(bytes: &[u8]) -> usize {
         .unwrap_or(0)
 }
 
-fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     // A serial console ends its lines with both.
     for character in text.replace("\r\n", "\n").chars() {

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout)]
 
 mod check;
+mod connections;
 mod console;
 mod ebpf;
 mod flows;
@@ -72,6 +73,8 @@ enum Task {
     Network(network::Task),
     /// Who spoke with whom, and what was not let through (asks `joey network serve`)
     Flows(flows::Flows),
+    /// What connections a pod's containers have, by process, if its annotation io.joey.mesh is "observe"
+    Connections(connections::Connections),
     /// Traffic of pods and tenants: how much in a second and in all
     Top(top::Top),
     /// Remove what is left of sandboxes whose shim is gone (the shims do so too, now and then)
@@ -164,6 +167,7 @@ fn run(cli: &Cli) -> Result<bool> {
         Task::Limit(limit) => limit::run(&config, limit, cli.json)?,
         Task::Network(network::Task::Serve(serve)) => network::run(&config, serve)?,
         Task::Flows(flows) => flows::run(&config, flows, cli.json)?,
+        Task::Connections(wanted) => connections::run(&config, wanted, cli.json)?,
         Task::Top(top) => top::run(&config, top, cli.json)?,
         Task::Clean => return sandboxes::clean(&config, cli.json),
         Task::Console { id, follow } => console::show(&config, id, *follow, cli.json)?,

@@ -1,7 +1,8 @@
 //! `bench mesh`: what a mesh's proxy costs a pod's connections.
 //!
-//! Subjects are `joey`, which is in no mesh, and `joey+ambient`, whose connections go through a proxy in the pod's
-//! network namespace; by turns in one run. A server beyond the pod greets with a byte: `connect` is until the
+//! Subjects are `joey`, which is in no mesh, `joey+ambient`, whose connections go through a proxy in the pod's
+//! network namespace, and `joey+sidecar`, where they go through one in the pod (`exempt`: of the proxy's user there);
+//! by turns in one run. A server beyond the pod greets with a byte: `connect` is until the
 //! connection is made, which is the proxy's where there is one, `first_byte` until the byte is there, which has come
 //! from the server through it. With `lab_` before them they are a fake VM's in the lab ([`crate::lab`]), where nothing is
 //! emulated.
@@ -32,7 +33,11 @@ pub fn mesh(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<
     let mut samples = Samples::default();
     lab::measure(runs, &mut samples, progress)?;
     pods::measure(node, runs, &mut samples, progress)?;
-    Ok(samples.report("mesh", &machine(), &[("joey+ambient", "joey")]))
+    Ok(samples.report(
+        "mesh",
+        &machine(),
+        &[("joey+ambient", "joey"), ("joey+sidecar", "joey+sidecar exempt")],
+    ))
 }
 
 /// Greets all who connect with a byte, for as long as the process is.

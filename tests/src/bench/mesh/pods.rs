@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result};
-use k8s_cri::v1::Mount;
+use k8s_cri::v1::{ContainerConfig, Int64Value, Mount};
 
 use super::super::stats::Samples;
 use super::super::{rest, timeline};
@@ -36,7 +36,13 @@ pub(super) fn measure(
     let netns = inspected["record"]["netns"].as_str().context("the pod has no namespace")?;
     let command = Proxy::command(netns.as_ref(), None);
     let _proxy = Proxy::of(command, None, |command| node.spawn_inside(command))?;
-    let mut subjects = [("joey", &plain.1), ("joey+ambient", &meshed.1)];
+    let (sidecar, exempt, app) = sidecar(node)?;
+    let mut subjects = [
+        ("joey", &plain.1),
+        ("joey+ambient", &meshed.1),
+        ("joey+sidecar", &app),
+        ("joey+sidecar exempt", &exempt),
+    ];
     rest(node);
     for run in 1..=runs {
         subjects.rotate_left(1);
@@ -55,6 +61,17 @@ pub(super) fn measure(
             let bytes = (received.load(Ordering::Relaxed) - before) as f64;
             add("tcp_out", "Mb/s", bytes * 8.0 / f64::from(SECONDS) / 1e6);
         }
+        // By loopback both, as far as the connection that is timed goes: the difference is the programs'.
+        for (metric, shell, to) in [
+            ("connect_proxy", &app, greeted.as_str()),
+            ("connect_local", &exempt, "127.0.0.1:9000"),
+        ] {
+            let times = shell.sh(&format!("/probe connects {to} {CONNECTIONS}"))?;
+            for line in times.text().lines() {
+                let (connected, _) = line.split_once(' ').context("no two times")?;
+                samples.add("joey+sidecar", metric, "µs", connected.parse()?);
+            }
+        }
         progress(&format!("pods: {run} of {runs} runs"));
     }
     for (subject, (pod, _)) in [("joey", &plain), ("joey+ambient", &meshed)] {
@@ -64,8 +81,26 @@ pub(super) fn measure(
             samples.add(subject, "wire", "ms", took);
         }
     }
+    sidecar.remove()?;
     plain.0.remove()?;
     meshed.0.remove()
+}
+
+/// A pod in sidecar mode, its proxy's container, whose own connections are left alone, and the application's.
+fn sidecar(node: &Node) -> Result<(Pod<'_>, Container<'_>, Container<'_>)> {
+    /// The user that the proxy runs as.
+    const PROXY: i64 = 1337;
+    let mut config = pod::config(node, "sidecar");
+    config.annotations.insert("io.joey.mesh".into(), "sidecar".into());
+    let pod = Pod::run_with(node, "joey", config)?;
+    let text = "/probe sidecar carries 15001 15006 & /probe greet 127.0.0.1:9000 & wait";
+    let mut proxy = probed(pod::script("proxy", text));
+    pod::security(&mut proxy).run_as_user = Some(Int64Value { value: PROXY });
+    let proxy = pod.start(&proxy)?;
+    proxy.wait_output("sidecar is up", pod::SOON)?;
+    proxy.wait_output("greets", pod::SOON)?;
+    let app = pod.start(&probed(pod::container("main", &["sleep", "100000"])))?;
+    Ok((pod, proxy, app))
 }
 
 fn start<'n>(
@@ -77,13 +112,16 @@ fn start<'n>(
     let annotations = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
     config.annotations.extend(annotations);
     let pod = Pod::run_with(node, "joey", config)?;
-    let mut container = pod::container("main", &["sleep", "100000"]);
+    let shell = pod.start(&probed(pod::container("main", &["sleep", "100000"])))?;
+    Ok((pod, shell))
+}
+
+fn probed(mut container: ContainerConfig) -> ContainerConfig {
     container.mounts.push(Mount {
         container_path: "/probe".into(),
         host_path: paths::probe().display().to_string(),
         readonly: true,
         ..Mount::default()
     });
-    let shell = pod.start(&container)?;
-    Ok((pod, shell))
+    container
 }

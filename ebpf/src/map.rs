@@ -9,7 +9,7 @@ use crate::sys;
 
 /// A map could not be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("the policy's map {name}: {step}: {source}")]
+#[error("the map {name}: {step}: {source}")]
 pub struct MapError {
     /// Which.
     pub name: &'static str,
@@ -20,10 +20,10 @@ pub struct MapError {
 }
 
 /// A key and its value.
-pub(super) type Entry<const K: usize, const V: usize> = ([u8; K], [u8; V]);
+pub(crate) type Entry<const K: usize, const V: usize> = ([u8; K], [u8; V]);
 
 /// Where a map is.
-pub(super) enum Source {
+pub(crate) enum Source {
     /// Open already.
     Open(OwnedFd),
     /// Pinned by its name in this directory, to be opened when it is used first.
@@ -32,14 +32,14 @@ pub(super) enum Source {
 
 /// A map with keys of `K` bytes and values of `V`.
 #[derive(Debug)]
-pub(super) struct Map<const K: usize, const V: usize> {
+pub(crate) struct Map<const K: usize, const V: usize> {
     name: &'static str,
     pinned: Option<Arc<Path>>,
     fd: OnceLock<OwnedFd>,
 }
 
 impl<const K: usize, const V: usize> Map<K, V> {
-    pub(super) fn of(name: &'static str, source: Source) -> Self {
+    pub(crate) fn of(name: &'static str, source: Source) -> Self {
         match source {
             Source::Open(fd) => Self { name, pinned: None, fd: fd.into() },
             Source::Pinned(directory) => {
@@ -49,7 +49,7 @@ impl<const K: usize, const V: usize> Map<K, V> {
     }
 
     /// Its descriptor.
-    pub(super) fn fd(&self) -> Result<BorrowedFd<'_>, MapError> {
+    pub(crate) fn fd(&self) -> Result<BorrowedFd<'_>, MapError> {
         if let (None, Some(directory)) = (self.fd.get(), &self.pinned) {
             let opened = sys::open_pin(&directory.join(self.name)).map_err(self.fail("open"))?;
             // Another thread may have been quicker.
@@ -59,7 +59,7 @@ impl<const K: usize, const V: usize> Map<K, V> {
         fd.ok_or_else(|| self.fail("open")(io::ErrorKind::NotFound.into()))
     }
 
-    pub(super) fn fail(&self, step: &'static str) -> impl FnOnce(io::Error) -> MapError {
+    pub(crate) fn fail(&self, step: &'static str) -> impl FnOnce(io::Error) -> MapError {
         let name = self.name;
         move |source| match source.raw_os_error() {
             // The kernel's words would be of a list of arguments.
@@ -68,22 +68,22 @@ impl<const K: usize, const V: usize> Map<K, V> {
         }
     }
 
-    pub(super) fn get(&self, key: &[u8; K]) -> Result<Option<[u8; V]>, MapError> {
+    pub(crate) fn get(&self, key: &[u8; K]) -> Result<Option<[u8; V]>, MapError> {
         let mut value = [0; V];
         let found = sys::map::get(self.fd()?, key, &mut value).map_err(self.fail("read"))?;
         Ok(found.then_some(value))
     }
 
-    pub(super) fn put(&self, key: &[u8; K], value: &[u8; V]) -> Result<(), MapError> {
+    pub(crate) fn put(&self, key: &[u8; K], value: &[u8; V]) -> Result<(), MapError> {
         sys::map::put(self.fd()?, key, value, 0).map_err(self.fail("write"))
     }
 
-    pub(super) fn remove(&self, key: &[u8; K]) -> Result<bool, MapError> {
+    pub(crate) fn remove(&self, key: &[u8; K]) -> Result<bool, MapError> {
         sys::map::remove(self.fd()?, key).map_err(self.fail("remove"))
     }
 
     /// The keys. What changes meanwhile may end the list early or have it hold a key twice.
-    pub(super) fn keys(&self) -> Result<Vec<[u8; K]>, MapError> {
+    pub(crate) fn keys(&self) -> Result<Vec<[u8; K]>, MapError> {
         let mut keys: Vec<[u8; K]> = Vec::new();
         let mut next = [0; K];
         loop {
@@ -101,7 +101,7 @@ impl<const K: usize, const V: usize> Map<K, V> {
     }
 
     /// All entries, read many at a time; of what changes meanwhile, some.
-    pub(super) fn entries(&self) -> Result<Vec<Entry<K, V>>, MapError> {
+    pub(crate) fn entries(&self) -> Result<Vec<Entry<K, V>>, MapError> {
         /// How many at a time.
         const MANY: usize = 256;
         let (mut keys, mut values) = (vec![0; MANY * K], vec![0; MANY * V]);
