@@ -2,8 +2,8 @@
 //!
 //! A table is `fronts`, a hash of virtual addresses, and `backends`, an array of endpoints; a front names a range
 //! of the array. The host decides what goes where, so that the guest copies and no more. Addresses are 16 bytes, an
-//! IPv4 one as `::ffff:a.b.c.d`; ports are in network order, other numbers little endian, which is how every
-//! processor that Joey's guests run on has them. `ebpf/bpf/services_guest.bpf.c` reads the same layout.
+//! IPv4 one as `::ffff:a.b.c.d`; numbers, ports too, are little endian, which is how every processor that Joey's
+//! guests run on has them. `ebpf/bpf/services_guest.h` is the same layout.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -83,7 +83,7 @@ impl Key {
     pub fn encode(self) -> [u8; KEY] {
         let mut bytes = [0; KEY];
         bytes[..16].copy_from_slice(&mapped(self.address));
-        bytes[16..18].copy_from_slice(&self.port.to_be_bytes());
+        bytes[16..18].copy_from_slice(&self.port.to_le_bytes());
         bytes[18] = self.protocol;
         bytes
     }
@@ -91,7 +91,7 @@ impl Key {
     /// The way back.
     #[must_use]
     pub fn decode(bytes: &[u8; KEY]) -> Self {
-        let port = u16::from_be_bytes(take(bytes, 16));
+        let port = u16::from_le_bytes(take(bytes, 16));
         Self { address: unmapped(take(bytes, 0)), port, protocol: bytes[18] }
     }
 }
@@ -122,14 +122,14 @@ impl Backend {
     pub fn encode(self) -> [u8; BACKEND] {
         let mut bytes = [0; BACKEND];
         bytes[..16].copy_from_slice(&mapped(self.address));
-        bytes[16..18].copy_from_slice(&self.port.to_be_bytes());
+        bytes[16..18].copy_from_slice(&self.port.to_le_bytes());
         bytes
     }
 
     /// The way back.
     #[must_use]
     pub fn decode(bytes: &[u8; BACKEND]) -> Self {
-        let port = u16::from_be_bytes(take(bytes, 16));
+        let port = u16::from_le_bytes(take(bytes, 16));
         Self { address: unmapped(take(bytes, 0)), port }
     }
 }
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(Front::decode(&front.encode()), front);
         assert_eq!(
             Key { address: [10, 0, 0, 1].into(), port: 80, protocol: 6 }.encode()[10..18],
-            [0xff, 0xff, 10, 0, 0, 1, 0, 80]
+            [0xff, 0xff, 10, 0, 0, 1, 80, 0]
         );
     }
 
