@@ -105,7 +105,7 @@ impl Store {
         self.directory.join(name)
     }
 
-    pub(super) fn write_policy(&self, policy: &Applied<Documents>) -> Result<(), PolicyError> {
+    pub(crate) fn write_policy(&self, policy: &Applied<Documents>) -> Result<(), PolicyError> {
         self.write(POLICY, policy)
     }
 
