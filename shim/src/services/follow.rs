@@ -99,7 +99,7 @@ impl Source {
         let mut message = api::UpdateServicesRequest::new();
         let mut any = false;
         while let Some(record) =
-            reader.next().map_err(|cause| FollowError::Read { path: path.clone(), cause })?
+            reader.take().map_err(|cause| FollowError::Read { path: path.clone(), cause })?
         {
             any = true;
             message.generation = record.generation;

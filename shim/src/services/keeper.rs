@@ -256,7 +256,7 @@ fn resume(path: &Path) -> io::Result<Option<Log>> {
         Err(error) => return Err(error),
     };
     let (mut replay, mut generation, mut base) = (Replay::default(), 0, 0);
-    while let Some(record) = reader.next()? {
+    while let Some(record) = reader.take()? {
         generation = record.generation;
         if let Err(error) = replay.add(&record) {
             tracing::warn!(path = %path.display(), %error, "written anew");
@@ -287,7 +287,7 @@ pub fn read(run_dir: &Path, tenant: &str) -> io::Result<(u64, Table)> {
     let own = directory.join(log::name(tenant));
     let mut reader = Reader::open(&own).or_else(|_| Reader::open(&directory.join(SHARED)))?;
     let (mut replay, mut generation) = (Replay::default(), 0);
-    while let Some(record) = reader.next()? {
+    while let Some(record) = reader.take()? {
         replay.add(&record).map_err(io::Error::other)?;
         generation = record.generation;
     }

@@ -83,7 +83,7 @@ impl Reader {
     ///
     /// # Errors
     /// The file cannot be read.
-    pub fn next(&mut self) -> io::Result<Option<Record>> {
+    pub fn take(&mut self) -> io::Result<Option<Record>> {
         let mut head = [0; HEAD];
         if !self.whole(&mut head, self.at)? {
             return Ok(None);

@@ -125,7 +125,7 @@ impl Table {
         let used = all.len();
         table.room_fronts = view.len() + view.len() / 4 + SPARE_FRONTS;
         table.room_backends = used + used / 4 + SPARE_BACKENDS;
-        table.free = vec![used as u32..table.room_backends as u32];
+        table.free.push(used as u32..table.room_backends as u32);
         let mut record = Record {
             generation,
             fronts: table.room_fronts as u32,

@@ -292,7 +292,7 @@ fn log_of_a(run_dir: &Path) -> std::path::PathBuf {
 
 fn records(path: &Path) -> Vec<u64> {
     let mut reader = Reader::open(path).unwrap();
-    std::iter::from_fn(|| reader.next().unwrap()).map(|record| record.generation).collect()
+    std::iter::from_fn(|| reader.take().unwrap()).map(|record| record.generation).collect()
 }
 
 struct Rig {

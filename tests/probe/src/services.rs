@@ -11,6 +11,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         ["question", to] => question(to, false),
         ["question", to, "connected"] => question(to, true),
         ["connect", to, times] => connect(to, times),
+        ["until", to, end] => until(to, end),
         _ => bail!("{words:?}"),
     }
 }
@@ -65,6 +66,26 @@ fn connect(to: &str, times: &str) -> Result<()> {
             }
             Err(error) => println!("{:?} {}", error.kind(), begun.elapsed().as_micros()),
         }
+    }
+    Ok(())
+}
+
+/// For each line that comes in, connects until that ends as is said: `Connected`, or a kind of error.
+fn until(to: &str, end: &str) -> Result<()> {
+    let to: SocketAddr = to.parse()?;
+    println!("ready");
+    for line in std::io::stdin().lines() {
+        line?;
+        loop {
+            let outcome = TcpStream::connect_timeout(&to, Duration::from_secs(2));
+            let outcome =
+                outcome.map_or_else(|error| format!("{:?}", error.kind()), |_| "Connected".into());
+            if outcome == end {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        println!("{end}");
     }
     Ok(())
 }

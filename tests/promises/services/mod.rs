@@ -1,18 +1,31 @@
 //! Services in the guest: pods whose guests translate connections to services' addresses.
 
+mod failing;
 mod reached;
+mod told;
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
+use joey_tests::node::config;
 use joey_tests::pod::{self, Container, Pod};
 use serde_json::{Value, json};
 
 use crate::context::{Context, Test};
 use crate::volumes::probed;
 
-pub const TESTS: &[Test] = &[Test { name: "services::tcp", run: reached::tcp }];
+pub const TESTS: &[Test] = &[
+    Test { name: "services::tcp", run: reached::tcp },
+    Test { name: "services::datagrams", run: reached::datagrams },
+    Test { name: "services::affinity", run: reached::affinity },
+    Test { name: "services::itself", run: reached::itself },
+    Test { name: "services::tenants_apart", run: told::tenants_apart },
+    Test { name: "services::changes", run: told::changes },
+    Test { name: "services::before_the_first_container", run: told::before_the_first_container },
+    Test { name: "services::refused", run: failing::refused_whole },
+    Test { name: "services::daemon_killed", run: failing::daemon_killed },
+];
 
 /// The annotation.
 const GUEST: (&str, &str) = ("io.joey.services", "guest");
@@ -129,6 +142,14 @@ impl<'a, 'n> Services<'a, 'n> {
         Ok(())
     }
 
+    /// The node's own policy documents and more of the node policy.
+    fn policy(&self, more: &str) -> Result<()> {
+        let path = self.ctx.node.dir().join("more.yaml");
+        fs::write(&path, format!("{}{more}", config::POLICY))?;
+        self.ctx.node.joey(&["policy", "apply", "-f", &path.to_string_lossy()])?;
+        Ok(())
+    }
+
     fn told(&self, by: &str, list: &Value) -> Result<String> {
         let path = self.ctx.node.dir().join("services.json");
         fs::write(&path, list.to_string())?;
@@ -139,8 +160,11 @@ impl<'a, 'n> Services<'a, 'n> {
 
 impl Drop for Services<'_, '_> {
     fn drop(&mut self) {
+        let _ = self.policy("");
         let _ = self.told("apply", &json!([]));
-        let _ = fs::remove_file(self.ctx.node.dir().join("services.json"));
+        for file in ["services.json", "more.yaml"] {
+            let _ = fs::remove_file(self.ctx.node.dir().join(file));
+        }
     }
 }
 
