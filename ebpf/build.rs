@@ -15,7 +15,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-env-changed=CLANG");
     let directory = std::env::var("OUT_DIR")?;
     let directory = Path::new(&directory);
-    for name in ["wire", "policy", "mesh_guest"] {
+    for name in ["wire", "policy", "mesh_guest", "services_guest"] {
         compile(name, directory)?;
     }
     // What the policy's maps hold: another version with the same layout goes on with them.

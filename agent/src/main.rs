@@ -34,6 +34,7 @@ mod rehearsal;
 mod rootfs;
 mod rpc;
 mod sandbox;
+mod services;
 mod share;
 mod storage;
 mod streams;

@@ -14,6 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use joey_ebpf::guest::GuestError;
 use joey_ebpf::guest::events::Events;
 use joey_ebpf::guest::mesh::{Mark, Mesh, Prefix, Settings};
+use joey_ebpf::guest::services::Services;
 use joey_ebpf::map::MapError;
 use joey_protocol::api;
 
@@ -36,6 +37,9 @@ pub(crate) enum ProgramsError {
     /// The kernel does not take them.
     #[error("the mesh's programs: {0}")]
     Mesh(GuestError),
+    /// Nor these.
+    #[error("the services' programs: {0}")]
+    Services(GuestError),
     /// The request cannot be followed.
     #[error("mesh: {field} {problem}")]
     Invalid {
@@ -61,6 +65,8 @@ impl ProgramsError {
 pub(crate) struct Programs {
     mesh: Mesh,
     events: Mutex<Option<Events>>,
+    /// Services' addresses. They come after the mesh's: what those redirect is no service's any more.
+    pub(crate) services: Mutex<Services>,
 }
 
 impl Programs {
@@ -72,7 +78,9 @@ impl Programs {
         let (cgroup, netns) = (open(cgroups)?, open(Path::new(NETNS))?);
         let mut mesh = Mesh::attach(cgroup.as_fd(), netns.as_fd()).map_err(ProgramsError::Mesh)?;
         let events = Mutex::new(mesh.take_events());
-        Ok(Self { mesh, events })
+        let services =
+            Services::attach(cgroup.as_fd(), netns.as_fd()).map_err(ProgramsError::Services)?;
+        Ok(Self { mesh, events, services: Mutex::new(services) })
     }
 
     /// Has them do what the pod asks for, before there is a container; `false` if that is nothing.

@@ -87,6 +87,14 @@ impl api::Agent for Service {
         done(self.0.copy_in(&request))
     }
 
+    async fn update_services(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateServicesRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        done(self.0.update_services(&request))
+    }
+
     async fn share_files(
         &self,
         _: &TtrpcContext,

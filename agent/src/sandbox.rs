@@ -36,6 +36,7 @@ use crate::pod_pid::PodPidNamespace;
 use crate::programs::{Programs, ProgramsError};
 use crate::reap::Reaper;
 use crate::rootfs::SOURCES;
+use crate::services::{self, ServicesError};
 use crate::share::{self, ShareError};
 use crate::storage::{self, SharedSlots, StorageError};
 use crate::streams::StdioError;
@@ -74,6 +75,9 @@ pub(crate) enum SandboxError {
     /// A port cannot be reached.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// Services cannot be changed.
+    #[error(transparent)]
+    Services(#[from] ServicesError),
     /// Files of the host are not shared.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -142,6 +146,7 @@ impl SandboxError {
             Self::Version(_) | Self::NotStarted | Self::StartedBefore | Self::Rehearsing => {
                 Code::FAILED_PRECONDITION
             }
+            Self::Services(error) if error.is_callers() => Code::INVALID_ARGUMENT,
             Self::Identity(error) if error.is_callers() => Code::INVALID_ARGUMENT,
             Self::Programs(error) if error.is_callers() => Code::INVALID_ARGUMENT,
             Self::Name(_) | Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
@@ -174,6 +179,7 @@ impl SandboxError {
             | Self::PodPid(_)
             | Self::Storage(_)
             | Self::DiskVolume(_)
+            | Self::Services(_)
             | Self::Cancelled => Code::INTERNAL,
         }
     }
@@ -405,6 +411,15 @@ impl Sandbox {
         }
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner).multiply();
         Ok(self.disk.rehearse(request.bytes).await?)
+    }
+
+    /// Changes the table of services.
+    pub(crate) fn update_services(
+        &self,
+        request: &api::UpdateServicesRequest,
+    ) -> Result<(), SandboxError> {
+        self.require_started()?;
+        Ok(services::update(self.programs.as_ref(), request)?)
     }
 
     /// Mounts files of the host.

@@ -16,6 +16,7 @@
 #define VALUE(kind) kind *value
 #define FLAGS(flags) int (*map_flags)[flags]
 #define MAP SEC(".maps")
+#define __array(name, kind) typeof(kind) *name[]
 // Keeps clang from making one access of two neighbouring fields of a context, which the verifier takes as they are.
 #define BARRIER asm volatile("" ::: "memory")
 // Likewise where one of two fields is wanted: clang would read from a computed place.

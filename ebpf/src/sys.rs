@@ -17,6 +17,7 @@ const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_MAP_GET_FD_BY_ID: libc::c_int = 14;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
+const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 const BPF_LINK_CREATE: libc::c_int = 28;
 /// `BPF_SK_LOOKUP` of `enum bpf_attach_type`.
 pub(crate) const SK_LOOKUP: u32 = 36;
@@ -39,6 +40,7 @@ struct MapAttributes {
     key_size: u32,
     value_size: u32,
     max_entries: u32,
+    flags: u32,
 }
 
 /// As the commands about an element of a map read it.
@@ -101,6 +103,20 @@ unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_int
     };
     match libc::c_int::try_from(result) {
         Ok(result) if result >= 0 => Ok(result),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The same for a command that writes to its attributes.
+///
+/// # Safety
+/// As of [`bpf`].
+unsafe fn bpf_back<T>(command: libc::c_int, attributes: &mut T) -> io::Result<()> {
+    // SAFETY: as the caller says.
+    match unsafe {
+        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>())
+    } {
+        0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
@@ -172,13 +188,46 @@ pub(crate) mod map {
     pub(crate) fn forgetful(key: usize, value: usize, entries: u32) -> io::Result<OwnedFd> {
         /// `BPF_MAP_TYPE_LRU_HASH`.
         const LRU_HASH: u32 = 9;
+        create(LRU_HASH, key, value, entries, 0)
+    }
+
+    #[cfg(feature = "loader")]
+    /// Makes a map of a kind (`enum bpf_map_type`) with these sizes and flags.
+    pub(crate) fn create(
+        kind: u32,
+        key: usize,
+        value: usize,
+        entries: u32,
+        flags: u32,
+    ) -> io::Result<OwnedFd> {
         let (key_size, value_size) = (key as u32, value as u32);
-        let attributes =
-            MapAttributes { kind: LRU_HASH, key_size, value_size, max_entries: entries };
+        let attributes = MapAttributes { kind, key_size, value_size, max_entries: entries, flags };
         // SAFETY: plain numbers.
         let map = unsafe { bpf(BPF_MAP_CREATE, &attributes) }?;
         // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(map) })
+    }
+
+    #[cfg(feature = "loader")]
+    /// Writes `count` elements, one after the other. Where one is refused those before it are written.
+    pub(crate) fn put_batch(
+        map: BorrowedFd<'_>,
+        keys: &[u8],
+        values: &[u8],
+        count: u32,
+    ) -> io::Result<()> {
+        let mut attributes = BatchAttributes {
+            from: 0,
+            to: 0,
+            keys: keys.as_ptr() as u64,
+            values: values.as_ptr() as u64,
+            count,
+            map: number(map),
+            element_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: keys and values have `count` elements of the map's sizes.
+        unsafe { bpf_back(BPF_MAP_UPDATE_BATCH, &mut attributes) }
     }
 
     /// Where a batch ended, for the next one. As large as any map's key, of which some maps make it.
@@ -205,21 +254,11 @@ pub(crate) mod map {
             flags: 0,
         };
         // SAFETY: keys and values have room for `count` elements, places for any map's.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                BPF_MAP_LOOKUP_BATCH,
-                &raw mut attributes,
-                size_of::<BatchAttributes>(),
-            )
-        };
-        match result {
-            0 => Ok((attributes.count, false)),
-            _ => match io::Error::last_os_error() {
-                // The count is that of the last ones.
-                error if error.kind() == io::ErrorKind::NotFound => Ok((attributes.count, true)),
-                error => Err(error),
-            },
+        match unsafe { bpf_back(BPF_MAP_LOOKUP_BATCH, &mut attributes) } {
+            Ok(()) => Ok((attributes.count, false)),
+            // The count is that of the last ones.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok((attributes.count, true)),
+            Err(error) => Err(error),
         }
     }
 
@@ -231,6 +270,71 @@ pub(crate) mod map {
         let map = unsafe { bpf(BPF_MAP_GET_FD_BY_ID, &attributes) }?;
         // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(map) })
+    }
+}
+
+/// The elements of an array that was made to be mapped, as memory that programs read.
+#[cfg(feature = "loader")]
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    start: std::ptr::NonNull<libc::c_void>,
+    length: usize,
+}
+
+// SAFETY: it is memory that the kernel keeps for as long as it is mapped, wherever it is used from.
+#[cfg(feature = "loader")]
+unsafe impl Send for Mapping {}
+
+#[cfg(feature = "loader")]
+impl Mapping {
+    /// Maps `length` bytes of elements.
+    pub(crate) fn new(map: BorrowedFd<'_>, length: usize) -> io::Result<Self> {
+        let (access, sharing) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        // SAFETY: a new mapping at a place that the kernel chooses.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), length, access, sharing, map.as_raw_fd(), 0)
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        std::ptr::NonNull::new(start)
+            .map(|start| Self { start, length })
+            .ok_or_else(|| io::Error::other("mapped at address 0"))
+    }
+
+    fn place(&self, offset: usize, length: usize) -> io::Result<*mut u8> {
+        match offset.checked_add(length) {
+            // SAFETY: within the mapping.
+            Some(end) if end <= self.length => {
+                Ok(unsafe { self.start.as_ptr().cast::<u8>().add(offset) })
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    /// Copies bytes to a place of which no program reads just now.
+    pub(crate) fn write(&mut self, offset: usize, bytes: &[u8]) -> io::Result<()> {
+        let to = self.place(offset, bytes.len())?;
+        // SAFETY: the place is as long as the bytes, which are elsewhere; others that have it mapped are programs,
+        // for which any bytes are fine.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        Ok(())
+    }
+
+    /// Whether bytes are as the kernel has made them.
+    pub(crate) fn is_blank(&self, offset: usize, length: usize) -> io::Result<bool> {
+        let at = self.place(offset, length)?;
+        // SAFETY: within the mapping, and only this process writes there.
+        let bytes = unsafe { std::slice::from_raw_parts(at, length) };
+        Ok(bytes.iter().all(|byte| *byte == 0))
+    }
+}
+
+#[cfg(feature = "loader")]
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: it is this mapping, and nobody has references into it.
+        unsafe { libc::munmap(self.start.as_ptr(), self.length) };
     }
 }
 
@@ -261,7 +365,8 @@ pub(crate) fn wait_for_programs() -> io::Result<()> {
 pub(crate) fn socket_map(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     /// `BPF_MAP_TYPE_SOCKMAP`.
     const SOCKMAP: u32 = 15;
-    let attributes = MapAttributes { kind: SOCKMAP, key_size: 4, value_size: 8, max_entries: 1 };
+    let attributes =
+        MapAttributes { kind: SOCKMAP, key_size: 4, value_size: 8, max_entries: 1, flags: 0 };
     // SAFETY: plain numbers.
     let map = unsafe { bpf(BPF_MAP_CREATE, &attributes) }?;
     // SAFETY: the kernel just gave us this descriptor; nobody else owns it.

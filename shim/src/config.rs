@@ -13,6 +13,7 @@ use protobuf::CodedInputStream;
 use serde::Deserialize;
 
 use crate::policy::tenant;
+use crate::services::Mode;
 
 /// Where the file is when nobody says otherwise.
 pub const DEFAULT_FILE: &str = "/etc/joey/config.toml";
@@ -90,6 +91,8 @@ pub struct Config {
     /// Annotations that say whose a pod is, the first one that is there; else its namespace is. Whoever may
     /// set them on a pod can make it another tenant's.
     pub tenant_annotations: Vec<String>,
+    /// Who translates connections to services of pods that do not say it themselves.
+    pub services: Mode,
     /// The operator's tool; `None`: beside the running program, see [`Config::joey`].
     pub joey: Option<PathBuf>,
     /// First uid and gid of the VMMs' jails.
@@ -134,6 +137,7 @@ impl Default for Config {
             isolation: true,
             direct: false,
             tenant_annotations: tenant::default_annotations(),
+            services: Mode::default(),
             joey: None,
             jail_first_id: 1_900_000_000,
             jail_ids: 65_536,

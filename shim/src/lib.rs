@@ -16,6 +16,7 @@ pub mod policy;
 pub mod rootfs;
 pub mod sandbox;
 pub mod serve;
+pub mod services;
 pub mod share;
 pub mod sizing;
 pub mod standby;

@@ -12,6 +12,7 @@ use crate::config::{Config, DISK_MIB};
 use crate::mesh::{self, sidecar};
 use crate::net_limits::NET_LIMITS;
 use crate::policy::tenant;
+use crate::services;
 use crate::vmm::DiskLimits;
 
 /// Annotation: vCPUs, a whole number.
@@ -31,7 +32,8 @@ pub const DISK_LIMITS: [&str; 4] = [
 /// Annotations: most bytes that an emptyDir on the pod's disk may hold, by the volume's name after it.
 pub const EMPTY_DIR: &str = "io.joey.empty-dir.";
 /// The others.
-const KNOWN: [&str; 6] = [VCPUS, MEMORY, DISK, tenant::ANNOTATION, mesh::MODE, mesh::DNS];
+const KNOWN: [&str; 7] =
+    [VCPUS, MEMORY, DISK, tenant::ANNOTATION, mesh::MODE, mesh::DNS, services::ANNOTATION];
 const PREFIX: &str = "io.joey.";
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";

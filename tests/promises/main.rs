@@ -25,6 +25,7 @@ mod power;
 mod registry;
 mod restart;
 mod security;
+mod services;
 mod share;
 mod standby;
 mod statistics;
@@ -119,6 +120,7 @@ fn tests() -> Vec<Test> {
         standby::TESTS,
         templates::TESTS,
         tenants::TESTS,
+        services::TESTS,
         unit::TESTS,
     ]
     .concat()

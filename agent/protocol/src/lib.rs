@@ -8,6 +8,7 @@ pub mod handshake;
 pub mod ids;
 pub mod limits;
 pub mod mux;
+pub mod services;
 
 /// Generated code: not ours to lint.
 #[allow(unused, missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals)]

@@ -86,6 +86,8 @@ pub mod deadline {
     pub const FORWARD_CONNECT: Duration = Duration::from_secs(5);
     /// `CopyIn` and `ReadFile`, each message.
     pub const COPY: Duration = Duration::from_secs(30);
+    /// `UpdateServices`, each message.
+    pub const SERVICES: Duration = Duration::from_secs(20);
     /// `MountVolume`: replays a journal, and gives the files to the pod's group.
     pub const MOUNT_VOLUME: Duration = Duration::from_secs(100);
     /// `UnmountVolume`: writes out what there is.

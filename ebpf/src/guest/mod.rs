@@ -17,6 +17,7 @@ use crate::sys;
 
 pub mod events;
 pub mod mesh;
+pub mod services;
 
 /// Functions of objects, and where they are attached: numbers of `enum bpf_attach_type`.
 const HOOKS: [(&str, u32); 16] = [
@@ -151,6 +152,7 @@ impl Attached {
 fn data(map: &AnyMap) -> Option<&MapData> {
     match map {
         AnyMap::Array(data)
+        | AnyMap::ArrayOfMaps(data)
         | AnyMap::PerCpuArray(data)
         | AnyMap::HashMap(data)
         | AnyMap::LruHashMap(data)

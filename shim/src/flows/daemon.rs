@@ -26,6 +26,7 @@ use super::places;
 use super::server::{Hub, MAX_LINE};
 use crate::config::Config;
 use crate::policy::apply::apply;
+use crate::services::{self, keeper::Keeper};
 
 /// How often the tables are read whole.
 const SWEEP: Duration = Duration::from_secs(10);
@@ -88,10 +89,20 @@ pub async fn serve(config: Config, metrics: Option<&str>) -> Result<()> {
     let listener = listen(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     let book = Arc::new(Mutex::new(Book::new(clock, PAST, LIVING, names)));
     let applied = config.clone();
+    let keeper = Arc::new(Mutex::new(Keeper::new(&config.run_dir, &config.state_dir)));
+    let make = move |change: &services::keeper::Change| {
+        let mut keeper = keeper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        keeper.apply(change).map(|applied| applied.generation).map_err(|error| error.to_string())
+    };
+    // What was told before a boot holds until it is told anew.
+    if let Err(error) = make(&services::keeper::Change::Restore) {
+        tracing::error!(error, "services are as they were: apply them anew");
+    }
     let change = move |change| {
         apply(&applied, change).map(|applied| applied.epoch).map_err(|error| error.to_string())
     };
-    let hub = Hub::new(book, MAX_LINE, Arc::new(change));
+    let services = move |request| make(&services::keeper::Change::Services(request));
+    let hub = Hub::new(book, MAX_LINE, Arc::new(change), Arc::new(services));
     let seen = Arc::new(Told::default());
     if let Some(address) = metrics {
         expose(address, &maps, &hub, seen).await?;

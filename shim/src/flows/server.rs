@@ -1,5 +1,6 @@
 //! The daemon's socket: JSON lines. `{"replace": …}` or `{"put": …, "remove": …}` change identities and are
-//! answered by `{"epoch": …}` or `{"error": …}`; `{"flows": {…}}` is answered by records, a line each, and is the
+//! answered by `{"epoch": …}` or `{"error": …}`; `{"services": {…}}` with the same within changes services and is
+//! answered by `{"generation": …}`; `{"flows": {…}}` is answered by records, a line each, and is the
 //! last request of its connection. A follower that reads too slowly is told `{"lost": n}`; nobody waits for it.
 
 use std::io;
@@ -17,6 +18,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 use super::book::Book;
 use super::record::{Filter, Record};
 use crate::policy::{Change, Entry, Namespace, Request};
+use crate::services::document::Request as ServicesRequest;
 
 /// Longest line: an identity table of some 300,000 pods.
 pub const MAX_LINE: u64 = 64 << 20;
@@ -24,21 +26,25 @@ pub const MAX_LINE: u64 = 64 << 20;
 pub const MAX_CLIENTS: usize = 64;
 /// Records that wait for a follower.
 pub const BACKLOG: usize = 4096;
-/// Identity changes that wait.
+/// Changes of a kind that wait.
 const QUEUE: usize = 256;
 /// How long a client may take to send a line that it has begun, or to take what it asked for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Puts a change in force and returns its epoch, or says why not.
+/// Puts a change of identities in force and returns its epoch, or says why not.
 pub type Apply = Arc<dyn Fn(Change) -> Result<u32, String> + Send + Sync>;
+/// The same of services, and their generation.
+pub type ApplyServices = Arc<dyn Fn(ServicesRequest) -> Result<u32, String> + Send + Sync>;
 type Reply = oneshot::Sender<Result<u32, String>>;
+type Changes<R> = mpsc::Sender<(R, Reply)>;
 
 /// What the connections share.
 #[derive(Debug, Clone)]
 pub struct Hub {
     book: Arc<Mutex<Book>>,
     records: broadcast::Sender<Arc<Record>>,
-    changes: mpsc::Sender<(Request, Reply)>,
+    identities: Changes<Request>,
+    services: Changes<ServicesRequest>,
     longest: u64,
 }
 
@@ -50,15 +56,24 @@ struct Line {
     put: Option<Vec<Entry>>,
     remove: Option<Vec<std::net::IpAddr>>,
     namespaces: Option<Vec<Namespace>>,
+    services: Option<ServicesRequest>,
 }
 
 impl Hub {
-    /// Around a book. Starts the task that changes identities, one change after the other.
+    /// Around a book. Starts the tasks that change identities and services, one change after the other.
     #[must_use]
-    pub fn new(book: Arc<Mutex<Book>>, longest: u64, apply: Apply) -> Self {
-        let (changes, queue) = mpsc::channel(QUEUE);
-        tokio::spawn(change(queue, apply));
-        Self { book, records: broadcast::channel(BACKLOG).0, changes, longest }
+    pub fn new(
+        book: Arc<Mutex<Book>>,
+        longest: u64,
+        identities: Apply,
+        services: ApplyServices,
+    ) -> Self {
+        let apply = move |request: Request| {
+            let change = Change::try_from(request).map_err(str::to_owned)?;
+            identities(change)
+        };
+        let (identities, services) = (in_turn(Arc::new(apply)), in_turn(services));
+        Self { book, records: broadcast::channel(BACKLOG).0, identities, services, longest }
     }
 
     /// Does something with the book, then tells the followers what is new in it.
@@ -113,37 +128,41 @@ impl Hub {
             }
             let parsed = serde_json::from_slice::<Line>(&line);
             drop(line);
-            let answer = match parsed {
+            let (what, answer) = match parsed {
                 Ok(Line {
                     flows: Some(filter),
                     replace: None,
                     put: None,
                     remove: None,
                     namespaces: None,
+                    services: None,
                 }) => {
                     return self.flows(&filter, reader, writer).await;
                 }
-                Ok(Line { flows: Some(_), .. }) => Err("flows goes alone".to_owned()),
+                Ok(Line { flows: Some(_), .. }) => ("", Err("flows goes alone".to_owned())),
+                Ok(Line {
+                    services: Some(request),
+                    replace: None,
+                    put: None,
+                    remove: None,
+                    namespaces: None,
+                    ..
+                }) => ("generation", ask(&self.services, request).await),
+                Ok(Line { services: Some(_), .. }) => ("", Err("services goes alone".to_owned())),
                 Ok(Line { replace, put, remove, namespaces, .. }) => {
                     let (put, remove) = (put.unwrap_or_default(), remove.unwrap_or_default());
                     let namespaces = namespaces.unwrap_or_default();
-                    self.change(Request { replace, put, remove, namespaces }).await
+                    let request = Request { replace, put, remove, namespaces };
+                    ("epoch", ask(&self.identities, request).await)
                 }
-                Err(error) => Err(error.to_string()),
+                Err(error) => ("", Err(error.to_string())),
             };
             let answer = match answer {
-                Ok(epoch) => json!({ "epoch": epoch }),
+                Ok(number) => json!({ what: number }),
                 Err(error) => json!({ "error": error }),
             };
             say(&mut writer, &answer).await?;
         }
-    }
-
-    async fn change(&self, request: Request) -> Result<u32, String> {
-        let ended = || "the daemon ends".to_owned();
-        let (reply, answer) = oneshot::channel();
-        self.changes.send((request, reply)).await.map_err(|_| ended())?;
-        answer.await.map_err(|_| ended())?
     }
 
     async fn flows(
@@ -190,6 +209,33 @@ async fn refuse(stream: UnixStream) -> io::Result<()> {
     say(&mut stream.into_split().1, &json!({ "error": error })).await
 }
 
+/// Has a change made, and waits for its number.
+async fn ask<R>(changes: &Changes<R>, request: R) -> Result<u32, String> {
+    let ended = || "the daemon ends".to_owned();
+    let (reply, answer) = oneshot::channel();
+    changes.send((request, reply)).await.map_err(|_| ended())?;
+    answer.await.map_err(|_| ended())?
+}
+
+/// A request that several of can be one change.
+trait Joins: Clone + Send + 'static {
+    /// Adds a later one, if both can be made at once.
+    fn join(&mut self, later: &Self) -> bool;
+}
+
+impl Joins for ServicesRequest {
+    fn join(&mut self, later: &Self) -> bool {
+        Self::join(self, later)
+    }
+}
+
+impl Joins for Request {
+    fn join(&mut self, later: &Self) -> bool {
+        // Of one alone nothing is known yet: it may be refused.
+        Change::try_from(later.clone()).is_ok() && join(self, later)
+    }
+}
+
 /// Adds a later change to an earlier one, so that both are compiled at once. A whole table stands alone.
 fn join(earlier: &mut Request, later: &Request) -> bool {
     if earlier.replace.is_some() || later.replace.is_some() {
@@ -206,8 +252,17 @@ fn join(earlier: &mut Request, later: &Request) -> bool {
     true
 }
 
+type Make<R> = Arc<dyn Fn(R) -> Result<u32, String> + Send + Sync>;
+
+/// Starts a task that makes changes one after the other.
+fn in_turn<R: Joins>(make: Make<R>) -> Changes<R> {
+    let (changes, queue) = mpsc::channel(QUEUE);
+    tokio::spawn(change(queue, make));
+    changes
+}
+
 /// What is asked while a change is compiled is one change after it, or several if one of them is refused.
-async fn change(mut queue: mpsc::Receiver<(Request, Reply)>, apply: Apply) {
+async fn change<R: Joins>(mut queue: mpsc::Receiver<(R, Reply)>, make: Make<R>) {
     let mut held = None;
     loop {
         let first = match held.take() {
@@ -220,19 +275,18 @@ async fn change(mut queue: mpsc::Receiver<(Request, Reply)>, apply: Apply) {
         let mut joined = first.0.clone();
         let mut all = vec![first];
         while let Ok(next) = queue.try_recv() {
-            // Of one alone nothing is known yet: it may be refused.
-            if Change::try_from(next.0.clone()).is_ok() && join(&mut joined, &next.0) {
+            if joined.join(&next.0) {
                 all.push(next);
             } else {
                 held = Some(next);
                 break;
             }
         }
-        let result = put(&apply, joined).await;
+        let result = put(&make, joined).await;
         if result.is_err() && all.len() > 1 {
             for (request, reply) in all {
                 // The client may be gone.
-                let _ = reply.send(put(&apply, request).await);
+                let _ = reply.send(put(&make, request).await);
             }
             continue;
         }
@@ -242,9 +296,8 @@ async fn change(mut queue: mpsc::Receiver<(Request, Reply)>, apply: Apply) {
     }
 }
 
-async fn put(apply: &Apply, request: Request) -> Result<u32, String> {
-    let change = Change::try_from(request).map_err(str::to_owned)?;
-    let apply = Arc::clone(apply);
-    let applied = tokio::task::spawn_blocking(move || apply(change)).await;
+async fn put<R: Joins>(make: &Make<R>, request: R) -> Result<u32, String> {
+    let make = Arc::clone(make);
+    let applied = tokio::task::spawn_blocking(move || make(request)).await;
     applied.map_err(|error| format!("the change ended badly: {error}"))?
 }

@@ -213,6 +213,10 @@ impl Client {
         copy_in(CopyInRequest), COPY
     }
     call! {
+        /// Changes the table of services.
+        update_services(UpdateServicesRequest), SERVICES
+    }
+    call! {
         /// Mounts files that the host serves.
         share_files(ShareFilesRequest), SHARE
     }

@@ -13,6 +13,7 @@ use super::entry::Namespace;
 use super::error::PolicyError;
 use super::network_policy::NetworkPolicy;
 use super::node::NodePolicy;
+use crate::services::Shared;
 
 /// Most bytes that a file of documents may have.
 pub const MOST_BYTES: usize = 16 << 20;
@@ -84,7 +85,7 @@ struct NamespaceObject {
 }
 
 /// Reads YAML documents, within bounds that no honest file comes near.
-pub(super) fn yaml(origin: &str, text: &str) -> Result<Vec<Value>, PolicyError> {
+pub(crate) fn yaml(origin: &str, text: &str) -> Result<Vec<Value>, PolicyError> {
     let syntax = |message| PolicyError::Syntax { origin: origin.to_owned(), message };
     if text.len() > MOST_BYTES {
         let message = format!("has {} bytes; at most {MOST_BYTES} are read", text.len());
@@ -177,7 +178,7 @@ fn unpacked(mut list: serde_json::Map<String, Value>) -> Vec<Value> {
 }
 
 /// Makes a type of a value, or says where it does not fit.
-pub(super) fn typed<T: DeserializeOwned>(document: &str, value: &Value) -> Result<T, PolicyError> {
+pub(crate) fn typed<T: DeserializeOwned>(document: &str, value: &Value) -> Result<T, PolicyError> {
     serde_path_to_error::deserialize(value).map_err(|error| PolicyError::Shape {
         document: document.to_owned(),
         path: error.path().to_string(),
@@ -186,6 +187,11 @@ pub(super) fn typed<T: DeserializeOwned>(document: &str, value: &Value) -> Resul
 }
 
 impl Checked {
+    /// Which services all tenants see.
+    pub(crate) fn shared_services(&self) -> Shared {
+        self.node.as_ref().map(|node| node.shared_services.clone()).unwrap_or_default()
+    }
+
     /// Adds a document; what makes it one of its kind, and how messages call it.
     fn add(&mut self, document: &Document) -> Result<(String, String), PolicyError> {
         let Document { source, object, isolates } = document;

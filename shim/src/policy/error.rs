@@ -107,14 +107,14 @@ pub enum PolicyError {
 
 /// What is said of one field, until it is known whose it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Fault {
-    pub(super) path: String,
-    pub(super) value: String,
-    pub(super) reason: String,
+pub(crate) struct Fault {
+    pub(crate) path: String,
+    pub(crate) value: String,
+    pub(crate) reason: String,
 }
 
 impl Fault {
-    pub(super) fn new(
+    pub(crate) fn new(
         path: impl Into<String>,
         value: impl ToString,
         reason: impl Into<String>,
@@ -123,13 +123,13 @@ impl Fault {
     }
 
     /// The same, of a field within `outer`.
-    pub(super) fn within(mut self, outer: &str) -> Self {
+    pub(crate) fn within(mut self, outer: &str) -> Self {
         let joint = if self.path.is_empty() || self.path.starts_with('[') { "" } else { "." };
         self.path = format!("{outer}{joint}{}", self.path);
         self
     }
 
-    pub(super) fn of(self, document: &str) -> PolicyError {
+    pub(crate) fn of(self, document: &str) -> PolicyError {
         let Self { path, value, reason } = self;
         PolicyError::Value { document: document.to_owned(), path, value, reason }
     }

@@ -7,6 +7,7 @@ use super::cidr;
 use super::error::Fault;
 use super::ports;
 use crate::mesh::{MODES, Mode, Namespaces};
+use crate::services::Shared as SharedServices;
 
 /// `spec` as it is written.
 #[derive(Debug, Default, Deserialize)]
@@ -16,6 +17,8 @@ pub(super) struct RawNode {
     services: Option<Vec<RawService>>,
     allow: Option<Vec<RawAllow>>,
     mesh: Option<Vec<RawMesh>>,
+    #[serde(rename = "sharedServices")]
+    shared_services: Option<Vec<String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -94,6 +97,8 @@ pub(super) struct NodePolicy {
     pub(super) allow: Vec<Allow>,
     /// How pods of these namespaces are in a mesh where they do not say it themselves.
     pub(super) mesh: Namespaces,
+    /// What all tenants see of the services that guests translate.
+    pub(super) shared_services: SharedServices,
 }
 
 impl NodePolicy {
@@ -107,6 +112,7 @@ impl NodePolicy {
             services: Vec::new(),
             allow: Vec::new(),
             mesh: Namespaces::new(),
+            shared_services: SharedServices::default(),
         }
     }
 
@@ -139,6 +145,8 @@ impl NodePolicy {
             let fault = |fault: Fault| fault.within(&format!("mesh[{at}]"));
             mesh.check(&mut policy.mesh).map_err(fault)?;
         }
+        let shared = raw.shared_services.unwrap_or_default();
+        policy.shared_services = SharedServices::new("sharedServices", shared)?;
         Ok(policy)
     }
 }
@@ -327,6 +335,11 @@ mod tests {
                 "  mesh:\n  - {namespaces: [a], mode: none}\n  - {namespaces: [a], mode: ambient}",
                 "mesh[1].namespaces[0] = \"a\": must be named once",
             ),
+            (
+                "  sharedServices: [kube-dns]",
+                "spec.sharedServices[0] = \"kube-dns\": must be namespace/name",
+            ),
+            ("  sharedServices: ['*/*']", "namespace/*"),
         ];
         for (spec, words) in cases {
             let error = node(spec).unwrap_err();

@@ -1,4 +1,4 @@
-//! What was applied last, on disk: the documents and the identity table, a file each in
+//! What was applied last, on disk: the documents, the identity table and the services, a file each in
 //! `<state_dir>/network`.
 //!
 //! A file is written beside, synced, and renamed: after a power cut it is the old one or the new one. Its epoch
@@ -17,6 +17,12 @@ use super::document::Documents;
 use super::entry::{Entry, Namespace};
 use super::error::PolicyError;
 use crate::mesh::Namespaces;
+use crate::services::document::Service;
+
+/// Name of the documents' file.
+pub(crate) const POLICY: &str = "policy.json";
+/// Name of the services' file.
+pub(crate) const SERVICES: &str = "services.json";
 
 /// Format of the files. One of another format is refused, not guessed at.
 const VERSION: u32 = 1;
@@ -25,7 +31,7 @@ const VERSION: u32 = 1;
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Applied<T> {
-    pub(super) version: u32,
+    pub(crate) version: u32,
     /// With which epoch.
     pub epoch: u32,
     /// When, in seconds since 1970.
@@ -52,7 +58,7 @@ pub struct Store {
 
 impl<T> Applied<T> {
     /// The same as applied with this epoch: now, or `again` what was before.
-    pub(super) fn stamped(self, epoch: u32, again: bool) -> Self {
+    pub(crate) fn stamped(self, epoch: u32, again: bool) -> Self {
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let at = if again { self.at } else { now() };
         Self { version: VERSION, epoch, at, content: self.content }
@@ -68,7 +74,7 @@ impl Store {
 
     /// The documents; none if none were applied.
     pub fn policy(&self) -> Result<Applied<Documents>, PolicyError> {
-        self.read("policy.json")
+        self.read(POLICY)
     }
 
     /// The identities; none if none were applied.
@@ -89,12 +95,29 @@ impl Store {
         self.write("mesh.json", mesh)
     }
 
-    pub(super) fn write_policy(&self, policy: &Applied<Documents>) -> Result<(), PolicyError> {
-        self.write("policy.json", policy)
+    /// The services; none if none were applied.
+    pub fn services(&self) -> Result<Applied<Vec<Service>>, PolicyError> {
+        self.read(SERVICES)
+    }
+
+    /// Where a file of the state is, to see whether it has changed.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    pub(crate) fn write_policy(&self, policy: &Applied<Documents>) -> Result<(), PolicyError> {
+        self.write(POLICY, policy)
     }
 
     pub(super) fn write_identities(&self, table: &Applied<Table>) -> Result<(), PolicyError> {
         self.write("identities.json", table)
+    }
+
+    pub(crate) fn write_services(
+        &self,
+        services: &Applied<Vec<&Service>>,
+    ) -> Result<(), PolicyError> {
+        self.write(SERVICES, services)
     }
 
     fn fail(&self, step: &'static str, name: &str) -> impl FnOnce(io::Error) -> PolicyError {

@@ -21,6 +21,7 @@ use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::disks::Disks;
+use super::pod_disk::PodDiskError;
 use super::record::{PodNetwork, ProcessId};
 use super::{
     Guest, Handle, LAST_WORDS, Opening, PodDisk, Progress, SandboxError, forward, identity, plan,
@@ -35,6 +36,7 @@ use crate::mesh::{Mesh, MeshError};
 use crate::net_limits::NetLimits;
 use crate::policy::state::Store;
 use crate::policy::tenant;
+use crate::services;
 use crate::sizing::{self, Sizing};
 use crate::standby::{self, Standby};
 use crate::vmm::{self, Vm, VmSpec};
@@ -122,6 +124,7 @@ struct Wired {
     machine: Option<Machine>,
     sizing: Sizing,
     disk_mib: u64,
+    services: Option<services::follow::Source>,
     cgroups: Vec<PathBuf>,
     /// What the guest is to do with the containers' connections.
     in_guest: Option<api::Mesh>,
@@ -143,6 +146,7 @@ struct Launched {
     disk_mib: u64,
     /// What the guest is to do with the containers' connections.
     in_guest: Option<api::Mesh>,
+    services: Option<services::follow::Source>,
 }
 
 impl Handle {
@@ -305,6 +309,15 @@ impl Handle {
         if !applicant.tenant.is_empty() {
             tenant::check(&applicant.tenant).map_err(|error| refuse(&error))?;
         }
+        let services =
+            config.services.annotated(&wanted.annotations).map_err(|error| refuse(&error))?;
+        let services = match services {
+            services::Mode::Host => None,
+            services::Mode::Guest => {
+                let found = services::follow::Source::find(&config.run_dir, &applicant.tenant);
+                Some(found.map_err(|error| refuse(&error))?)
+            }
+        };
         let record = |place: &PodNetwork| {
             self.record(|record| record.network = Some(place.clone())).map_err(io::Error::other)?;
             failpoint::hold(&config.run_dir, "start.admission");
@@ -327,7 +340,7 @@ impl Handle {
         // used up what it may, keeps all other pods of the node waiting.
         cgroup::join(&cgroups)
             .map_err(|error| SandboxError::host(id, "enter the pod's cgroup", error))?;
-        Ok(Wired { wire, machine, sizing, disk_mib, cgroups, in_guest })
+        Ok(Wired { wire, machine, sizing, disk_mib, services, cgroups, in_guest })
     }
 
     /// The VMM, cloned or booted or in reserve, and the channel to its agent.
@@ -338,8 +351,8 @@ impl Handle {
             self.table().vmm_pid = pid;
             self.record(|record| record.cloned = Some(true))?;
             self.0.timeline.mark("standby", "");
-            let Wired { wire, disk_mib, in_guest, .. } = wired;
-            return Ok(Launched { wire, machine, disk_mib, in_guest });
+            let Wired { wire, disk_mib, services, in_guest, .. } = wired;
+            return Ok(Launched { wire, machine, disk_mib, services, in_guest });
         }
         let fail = |what| move |error: &dyn std::fmt::Display| SandboxError::host(id, what, error);
         let procs =
@@ -387,14 +400,27 @@ impl Handle {
             self.0.timeline.host("kernel", "", start);
         }
         let machine = Machine { vm, channel, disks: Arc::default(), disk: None };
-        let Wired { wire, disk_mib, in_guest, .. } = wired;
-        Ok(Launched { wire, machine, disk_mib, in_guest })
+        let Wired { wire, disk_mib, services, in_guest, .. } = wired;
+        Ok(Launched { wire, machine, disk_mib, services, in_guest })
+    }
+
+    /// Brings the pod's services into its guest, all that are known now first.
+    fn bring_services(&self, guest: &Guest, mut source: services::follow::Source) -> Opening {
+        let (handle, client) = (self.clone(), guest.client.clone());
+        Opening::beside(async move {
+            let start = Instant::now();
+            source.carry(&client).await?;
+            handle.0.timeline.host("services", "", start);
+            let watches = handle.0.volumes.watches();
+            tokio::spawn(services::follow::follow(source, client, watches));
+            Ok::<_, services::follow::FollowError>(())
+        })
     }
 
     /// Makes the clone itself. Nothing of it is optional.
     async fn identify(&self, wanted: &Wanted, launched: Launched) -> Result<Guest, SandboxError> {
         let id = &self.0.boot.id;
-        let Launched { wire, machine, disk_mib, in_guest } = launched;
+        let Launched { wire, machine, disk_mib, services, in_guest } = launched;
         let Machine { vm, channel, disks, disk } = machine;
         let mut secret = [0_u8; ENTROPY_BYTES + MACHINE_ID_BYTES];
         crate::sys::random(&mut secret)
@@ -438,7 +464,11 @@ impl Handle {
             record.boot_id.clone_from(&reply.boot_id);
         })?;
         let (client, streams) = (channel.client, channel.streams);
-        let mut guest = Guest { client, streams, vm, disks, pod_disk: Opening::done() };
+        let (pod_disk, none) = (Opening::done(), Opening::done());
+        let mut guest = Guest { client, streams, vm, disks, pod_disk, services: none };
+        if let Some(source) = services {
+            guest.services = self.bring_services(&guest, source);
+        }
         self.limit_disks(&guest, &wanted.annotations).await?;
         if disk.is_none_or(|disk| disk.mib() != disk_mib) {
             let directory = self.0.config.disk_dir();
@@ -452,7 +482,7 @@ impl Handle {
                 let phases = disk.open(&client).await?;
                 handle.0.timeline.host("pod-disk", "", start);
                 handle.note_phases("", &phases);
-                Ok(())
+                Ok::<_, PodDiskError>(())
             });
         }
         if let Some(netns) = &wanted.netns {

@@ -75,6 +75,8 @@ pub(crate) struct Guest {
     pub(crate) disks: Arc<Disks>,
     /// The pod's own disk.
     pub(crate) pod_disk: Opening,
+    /// Its services, where it is the guest that translates connections to them.
+    pub(crate) services: Opening,
 }
 
 impl Guest {
@@ -86,6 +88,7 @@ impl Guest {
             vm,
             disks: Arc::default(),
             pod_disk: Opening::done(),
+            services: Opening::done(),
         }
     }
 }

@@ -89,19 +89,19 @@ impl PodDisk {
     }
 }
 
-/// A disk that the guest is opening: beside the sandbox's start, since only containers need it.
+/// What the guest is given beside the sandbox's start, since only containers need it: its disk, its services.
 #[derive(Clone)]
 pub(crate) struct Opening(Shared<BoxFuture<'static, Result<(), Arc<str>>>>);
 
 impl Opening {
-    /// One that is open.
+    /// What is there.
     pub(crate) fn done() -> Self {
         Self(ready(Ok(())).boxed().shared())
     }
 
     /// What goes on even if nobody waits for it.
-    pub(crate) fn beside(
-        opening: impl Future<Output = Result<(), PodDiskError>> + Send + 'static,
+    pub(crate) fn beside<E: ToString + Send + 'static>(
+        opening: impl Future<Output = Result<(), E>> + Send + 'static,
     ) -> Self {
         let opening = tokio::spawn(opening);
         let end = async {
@@ -113,10 +113,10 @@ impl Opening {
         Self(end.boxed().shared())
     }
 
-    /// Waits until it is open.
+    /// Waits until it is there.
     ///
     /// # Errors
-    /// Why it could not be opened, each time.
+    /// Why it is not, each time.
     pub(crate) async fn wait(&self) -> Result<(), Arc<str>> {
         self.0.clone().await
     }

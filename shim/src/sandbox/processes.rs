@@ -78,6 +78,9 @@ impl Handle {
         }
         let start = Instant::now();
         let guest = self.guest().await?;
+        guest.services.wait().await.map_err(|reason| {
+            SandboxError::host(&name(id, exec), "wait for what it is to know", reason)
+        })?;
         self.with_process(id, exec, Process::starting)?;
         let (call, done) = match exec {
             None => ("start.call", "start.done"),

@@ -119,6 +119,7 @@ async fn sandbox(starts: Option<ttrpc::Code>) -> Fake {
         vm: Arc::new(vm),
         disks: Arc::default(),
         pod_disk: Opening::done(),
+        services: Opening::done(),
     };
     handle.watch(ready.clone(), channel.events, channel.lost);
     handle.0.progress.send_replace(Progress::Ready(ready));

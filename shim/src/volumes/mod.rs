@@ -7,7 +7,7 @@ pub mod direct;
 mod follow;
 #[cfg(test)]
 mod tests;
-mod watch;
+pub(crate) mod watch;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, Metadata};
@@ -87,7 +87,7 @@ pub enum VolumeError {
 /// The volumes of a sandbox that the kubelet changes while they are in use.
 #[derive(Debug, Default)]
 pub(crate) struct Volumes {
-    watches: Watches,
+    watches: Arc<Watches>,
     followed: Arc<Followed>,
     copied: Mutex<HashMap<String, Kinds>>,
     first: AsyncMutex<()>,
@@ -104,6 +104,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Volumes {
+    /// The notices of changes, for what else of the host the sandbox follows: a user has few instances.
+    pub(crate) fn watches(&self) -> Arc<Watches> {
+        Arc::clone(&self.watches)
+    }
+
     /// Copies volumes into the guest, and keeps those up to date there that the kubelet changes.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Notices of changes of published volumes: one inotify instance for all volumes of a sandbox.
+//! Notices of changes of published volumes, and of what else is followed: one inotify instance for a sandbox.
 //!
 //! A user may have 128 instances (`max_user_instances`), and the shims of a node are all of one user.
 //! Where there is none to be had at all, or no further watch, a volume is looked at instead.
@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// The instance, made when first needed.
 #[derive(Debug, Default)]
-pub(super) struct Watches(Mutex<Option<Arc<Instance>>>);
+pub(crate) struct Watches(Mutex<Option<Arc<Instance>>>);
 
 #[derive(Debug)]
 struct Instance {
@@ -47,7 +47,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Watches {
     /// Begins to watch a directory. Must run inside a runtime.
     pub(super) fn watch(&self, root: &Path) -> Watch {
-        let notices = match self.instance().and_then(|instance| instance.add(root)) {
+        let changes = AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_DELETE
+            | AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_ONLYDIR;
+        let notices = match self.notices(root, changes) {
             Ok(notices) => Some(notices),
             Err(error) => {
                 let path = root.display();
@@ -56,6 +60,15 @@ impl Watches {
             }
         };
         Watch { root: root.to_owned(), notices, data: data(root) }
+    }
+
+    /// Notices of such changes of a file or directory; they end with it. Must run inside a runtime.
+    pub(crate) fn notices(
+        &self,
+        path: &Path,
+        changes: AddWatchFlags,
+    ) -> io::Result<watch::Receiver<()>> {
+        self.instance()?.add(path, changes)
     }
 
     fn instance(&self) -> io::Result<Arc<Instance>> {
@@ -81,14 +94,10 @@ impl Watches {
 }
 
 impl Instance {
-    fn add(&self, root: &Path) -> io::Result<watch::Receiver<()>> {
-        let changes = AddWatchFlags::IN_CREATE
-            | AddWatchFlags::IN_DELETE
-            | AddWatchFlags::IN_MOVED_TO
-            | AddWatchFlags::IN_ONLYDIR;
+    fn add(&self, path: &Path, changes: AddWatchFlags) -> io::Result<watch::Receiver<()>> {
         // Held until it is known: a notice may come at once.
         let mut watched = lock(&self.watched);
-        let descriptor = self.inotify.add_watch(root, changes)?;
+        let descriptor = self.inotify.add_watch(path, changes)?;
         Ok(watched.entry(descriptor).or_insert_with(|| watch::Sender::new(())).subscribe())
     }
 

@@ -1,9 +1,10 @@
-//! What a container of a test does that busybox cannot: locks, mappings, sockets, datagrams, inotify, reads that are timed.
+//! What a container of a test does that busybox cannot: locks, mappings, sockets, datagrams, connections, inotify, reads that are timed.
 //!
 //! `cargo xtask test` links it statically, so that any image can run it.
 #![allow(clippy::print_stdout)]
 
 mod connects;
+mod services;
 mod sidecar;
 
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -222,6 +223,7 @@ fn main() -> Result<()> {
             spin(seconds.parse()?);
             Ok(())
         }
+        ["services", ..] => services::run(&texts[1..]),
         ["sidecar", manner, outbound, inbound] => sidecar::run(manner, outbound, inbound),
         ["echo", at] => sidecar::echo(at),
         ["spray", to, count] => sidecar::spray(to, count),

@@ -39,14 +39,14 @@ const ORPHANED: Duration = Duration::from_secs(15);
 const PROMPT: Duration = Duration::from_secs(30);
 
 /// A point at which the next process that comes by is held.
-struct Point<'a> {
+pub(crate) struct Point<'a> {
     ctx: &'a Context<'a>,
     name: &'a str,
     folder: PathBuf,
 }
 
 impl<'a> Point<'a> {
-    fn arm(ctx: &'a Context<'a>, name: &'a str) -> Result<Self> {
+    pub(crate) fn arm(ctx: &'a Context<'a>, name: &'a str) -> Result<Self> {
         let folder = ctx.node.dir().join("jrun/failpoints");
         fs::create_dir_all(&folder)?;
         fs::write(folder.join(name), "")?;
@@ -63,7 +63,7 @@ impl<'a> Point<'a> {
     }
 
     /// Waits until a process is held; `over` tells that nobody will be any more.
-    fn reached(&self, over: impl Fn() -> bool) -> Result<u32> {
+    pub(crate) fn reached(&self, over: impl Fn() -> bool) -> Result<u32> {
         let end = Instant::now() + SOON;
         loop {
             let was_over = over();

@@ -129,8 +129,12 @@ fn is_of_the_node(name: &str) -> bool {
         "sandboxes" => true,
         // The folders of classes; the sockets in them are keepers'.
         "standby" => !rest.contains('/'),
-        "network.sock" | "network.lock" | "metrics.sock" | "accelerator.json" | "qemu.json"
-        | "orphans.lock" | "standby.lock" | "standby.log" | "template-build.log" => true,
+        // The folder and the log of who has no services; others' are their tenants'.
+        "services" => matches!(rest, "" | "shared"),
+        "services.lock" | "network.sock" | "network.lock" | "metrics.sock" | "accelerator.json"
+        | "qemu.json" | "orphans.lock" | "standby.lock" | "standby.log" | "template-build.log" => {
+            true
+        }
         name => ["containerd-", "template-", "build-"].iter().any(|kind| name.starts_with(kind)),
     }
 }

@@ -86,16 +86,28 @@ fn feed(
     namespaces: Vec<Namespace>,
     json: bool,
 ) -> Result<()> {
-    let path = config.run_dir.join("network.sock");
     let count = entries.len();
     let request = Request { replace: Some(entries), namespaces, ..Request::default() };
+    let reply = tell(config, &serde_json::to_value(request)?)?;
+    if json {
+        println!("{reply}");
+    } else {
+        let epoch = reply.get("epoch").unwrap_or(&serde_json::Value::Null);
+        println!("in force: {count} addresses, in epoch {epoch}");
+    }
+    Ok(())
+}
+
+/// Has the daemon make a change; its answer.
+pub(super) fn tell(config: &Config, request: &serde_json::Value) -> Result<serde_json::Value> {
+    let path = config.run_dir.join("network.sock");
     let socket = UnixStream::connect(&path);
     let mut socket = socket.with_context(|| {
         format!("reach the daemon at {}; `joey network serve` is it", path.display())
     })?;
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.set_write_timeout(Some(PATIENCE))?;
-    let mut line = serde_json::to_vec(&request)?;
+    let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     socket.write_all(&line).context("tell the daemon")?;
     let mut reply = String::new();
@@ -105,13 +117,7 @@ fn feed(
     if let Some(error) = reply.get("error").and_then(serde_json::Value::as_str) {
         bail!("the daemon refused it: {error}");
     }
-    if json {
-        println!("{reply}");
-    } else {
-        let epoch = reply.get("epoch").unwrap_or(&serde_json::Value::Null);
-        println!("in force: {count} addresses, in epoch {epoch}");
-    }
-    Ok(())
+    Ok(reply)
 }
 
 fn show(config: &Config, json: bool) -> Result<()> {

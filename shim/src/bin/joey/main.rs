@@ -12,6 +12,7 @@ mod limit;
 mod network;
 mod policy;
 mod sandboxes;
+mod services;
 mod standby;
 mod templates;
 mod timeline;
@@ -56,6 +57,9 @@ enum Task {
     /// Who has which address in the cluster
     #[command(subcommand)]
     Identity(identity::Task),
+    /// The services that pods' guests translate connections by
+    #[command(subcommand)]
+    Services(services::Task),
     /// Images made of the node's snapshots
     #[command(subcommand)]
     Image(Image),
@@ -162,6 +166,7 @@ fn run(cli: &Cli) -> Result<bool> {
         }
         Task::Policy(task) => return policy::run(&config, task, cli.json),
         Task::Identity(task) => identity::run(&config, task, cli.json)?,
+        Task::Services(task) => services::run(&config, task, cli.json)?,
         Task::Ps => sandboxes::list(&config, cli.json)?,
         Task::Inspect { id } => sandboxes::inspect(&config, id, cli.json)?,
         Task::Limit(limit) => limit::run(&config, limit, cli.json)?,

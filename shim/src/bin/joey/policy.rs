@@ -14,6 +14,7 @@ use joey_shim::policy::apply::{Applied, apply, rehearse};
 use joey_shim::policy::document::{Documents, MOST_BYTES};
 use joey_shim::policy::explain::{Oracle, Question, parse_port};
 use joey_shim::policy::state::Store;
+use joey_shim::services::{self, keeper::Keeper};
 
 /// Bytes that files of identities may have.
 pub(super) const MOST_IDENTITIES: usize = 512 << 20;
@@ -74,6 +75,13 @@ pub(crate) fn run(config: &Config, task: &Task, json: bool) -> Result<bool> {
             );
             let change = Change::Policy(documents);
             let applied = if *dry_run { rehearse(config, change)? } else { apply(config, change)? };
+            if !dry_run {
+                // Which services are shared is said there.
+                let mut services = Keeper::new(&config.run_dir, &config.state_dir);
+                services.apply(&services::keeper::Change::Restore).context(
+                    "the policy is in force, but not what it says of shared services: apply these anew",
+                )?;
+            }
             let plural = if count == 1 { "" } else { "s" };
             told(&applied, &format!("{count} document{plural}"), *dry_run, json);
         }

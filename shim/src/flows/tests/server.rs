@@ -9,6 +9,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::{EventKind, SECOND, book, event, flow, key};
 use crate::flows::server::{BACKLOG, Hub, MAX_CLIENTS};
+use crate::services::{self, keeper::Keeper};
 
 struct Daemon {
     _dir: tempfile::TempDir,
@@ -26,7 +27,13 @@ fn daemon() -> Daemon {
         std::thread::sleep(Duration::from_millis(20));
         Ok(count.fetch_add(1, Ordering::SeqCst) as u32 + 1)
     });
-    let hub = Hub::new(Arc::new(Mutex::new(book(64))), 4096, apply);
+    let directory = dir.path().to_owned();
+    let keeper = Mutex::new(Keeper::new(&directory.join("run"), &directory.join("state")));
+    let services = Arc::new(move |request| {
+        let applied = keeper.lock().unwrap().apply(&services::keeper::Change::Services(request));
+        applied.map(|applied| applied.generation).map_err(|error| error.to_string())
+    });
+    let hub = Hub::new(Arc::new(Mutex::new(book(64))), 4096, apply, services);
     tokio::spawn(hub.clone().serve(UnixListener::bind(&path).unwrap()));
     Daemon { _dir: dir, path, hub, applied }
 }
@@ -49,6 +56,10 @@ async fn garbage_changes_nothing() {
         "[]\n",
         "{\"puts\":[]}\n",
         "{\"flows\":{\"x\":1}}\n",
+        "{\"services\":7}\n",
+        "{\"services\":{}}\n",
+        "{\"services\":{\"puts\":[]}}\n",
+        "{\"services\":{\"replace\":[]},\"put\":[]}\n",
         "\u{0}\n",
         "{\"put\":[\n",
     ] {
@@ -98,4 +109,49 @@ async fn a_slow_follower_loses_records_and_is_told() {
     assert!(first.contains("lost"), "{first}");
     let next = lines.next_line().await.unwrap().unwrap();
     assert!(next.contains("red/a"), "{next}");
+}
+
+/// A service of one address, as it is written.
+fn service(name: &str, address: &str) -> String {
+    format!(r#"{{"namespace":"a","name":"{name}","addresses":["{address}"],"ports":[]}}"#)
+}
+
+#[tokio::test]
+async fn services_are_changed_by_their_names_and_what_is_refused_takes_nothing_with_it() {
+    let daemon = daemon();
+    let ports = |address| service("x", address).replace("[]}", r#"[{"port":80}]}"#);
+    let one = ask(
+        &daemon,
+        format!("{{\"services\":{{\"replace\":[{}]}}}}\n", ports("10.96.0.1")).as_bytes(),
+    )
+    .await;
+    assert_eq!(one, "{\"generation\":1}\n");
+    let two = ports("10.96.0.1").replace("\"x\"", "\"y\"");
+    let answer = ask(&daemon, format!("{{\"services\":{{\"put\":[{two}]}}}}\n").as_bytes()).await;
+    assert!(
+        answer.contains("error") && answer.contains("a/y") && answer.contains("10.96.0.1"),
+        "{answer}"
+    );
+    // Many at once, of which one is refused: the others are done.
+    let lines: Vec<String> = (2..10)
+        .map(|n| service(&format!("s{n}"), &format!("10.96.0.{n}")))
+        .map(|service| format!("{{\"services\":{{\"put\":[{service}]}}}}\n"))
+        .chain([format!("{{\"services\":{{\"put\":[{two}]}}}}\n")])
+        .collect();
+    let mut asked = tokio::task::JoinSet::new();
+    for line in lines {
+        let path = daemon.path.clone();
+        asked.spawn(async move {
+            let mut stream = UnixStream::connect(path).await.unwrap();
+            stream.write_all(line.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            BufReader::new(stream).read_line(&mut answer).await.unwrap();
+            answer
+        });
+    }
+    let answers = asked.join_all().await;
+    let refused = answers.iter().filter(|answer| answer.contains("error")).count();
+    assert_eq!((answers.len(), refused), (9, 1), "{answers:?}");
+    let state = daemon.path.with_file_name("state");
+    assert_eq!(services::keeper::stored(&state).unwrap().content.len(), 9);
 }
