@@ -5,6 +5,7 @@ pub mod images;
 pub mod mesh;
 pub mod net;
 pub mod plot;
+pub mod services;
 pub mod stats;
 
 use std::fs;

@@ -101,6 +101,11 @@ enum Bench {
         )]
         parts: Vec<bench::net::Part>,
     },
+    /// Connections to services that guests translate, and how soon guests know of services
+    Services {
+        #[command(flatten)]
+        measure: Measure,
+    },
     /// Connections of pods in a mesh beside those of a pod that is in none
     Mesh {
         #[command(flatten)]
@@ -140,6 +145,7 @@ fn run(command: Command) -> Result<()> {
             Bench::Disk { measure } => measure.run(10, bench::files::disk),
             Bench::Volume { measure } => measure.run(10, bench::files::volume),
             Bench::Net { measure, parts } => measure.net(&parts),
+            Bench::Services { measure } => measure.run(10, bench::services::services),
             Bench::Mesh { measure } => measure.run(10, bench::mesh::mesh),
         },
         Command::Demo => with_node(Version::V2_1, "demo", demo::run),

@@ -10,6 +10,8 @@
 mod lab;
 mod pods;
 
+pub(super) use pods::{GATEWAY, start};
+
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -41,7 +43,7 @@ pub fn mesh(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<
 }
 
 /// Greets all who connect with a byte, for as long as the process is.
-fn greet(listener: TcpListener) {
+pub(super) fn greet(listener: TcpListener) {
     thread::spawn(move || {
         for mut stream in listener.incoming().map_while(Result::ok) {
             let _ = stream.write_all(b"x");

@@ -14,7 +14,8 @@ use crate::paths;
 use crate::pod::{self, Container, Pod};
 use crate::proxy::Proxy;
 
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 1);
+/// The node, as pods reach it.
+pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 1);
 /// How long a stream lasts.
 const SECONDS: u32 = 3;
 
@@ -103,7 +104,8 @@ fn sidecar(node: &Node) -> Result<(Pod<'_>, Container<'_>, Container<'_>)> {
     Ok((pod, proxy, app))
 }
 
-fn start<'n>(
+/// A pod with these annotations and the probe.
+pub(crate) fn start<'n>(
     node: &'n Node,
     name: &str,
     annotations: &[(&str, &str)],
