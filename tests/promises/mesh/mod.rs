@@ -39,5 +39,6 @@ pub const TESTS: &[Test] = &[
     Test { name: "mesh::observe", run: observe::connections },
     Test { name: "mesh::observe_hostile", run: observe::hostile },
     Test { name: "mesh::observe_only_where_wanted", run: observe::only_where_wanted },
+    Test { name: "mesh::sidecar_guest_ends", run: sidecar::guest_ends },
     Test { name: "mesh::sidecar_bad_annotations", run: sidecar::bad_annotations },
 ];

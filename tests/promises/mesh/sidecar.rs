@@ -431,3 +431,24 @@ tcp ::1 15001 netfilter tcp :: 15006 ::1 8080";
     holds("its log", &said, "10.88.0.1")?;
     pod.remove()
 }
+
+/// An agent does not come back: its end is the machine's, so no container goes on without the programs.
+pub(super) fn guest_ends(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let mut config = pod::config(ctx.node, "ends");
+    config.annotations.insert("io.joey.mesh".to_owned(), "sidecar".to_owned());
+    let sandbox = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+    sandbox.privileged = true;
+    let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
+    let app = application(&pod)?;
+    // What the agent's end does, too: the machine is reset.
+    let mut reset = pod::script("reset", "sleep 1; echo b > /proc/sysrq-trigger; sleep 100");
+    pod::security(&mut reset).privileged = true;
+    let reset = pod.start(&reset)?;
+    same("the application has ended", app.wait(SOON)?.exit_code, 137)?;
+    reset.wait(SOON)?;
+    let config = pod::script("late", "true");
+    // By the shim, or by containerd, which has forgotten it by then.
+    ensure!(pod.start(&config).is_err(), "a container starts in a machine that has ended");
+    pod.remove()
+}
