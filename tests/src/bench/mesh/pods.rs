@@ -25,13 +25,14 @@ pub(super) fn measure(
     samples: &mut Samples,
     progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
+    let plain = start(node, "plain", &[])?;
+    let meshed = start(node, "meshed", &[("io.joey.mesh", "ambient")])?;
+    // The first pod has made the bridge with this address.
     let listen = || node.in_network(|| TcpListener::bind((GATEWAY, 0)))?.context("listen");
     let (greeter, taker) = (listen()?, listen()?);
     let (greeted, taken) = (greeter.local_addr()?.to_string(), taker.local_addr()?.port());
     greet(greeter);
     let received = sink(taker);
-    let plain = start(node, "plain", &[])?;
-    let meshed = start(node, "meshed", &[("io.joey.mesh", "ambient")])?;
     let inspected = node.joey(&["inspect", "--json", &meshed.0.id])?;
     let inspected: serde_json::Value = serde_json::from_str(&inspected)?;
     let netns = inspected["record"]["netns"].as_str().context("the pod has no namespace")?;
