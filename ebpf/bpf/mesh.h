@@ -26,6 +26,10 @@ enum {
 // Of frames that the policy let pass the stack, as seen where they leave: they come from the other device, too. No
 // socket's packet is taken for one.
 #define PASSED 0x6a6f6579
+// Of what the VM sends and the proxy gets: ztunnel's own mark (istio-cni's iptables.go, InpodMark), which istio-cni's
+// rules leave alone where they are in the namespace. They would redirect all else to an address of the tap, which has
+// none.
+#define TAKEN 0x539
 #define ARP_REPLY 2
 
 static struct bpf_sock *(*const lookup_tcp)(void *context, struct bpf_sock_tuple *tuple, __u32 size,

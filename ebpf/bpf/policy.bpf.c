@@ -123,6 +123,8 @@ INLINE int direct(struct __sk_buff *skb, int sender, int resolves)
 	if (way == STACK) {
 		// The tap took it for another host's: it is for the gateway's hardware address.
 		change_type(skb, PACKET_HOST);
+		if (sender == VM)
+			skb->mark = TAKEN;
 		return TC_ACT_OK;
 	}
 	skb->mark = PASSED;

@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use joey_ebpf::policy::Reason;
 use joey_ebpf::policy::abi::Side;
+use joey_shim::mesh::{Mesh, Mode};
+use joey_shim::net_limits::NetLimits;
 use joey_tests::lab::traffic::Load;
-use joey_tests::lab::{Join, PEER};
+use joey_tests::lab::{Join, Lab, PEER};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::lab::{Meshed, echo, greeted, open, talk};
-use crate::context::Context;
+use crate::context::{Context, refused};
 
 /// How long what should not come is waited for.
 const BRIEFLY: Duration = Duration::from_millis(700);
@@ -201,5 +203,33 @@ pub fn without_rules(_: &Context<'_>) -> Result<()> {
         let _ = greeted(stream);
     }
     ensure!(meshed.dropped(Side::Vm, Reason::NoFlow)? > 0, "nothing was counted");
+    Ok(())
+}
+
+/// With `isolation = false` nobody judges, and nobody could give the proxy anything.
+pub fn needs_isolation(_: &Context<'_>) -> Result<()> {
+    let lab = Lab::new()?;
+    let mut pod = lab.pod(1)?;
+    pod.mesh = Mesh { mode: Mode::Ambient, dns: false };
+    let wire = lab.wire(&mut pod, &lab.config(Join::Wire));
+    refused("a meshed pod without isolation", wire, "needs isolation")
+}
+
+/// The pod's limit of packets holds for what the proxy sends for it.
+pub fn limits(_: &Context<'_>) -> Result<()> {
+    const A_SECOND: u64 = 500;
+    let meshed = Meshed::new(false)?;
+    let _proxy = meshed.proxy(&[])?;
+    let limits = NetLimits { egress_packets: A_SECOND, ..NetLimits::default() };
+    meshed.pod.limit(&limits)?;
+    let before = meshed.lab.counted(&meshed.pod)?.packets[Side::Vm as usize];
+    let begun = Instant::now();
+    let load = Load::tcp(&meshed.pod.guest, &meshed.lab.peer, PEER.into(), 4)?;
+    thread::sleep(Duration::from_secs(2));
+    let sent = meshed.lab.counted(&meshed.pod)?.packets[Side::Vm as usize] - before;
+    let most = begun.elapsed().as_secs_f64() * A_SECOND as f64 * 1.1 + 50.0;
+    ensure!(sent as f64 <= most, "{sent} packets; at most {most} may have been sent");
+    ensure!(load.received() > 0, "nothing has arrived");
+    ensure!(meshed.dropped(Side::Vm, Reason::Rate)? > 0, "nothing was limited");
     Ok(())
 }

@@ -285,42 +285,55 @@ fn query(exchange: impl FnOnce(&[u8]) -> Result<Vec<u8>>) -> Result<()> {
     Ok(())
 }
 
-/// Queries are answered by the proxy as if by whom the VM asks, who is not there; and by nobody if the proxy is not.
+/// Whom the VM asks for names. They are not there.
+const RESOLVERS: [&str; 2] = ["10.96.0.10", "fd96::a"];
+
+fn ask_by_udp(guest: &NetNs, resolver: IpAddr) -> Result<()> {
+    let any = if resolver.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = guest.inside(|| Ok(UdpSocket::bind(any)?))?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    // Connected: an answer from anybody else would not be taken.
+    socket.connect((resolver, 53))?;
+    query(|question| {
+        socket.send(question)?;
+        let mut answer = vec![0; 512];
+        let length = socket.recv(&mut answer)?;
+        Ok(answer[..length].to_vec())
+    })
+}
+
+fn ask_by_tcp(guest: &NetNs, resolver: IpAddr) -> Result<()> {
+    let mut stream = open(guest, (resolver, 53).into(), PATIENCE)?;
+    query(|question| {
+        stream.write_all(&[&[0, question.len() as u8], question].concat())?;
+        let mut length = [0; 2];
+        stream.read_exact(&mut length)?;
+        let mut answer = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut answer)?;
+        Ok(answer)
+    })
+}
+
+/// The proxy answers, by UDP and by TCP.
+pub(super) fn resolves(guest: &NetNs) -> Result<()> {
+    for resolver in RESOLVERS {
+        let resolver = resolver.parse()?;
+        ask_by_udp(guest, resolver).with_context(|| format!("ask {resolver} by UDP"))?;
+        ask_by_tcp(guest, resolver).with_context(|| format!("ask {resolver} by TCP"))?;
+    }
+    Ok(())
+}
+
+/// Queries are answered by the proxy as if by whom the VM asks; and by nobody if the proxy is not there.
 pub fn dns(_: &Context<'_>) -> Result<()> {
     let meshed = Meshed::new(true)?;
     let guest = &meshed.pod.guest;
-    let resolvers: [IpAddr; 2] = ["10.96.0.10".parse()?, "fd96::a".parse()?];
-    let by_udp = |resolver: IpAddr| {
-        let any = if resolver.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        let socket = guest.inside(|| Ok(UdpSocket::bind(any)?))?;
-        socket.set_read_timeout(Some(Duration::from_secs(1)))?;
-        // Connected: an answer from anybody else would not be taken.
-        socket.connect((resolver, 53))?;
-        query(|question| {
-            socket.send(question)?;
-            let mut answer = vec![0; 512];
-            let length = socket.recv(&mut answer)?;
-            Ok(answer[..length].to_vec())
-        })
-    };
-    for resolver in resolvers {
-        ensure!(by_udp(resolver).is_err(), "an answer of nobody");
+    for resolver in RESOLVERS {
+        ensure!(ask_by_udp(guest, resolver.parse()?).is_err(), "an answer of nobody");
     }
     ensure!(meshed.dropped(Side::Vm, Reason::Proxy)? > 0, "not counted");
     let proxy = meshed.proxy(&["--resolve", "192.0.2.53"])?;
-    for resolver in resolvers {
-        by_udp(resolver).with_context(|| format!("ask {resolver} by UDP"))?;
-        let mut stream = open(guest, (resolver, 53).into(), PATIENCE)?;
-        let by_tcp = query(|question| {
-            stream.write_all(&[&[0, question.len() as u8], question].concat())?;
-            let mut length = [0; 2];
-            stream.read_exact(&mut length)?;
-            let mut answer = vec![0; u16::from_be_bytes(length).into()];
-            stream.read_exact(&mut answer)?;
-            Ok(answer)
-        });
-        by_tcp.with_context(|| format!("ask {resolver} by TCP"))?;
-    }
+    resolves(guest)?;
     for by in ["udp", "tcp"] {
         let count = proxy.seen()?.iter().filter(|seen| seen.by == by).count();
         ensure!(count >= 2, "{count} queries by {by}: {:?}", proxy.seen()?);

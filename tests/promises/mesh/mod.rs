@@ -3,6 +3,7 @@
 
 mod ambient;
 mod closed;
+mod istio;
 mod lab;
 mod observe;
 mod sidecar;
@@ -18,11 +19,14 @@ pub const TESTS: &[Test] = &[
     Test { name: "mesh::lab_ports_come_again", run: lab::ports_come_again },
     Test { name: "mesh::lab_100000_connections", run: lab::many },
     Test { name: "mesh::lab_given_back", run: lab::given_back },
+    Test { name: "mesh::lab_with_istios_rules", run: istio::with_its_rules },
     Test { name: "mesh::lab_no_proxy", run: closed::no_proxy },
     Test { name: "mesh::lab_killed_under_load", run: closed::killed_under_load },
     Test { name: "mesh::lab_nobodys_ports", run: closed::nobodys_ports },
     Test { name: "mesh::lab_tenants_through_the_proxy", run: closed::tenants },
     Test { name: "mesh::lab_without_rules", run: closed::without_rules },
+    Test { name: "mesh::lab_needs_isolation", run: closed::needs_isolation },
+    Test { name: "mesh::lab_limits", run: closed::limits },
     Test { name: "mesh::ambient", run: ambient::through_the_proxy },
     Test { name: "mesh::ambient_of_namespaces", run: ambient::of_namespaces },
     Test { name: "mesh::ambient_fails_closed", run: ambient::fails_closed },

@@ -19,7 +19,7 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 
-use joey_ebpf::netlink::{Message, NetlinkError, Socket};
+use joey_ebpf::netlink::{Message, NetlinkError, Reply, Socket};
 use joey_ebpf::route::{self, Rule};
 
 use super::TAP;
@@ -71,14 +71,12 @@ pub(super) fn take(
     give_back(place)?;
     let waiting = fs::read_to_string(WAITING)?;
     let waiting = waiting.trim().parse().map_err(io::Error::other)?;
-    for ipv6 in families(addresses) {
-        for rule in rules(ipv6, interface) {
-            place.request(rule.add())?;
-        }
-        place.request(taken(libc::RTM_NEWROUTE, ipv6).number(libc::RTA_PRIORITY, waiting))?;
-        place.request(local(ipv6, 1).add())?;
-        place.request(local(ipv6, 0).remove())?;
-    }
+    let requests = families(addresses).flat_map(|ipv6| {
+        let rules = rules(ipv6, interface).map(|rule| rule.add());
+        let route = taken(libc::RTM_NEWROUTE, ipv6).number(libc::RTA_PRIORITY, waiting);
+        rules.into_iter().chain([route, local(ipv6, 1).add(), local(ipv6, 0).remove()])
+    });
+    place.batch(requests)?;
     Ok(fs::write(WAITING, "0")?)
 }
 
@@ -106,20 +104,37 @@ fn octets(ip: &IpAddr) -> Vec<u8> {
     }
 }
 
+/// A rule that is there.
+struct Found {
+    ipv6: bool,
+    device: Option<String>,
+    priority: u32,
+    table: u32,
+}
+
+impl Found {
+    fn read(reply: &Reply) -> Option<Self> {
+        let attributes = reply.attributes(route::RULE);
+        Some(Self {
+            ipv6: i32::from(*reply.header(1)?.first()?) == libc::AF_INET6,
+            device: attributes.text(route::RULE_DEVICE).map(str::to_owned),
+            priority: attributes.number(route::RULE_PRIORITY).unwrap_or(0),
+            table: attributes.number(route::RULE_TABLE)?,
+        })
+    }
+
+    /// Whether Joey made it, or put it where it is.
+    fn is_joeys(&self) -> bool {
+        [TAKEN, VM].contains(&self.table) || (self.table == LOCAL && self.priority == 1)
+    }
+}
+
 /// Gives the namespace back as it was. Fine when nothing was changed, or is changed any more.
 pub(super) fn give_back(place: &mut Socket) -> Result<(), MeshNetError> {
     const GONE: [i32; 3] = [libc::ENOENT, libc::ESRCH, libc::EEXIST];
     let found = place.dump(Message::new("list rules", libc::RTM_GETRULE, 0, &[0; route::RULE]))?;
-    let own: Vec<(bool, String, u32)> = found
-        .iter()
-        .filter_map(|reply| {
-            let attributes = reply.attributes(route::RULE);
-            let table = attributes.number(route::RULE_TABLE).filter(|t| [TAKEN, VM].contains(t))?;
-            let ipv6 = i32::from(*reply.header(1)?.first()?) == libc::AF_INET6;
-            Some((ipv6, attributes.text(route::RULE_DEVICE)?.to_owned(), table))
-        })
-        .collect();
-    if own.is_empty() {
+    let found: Vec<Found> = found.iter().filter_map(Found::read).collect();
+    if !found.iter().any(Found::is_joeys) {
         return Ok(());
     }
     for reply in place.dump(route::list("list routes", libc::RTM_GETROUTE))? {
@@ -130,7 +145,7 @@ pub(super) fn give_back(place: &mut Socket) -> Result<(), MeshNetError> {
         }
     }
     for ipv6 in [false, true] {
-        if own.iter().any(|(of, ..)| *of == ipv6) {
+        if found.iter().any(|rule| rule.ipv6 == ipv6 && rule.is_joeys()) {
             let requests =
                 [local(ipv6, 0).add(), local(ipv6, 1).remove(), taken(libc::RTM_DELROUTE, ipv6)];
             for request in requests {
@@ -139,10 +154,12 @@ pub(super) fn give_back(place: &mut Socket) -> Result<(), MeshNetError> {
         }
     }
     // Last: by them it is known that there is something to be done.
-    for (ipv6, device, table) in &own {
-        let (ipv6, device) = (*ipv6, Some(device.as_str()));
-        let rule = Rule { ipv6, device, priority: 0, table: *table, kernels: false };
-        ignore(place.request(rule.remove()), &GONE)?;
+    for Found { ipv6, device, table, .. } in &found {
+        if [TAKEN, VM].contains(table) {
+            let device = device.as_deref();
+            let rule = Rule { ipv6: *ipv6, device, priority: 0, table: *table, kernels: false };
+            ignore(place.request(rule.remove()), &GONE)?;
+        }
     }
     Ok(())
 }
@@ -154,22 +171,21 @@ fn ignore(result: Result<(), NetlinkError>, fine: &[i32]) -> Result<(), NetlinkE
     }
 }
 
-/// Has the tap of the thread's namespace carry the proxy's packets, and nothing that the host's stack says by itself.
-/// With `dns` these may come from loopback, where the proxy's resolver is.
+/// Has the tap of the thread's namespace carry the proxy's packets. With `dns` these may come from loopback, where the
+/// proxy's resolver is.
 pub(super) fn ready_tap(dns: bool) -> io::Result<()> {
     let path = |family, key| format!("/proc/sys/net/{family}/conf/{TAP}/{key}");
     if dns {
         fs::write(path("ipv4", "route_localnet"), "1")?;
     }
-    // No address of its own, so nothing to be announced or asked.
-    for (key, value) in [("addr_gen_mode", "1"), ("accept_ra", "0"), ("disable_ipv6", "0")] {
-        match fs::write(path("ipv6", key), value) {
-            // A host without IPv6.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            other => other?,
-        }
+    // As a host may have it for all new devices. Written only then: see `tap::silence`.
+    let off = path("ipv6", "disable_ipv6");
+    match fs::read_to_string(&off) {
+        Ok(value) if value.trim() != "0" => fs::write(&off, "0"),
+        // A host without IPv6.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
