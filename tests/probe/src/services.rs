@@ -27,7 +27,7 @@ fn answer(port: &str, name: &str) -> Result<()> {
     }
 }
 
-/// Asks by one socket for each line that comes in; prints what is answered, and by whom.
+/// Asks by one socket for each line that comes in; prints its number, what is answered, and by whom.
 fn question(to: &str, connected: bool) -> Result<()> {
     let to: SocketAddr = to.parse()?;
     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
@@ -36,7 +36,7 @@ fn question(to: &str, connected: bool) -> Result<()> {
     if connected {
         socket.connect(to).context("connect")?;
     }
-    for line in std::io::stdin().lines() {
+    for (number, line) in (1..).zip(std::io::stdin().lines()) {
         let line = line?;
         let sent = match connected {
             true => socket.send(line.as_bytes()),
@@ -46,9 +46,9 @@ fn question(to: &str, connected: bool) -> Result<()> {
         let heard = sent.and_then(|_| socket.recv_from(&mut buffer));
         match heard {
             Ok((length, from)) => {
-                println!("{} from {from}", String::from_utf8_lossy(&buffer[..length]));
+                println!("{number}: {} from {from}", String::from_utf8_lossy(&buffer[..length]));
             }
-            Err(error) => println!("{:?}", error.kind()),
+            Err(error) => println!("{number}: {:?}", error.kind()),
         }
     }
     Ok(())
@@ -70,11 +70,12 @@ fn connect(to: &str, times: &str) -> Result<()> {
     Ok(())
 }
 
-/// For each line that comes in, connects until that ends as is said: `Connected`, or a kind of error.
+/// For each line that comes in, connects until that ends as is said: `Connected`, or a kind of error. Prints the
+/// line's number then.
 fn until(to: &str, end: &str) -> Result<()> {
     let to: SocketAddr = to.parse()?;
     println!("ready");
-    for line in std::io::stdin().lines() {
+    for (number, line) in (1..).zip(std::io::stdin().lines()) {
         line?;
         loop {
             let outcome = TcpStream::connect_timeout(&to, Duration::from_secs(2));
@@ -85,7 +86,7 @@ fn until(to: &str, end: &str) -> Result<()> {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        println!("{end}");
+        println!("{number}: {end}");
     }
     Ok(())
 }

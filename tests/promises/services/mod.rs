@@ -84,14 +84,10 @@ impl<'n> Peer<'n> {
         answer.lines().map(line).collect()
     }
 
-    /// Who answers this pod by one datagram of a new socket.
+    /// Who answers this pod by one datagram of a new socket, and from where; or the kind of error.
     fn sends(&self, to: &str, how: &str) -> Result<String> {
-        Ok(self
-            .shell
-            .sh(&format!("echo ? | /probe services question {to} {how}"))?
-            .text()
-            .trim()
-            .to_owned())
+        let told = self.shell.sh(&format!("echo ? | /probe services question {to} {how}"))?.text();
+        Ok(told.trim().strip_prefix("1: ").unwrap_or_default().to_owned())
     }
 
     fn remove(self) -> Result<()> {

@@ -68,12 +68,16 @@ pub fn datagrams(ctx: &Context<'_>) -> Result<()> {
     let mut asking =
         client.shell.exec_live(&["/probe", "services", "question", &address], false)?;
     asking.send(b"?\n")?;
+    asking.wait_for("1: ")?;
     asking.wait_for(&format!(" from {address}\n"))?;
     services.feed(&[service("red", "web", 1, &[&two])])?;
-    for _ in 0..3 {
+    for number in 2..5 {
         asking.send(b"?\n")?;
-        asking.wait_for(&format!("two from {address}\n"))?;
+        asking.wait_for(&format!("{number}: two from {address}\n"))?;
     }
+    services.feed(&[service("red", "web", 1, &[&one])])?;
+    asking.send(b"?\n")?;
+    asking.wait_for(&format!("5: one from {address}\n"))?;
     drop(asking);
     client.remove()?;
     two.remove()?;

@@ -64,7 +64,7 @@ pub fn changes(ctx: &Context<'_>) -> Result<()> {
         .exec_live(&["/probe", "services", "until", &address, "ConnectionRefused"], false)?;
     refused.wait_for("ready")?;
     let mut slowest = Duration::ZERO;
-    for _ in 0..5 {
+    for number in 1..6 {
         for (session, end, peers) in
             [(&mut told, "Connected", &[&one][..]), (&mut refused, "ConnectionRefused", &[])]
         {
@@ -72,7 +72,7 @@ pub fn changes(ctx: &Context<'_>) -> Result<()> {
             std::thread::sleep(Duration::from_millis(50));
             let begun = Instant::now();
             services.feed(&[service("red", "web", 1, peers)])?;
-            session.wait_for(end)?;
+            session.wait_for(&format!("{number}: {end}"))?;
             slowest = slowest.max(begun.elapsed());
         }
     }

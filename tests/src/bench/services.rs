@@ -77,17 +77,17 @@ pub fn services(node: &Node, runs: usize, progress: &mut dyn FnMut(&str)) -> Res
         let (mut there, mut gone) = (until("Connected")?, until("ConnectionRefused")?);
         there.wait_for("ready")?;
         gone.wait_for("ready")?;
-        for _ in 0..CHANGES {
+        for number in 1..=CHANGES {
             let begun = Instant::now();
             gone.send(b"?\n")?;
-            gone.wait_for("ConnectionRefused\n")?;
+            gone.wait_for(&format!("{number}: "))?;
             samples.add(SUBJECT, "answer", "ms", milliseconds(begun.elapsed()));
             there.send(b"?\n")?;
             std::thread::sleep(std::time::Duration::from_millis(100));
             let begun = Instant::now();
             daemon
                 .say(&json!({"put": [service(CHANGING, CHANGING.parse()?, &[(GATEWAY, port)])]}))?;
-            there.wait_for("Connected\n")?;
+            there.wait_for(&format!("{number}: "))?;
             samples.add(SUBJECT, "change_visible", "ms", milliseconds(begun.elapsed()));
             daemon.answer()?;
             samples.add(SUBJECT, "change_told", "ms", milliseconds(begun.elapsed()));
