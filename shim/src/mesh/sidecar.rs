@@ -4,6 +4,7 @@
 //! arguments) and what istio-iptables makes of them.
 
 use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr};
 
 use joey_protocol::api;
 
@@ -140,13 +141,23 @@ fn range(ip: Vec<u8>, prefix: u32) -> api::Address {
 fn ranges(notes: &Notes, name: &str) -> Result<Vec<api::Address>, SizingError> {
     let read = |text: &str| {
         let prefix = cidr::parse(text).ok()?;
+        // The guest looks IPv4 addresses up as ::ffff:a.b.c.d, in the same list.
+        let mapped = Ipv4Addr::UNSPECIFIED.to_ipv6_mapped();
+        if let IpAddr::V6(ip) = prefix.address
+            && prefix.bits <= 96
+            && (ip.to_bits() ^ mapped.to_bits()).leading_zeros() >= prefix.bits.into()
+        {
+            return None;
+        }
         let ip = match prefix.address {
-            std::net::IpAddr::V4(address) => address.octets().to_vec(),
-            std::net::IpAddr::V6(address) => address.octets().to_vec(),
+            IpAddr::V4(address) => address.octets().to_vec(),
+            IpAddr::V6(address) => address.octets().to_vec(),
         };
         Some(range(ip, prefix.bits.into()))
     };
-    list(notes, name, "a range of addresses like 10.0.0.0/8 or fd00::/64", read)
+    let what = "a range of addresses like 10.0.0.0/8 or fd00::/64 (of IPv6 not ::/80 or wider, which has IPv4's in it: \
+                2000::/3 are the public ones)";
+    list(notes, name, what, read)
 }
 
 #[cfg(test)]
@@ -208,6 +219,9 @@ mod tests {
             (INCLUDE_INBOUND, "*,80", "\"*\" is not"),
             (EXCLUDE_RANGES, "10.0.0.1/8", "a range of addresses"),
             (EXCLUDE_RANGES, "*", "a range of addresses"),
+            (EXCLUDE_RANGES, "::/0", "2000::/3"),
+            (EXCLUDE_RANGES, "::ffff:0:0/96", "2000::/3"),
+            (INCLUDE_RANGES, "::/80", "2000::/3"),
             (INCLUDE_RANGES, "10.0.0.0/33", "a range"),
             (USERS, "+1", "a user"),
             (USERS, "4294967296", "a user"),
