@@ -20,6 +20,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "services::datagrams", run: reached::datagrams },
     Test { name: "services::affinity", run: reached::affinity },
     Test { name: "services::itself", run: reached::itself },
+    Test { name: "services::behind_a_sidecar", run: reached::behind_a_sidecar },
     Test { name: "services::tenants_apart", run: told::tenants_apart },
     Test { name: "services::changes", run: told::changes },
     Test { name: "services::before_the_first_container", run: told::before_the_first_container },

@@ -5,10 +5,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use joey_tests::pod;
+use k8s_cri::v1::Int64Value;
 use serde_json::json;
 
-use super::{Context, Peer, Services, among, at, service};
+use super::{Context, GUEST, Peer, Services, among, at, service};
 use crate::context::{holds, same};
+use crate::volumes::probed;
 
 /// TCP to a service's addresses reaches its endpoints, each of them, and is told of the service.
 pub fn tcp(ctx: &Context<'_>) -> Result<()> {
@@ -157,4 +160,32 @@ pub fn itself(ctx: &Context<'_>) -> Result<()> {
     // A port that is none of the service's is nobody's, and the address itself is not a pod's.
     ensure!(own.asks(&at(1, 81)[0])?.is_none(), "a port that is no service's answers");
     own.remove()
+}
+
+/// A sidecar learns that a container connects to a service; its own connection to that is translated.
+pub fn behind_a_sidecar(ctx: &Context<'_>) -> Result<()> {
+    ctx.only_joey()?;
+    let services = Services::new(ctx);
+    services.feed(&[service("red", "none", 9, &[])])?;
+    let one = Peer::run(ctx, "one", "red")?;
+    let meshed = Peer::annotated(ctx, "meshed", "red", &[GUEST, ("io.joey.mesh", "sidecar")])?;
+    services.feed(&[service("red", "web", 1, &[&one])])?;
+    for service in at(1, 80) {
+        let told = meshed.connects(&service, 1)?;
+        same("without a sidecar", told[0].0.as_str(), "ConnectionRefused")?;
+    }
+    let command = ["/probe", "sidecar", "tells", "15001", "15006"];
+    let mut sidecar = probed(pod::container("sidecar", &command));
+    // The user that Istio's proxy runs as.
+    pod::security(&mut sidecar).run_as_user = Some(Int64Value { value: 1337 });
+    let sidecar = meshed.pod.start(&sidecar)?;
+    sidecar.wait_output("sidecar is up", pod::SOON)?;
+    for service in at(1, 80) {
+        same(&service, meshed.asks(&service)?.as_deref(), Some("one"))?;
+        sidecar.wait_output(&format!(" for {service};"), pod::SOON)?;
+        let told = meshed.connects(&service, 1)?;
+        same("the peer", told[0].0.as_str(), service.as_str())?;
+    }
+    meshed.remove()?;
+    one.remove()
 }
