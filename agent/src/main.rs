@@ -153,7 +153,11 @@ async fn serve(
     let disk = pod_disk::PodDisk::new(blank, reaper.clone());
     disk.prepare()?;
     let cgroups = Path::new(boot::CGROUP_ROOT);
+    // The loader reads megabytes. A heap that stayed as large would be written to all over, and each page that a
+    // clone writes to is its own.
+    sys::map_large_memory();
     let programs = Some(programs::Programs::attach(cgroups)?);
+    sys::trim_heap();
     let sandbox =
         Arc::new(sandbox::Sandbox::new(prepared, disk, programs, mux.clone(), reaper, events));
     container::prepare_device_policy(cgroups)?;

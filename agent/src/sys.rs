@@ -333,3 +333,16 @@ pub(crate) fn use_as_console(fd: &impl AsFd) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Gives freed memory back to the kernel.
+pub(crate) fn trim_heap() {
+    // SAFETY: takes an integer, and may be called at any time.
+    unsafe { libc::malloc_trim(0) };
+}
+
+/// Has large pieces of memory mapped and unmapped one by one, whatever was freed before (`M_MMAP_THRESHOLD` of
+/// mallopt(3), which is the C library's own at first, and would grow).
+pub(crate) fn map_large_memory() {
+    // SAFETY: takes integers.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 * 1024) };
+}
