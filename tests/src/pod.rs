@@ -63,6 +63,20 @@ pub fn config(node: &Node, name: &str) -> PodSandboxConfig {
     }
 }
 
+/// The same for a pod of a namespace, with annotations.
+pub fn annotated(
+    node: &Node,
+    name: &str,
+    namespace: &str,
+    annotations: &[(&str, &str)],
+) -> PodSandboxConfig {
+    let mut config = config(node, name);
+    namespace.clone_into(&mut config.metadata.get_or_insert_default().namespace);
+    let annotations = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+    config.annotations.extend(annotations);
+    config
+}
+
 /// A container's configuration that runs `command` in the busybox image.
 pub fn container(name: &str, command: &[&str]) -> ContainerConfig {
     let security = LinuxContainerSecurityContext {

@@ -84,6 +84,44 @@ struct NamespaceObject {
     _status: Value,
 }
 
+/// A part of a file that a feed reads.
+pub(crate) enum Part<E, O> {
+    /// A plain list of entries.
+    Entries(Vec<E>),
+    /// An object, perhaps a `List` of others.
+    Object(O),
+}
+
+/// Hands on the parts of a file for a feed: lists and objects as JSON or YAML, one or more.
+pub(crate) fn parts<E: DeserializeOwned, O: DeserializeOwned>(
+    origin: &str,
+    text: &str,
+    mut take: impl FnMut(Part<E, O>) -> Result<(), PolicyError>,
+) -> Result<(), PolicyError> {
+    let syntax = |error: serde_json::Error| PolicyError::Syntax {
+        origin: origin.to_owned(),
+        message: error.to_string(),
+    };
+    let start = text.trim_start();
+    if start.starts_with('[') {
+        return take(Part::Entries(serde_json::from_str(text).map_err(syntax)?));
+    }
+    if start.starts_with('{') {
+        // Objects of a large cluster: straight into types, without a tree between.
+        for object in serde_json::Deserializer::from_str(text).into_iter() {
+            take(Part::Object(object.map_err(syntax)?))?;
+        }
+        return Ok(());
+    }
+    for value in yaml(origin, text)? {
+        take(match value.is_array() {
+            true => Part::Entries(typed(origin, &value)?),
+            false => Part::Object(typed(origin, &value)?),
+        })?;
+    }
+    Ok(())
+}
+
 /// Reads YAML documents, within bounds that no honest file comes near.
 pub(crate) fn yaml(origin: &str, text: &str) -> Result<Vec<Value>, PolicyError> {
     let syntax = |message| PolicyError::Syntax { origin: origin.to_owned(), message };

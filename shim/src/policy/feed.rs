@@ -120,27 +120,13 @@ impl Feed {
     /// Adds what a file says: `List`s and objects of Kubernetes, as JSON or YAML, one or more; or a plain
     /// list, `[entries]` or `{"entries": [...], "namespaces": [...]}`.
     pub fn read(&mut self, origin: &str, text: &str) -> Result<(), PolicyError> {
-        let syntax = |error: serde_json::Error| PolicyError::Syntax {
-            origin: origin.to_owned(),
-            message: error.to_string(),
-        };
-        let start = text.trim_start();
-        if start.starts_with('[') {
-            self.entries.extend(serde_json::from_str::<Vec<Entry>>(text).map_err(syntax)?);
-        } else if start.starts_with('{') {
-            // Pods of a large cluster: straight into types, without a tree between.
-            for object in serde_json::Deserializer::from_str(text).into_iter() {
-                self.whole(origin, object.map_err(syntax)?)?;
+        document::parts(origin, text, |part| match part {
+            document::Part::Entries(entries) => {
+                self.entries.extend(entries);
+                Ok(())
             }
-        } else {
-            for value in document::yaml(origin, text)? {
-                match value.is_array() {
-                    true => self.entries.extend(document::typed::<Vec<Entry>>(origin, &value)?),
-                    false => self.whole(origin, document::typed(origin, &value)?)?,
-                }
-            }
-        }
-        Ok(())
+            document::Part::Object(object) => self.whole(origin, object),
+        })
     }
 
     fn whole(&mut self, origin: &str, object: Object) -> Result<(), PolicyError> {

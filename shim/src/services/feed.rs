@@ -122,27 +122,13 @@ impl Feed {
     /// # Errors
     /// It is none of these.
     pub fn read(&mut self, origin: &str, text: &str) -> Result<(), PolicyError> {
-        let syntax = |error: serde_json::Error| PolicyError::Syntax {
-            origin: origin.to_owned(),
-            message: error.to_string(),
-        };
-        let start = text.trim_start();
-        if start.starts_with('[') {
-            self.services.extend(serde_json::from_str::<Vec<Service>>(text).map_err(syntax)?);
-        } else if start.starts_with('{') {
-            // Those of a large cluster: straight into types, without a tree between.
-            for object in serde_json::Deserializer::from_str(text).into_iter() {
-                self.add(origin, object.map_err(syntax)?)?;
+        document::parts(origin, text, |part| match part {
+            document::Part::Entries(services) => {
+                self.services.extend(services);
+                Ok(())
             }
-        } else {
-            for value in document::yaml(origin, text)? {
-                match value.is_array() {
-                    true => self.services.extend(document::typed::<Vec<_>>(origin, &value)?),
-                    false => self.add(origin, document::typed(origin, &value)?)?,
-                }
-            }
-        }
-        Ok(())
+            document::Part::Object(object) => self.add(origin, object),
+        })
     }
 
     fn add(&mut self, origin: &str, object: Object) -> Result<(), PolicyError> {

@@ -29,8 +29,7 @@ fn put(services: &[Value]) -> Vec<u8> {
 /// Garbage, services that are none, and more than fits a guest are refused whole; what was in force still is.
 pub fn refused_whole(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let services = Services::new(ctx);
-    services.feed(&[service("red", "none", 9, &[])])?;
+    let services = Services::with_none(ctx)?;
     let one = Peer::run(ctx, "one", "red")?;
     services.feed(&[service("red", "web", 1, &[&one])])?;
     let [address, _] = at(1, 80);
@@ -68,8 +67,7 @@ pub fn refused_whole(ctx: &Context<'_>) -> Result<()> {
 /// afterwards is in force.
 pub fn daemon_killed(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let services = Services::new(ctx);
-    services.feed(&[service("red", "none", 9, &[])])?;
+    let services = Services::with_none(ctx)?;
     let one = Peer::run(ctx, "one", "red")?;
     services.feed(&[service("red", "web", 1, &[&one])])?;
     let [address, _] = at(1, 80);

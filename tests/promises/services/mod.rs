@@ -49,12 +49,7 @@ impl<'n> Peer<'n> {
         namespace: &str,
         annotations: &[(&str, &str)],
     ) -> Result<Self> {
-        let mut config = pod::config(ctx.node, name);
-        if let Some(metadata) = &mut config.metadata {
-            namespace.clone_into(&mut metadata.namespace);
-        }
-        let annotations = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
-        config.annotations.extend(annotations);
+        let config = pod::annotated(ctx.node, name, namespace, annotations);
         let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
         let serve = format!(
             "mkdir /own && echo {name} > /own/index.html && httpd -p '[::]:8080' -h /own && \
@@ -131,6 +126,13 @@ struct Services<'a, 'n> {
 impl<'a, 'n> Services<'a, 'n> {
     fn new(ctx: &'a Context<'n>) -> Self {
         Self { ctx }
+    }
+
+    /// With one that has no endpoints: the tenant's pods can start.
+    fn with_none(ctx: &'a Context<'n>) -> Result<Self> {
+        let services = Self::new(ctx);
+        services.feed(&[service("red", "none", 9, &[])])?;
+        Ok(services)
     }
 
     /// Has these be all services.

@@ -16,8 +16,7 @@ use crate::volumes::probed;
 /// TCP to a service's addresses reaches its endpoints, each of them, and is told of the service.
 pub fn tcp(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let services = Services::new(ctx);
-    services.feed(&[service("red", "none", 9, &[])])?;
+    let services = Services::with_none(ctx)?;
     let one = Peer::run(ctx, "one", "red")?;
     let two = Peer::run(ctx, "two", "red")?;
     let client = Peer::run(ctx, "client", "red")?;
@@ -45,8 +44,7 @@ pub fn tcp(ctx: &Context<'_>) -> Result<()> {
 /// Datagrams likewise, by sockets that are connected and others; and they come from the service.
 pub fn datagrams(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let services = Services::new(ctx);
-    services.feed(&[service("red", "none", 9, &[])])?;
+    let services = Services::with_none(ctx)?;
     let one = Peer::run(ctx, "one", "red")?;
     let two = Peer::run(ctx, "two", "red")?;
     let client = Peer::run(ctx, "client", "red")?;
@@ -98,8 +96,7 @@ fn refused(how: &str) -> &'static str {
 /// A client stays where it is while that is an endpoint, until it was away for the service's time.
 pub fn affinity(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let services = Services::new(ctx);
-    services.feed(&[service("red", "none", 9, &[])])?;
+    let services = Services::with_none(ctx)?;
     let one = Peer::run(ctx, "one", "red")?;
     let two = Peer::run(ctx, "two", "red")?;
     let client = Peer::run(ctx, "client", "red")?;
@@ -145,8 +142,7 @@ pub fn affinity(ctx: &Context<'_>) -> Result<()> {
 /// A pod that is its service's endpoint reaches itself by it.
 pub fn itself(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let services = Services::new(ctx);
-    services.feed(&[service("red", "none", 9, &[])])?;
+    let services = Services::with_none(ctx)?;
     let own = Peer::run(ctx, "own", "red")?;
     services.feed(&[service("red", "web", 1, &[&own])])?;
     for service in at(1, 80) {
@@ -165,8 +161,7 @@ pub fn itself(ctx: &Context<'_>) -> Result<()> {
 /// A sidecar learns that a container connects to a service; its own connection to that is translated.
 pub fn behind_a_sidecar(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let services = Services::new(ctx);
-    services.feed(&[service("red", "none", 9, &[])])?;
+    let services = Services::with_none(ctx)?;
     let one = Peer::run(ctx, "one", "red")?;
     let meshed = Peer::annotated(ctx, "meshed", "red", &[GUEST, ("io.joey.mesh", "sidecar")])?;
     services.feed(&[service("red", "web", 1, &[&one])])?;

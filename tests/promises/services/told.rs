@@ -14,8 +14,7 @@ use crate::volumes::probed;
 /// ones are everybody's, once the node's policy says so.
 pub fn tenants_apart(ctx: &Context<'_>) -> Result<()> {
     ctx.only_joey()?;
-    let services = Services::new(ctx);
-    services.feed(&[service("red", "none", 9, &[])])?;
+    let services = Services::with_none(ctx)?;
     let red = Peer::run(ctx, "red", "red")?;
     let blue = Peer::run(ctx, "blue", "blue")?;
     let said = Peer::annotated(ctx, "said", "elsewhere", &[GUEST, ("io.joey.tenant", "red")])?;
@@ -122,11 +121,7 @@ pub fn before_the_first_container(ctx: &Context<'_>) -> Result<()> {
     services.feed(&all)?;
     let [address, _] = at(1, 80);
     for number in 0..4 {
-        let mut config = pod::config(ctx.node, &format!("first{number}"));
-        if let Some(metadata) = &mut config.metadata {
-            "red".clone_into(&mut metadata.namespace);
-        }
-        config.annotations.insert(GUEST.0.to_owned(), GUEST.1.to_owned());
+        let config = pod::annotated(ctx.node, &format!("first{number}"), "red", &[GUEST]);
         let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
         let first = pod::container("first", &["/probe", "services", "connect", &address, "1"]);
         let told = pod.finish(&probed(first))?.text();

@@ -56,12 +56,7 @@ impl<'n> Peer<'n> {
         namespace: &str,
         annotations: &[(&str, &str)],
     ) -> Result<Self> {
-        let mut config = pod::config(ctx.node, name);
-        if let Some(metadata) = &mut config.metadata {
-            namespace.clone_into(&mut metadata.namespace);
-        }
-        let annotations = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
-        config.annotations.extend(annotations);
+        let config = pod::annotated(ctx.node, name, namespace, annotations);
         let pod = Pod::run_with(ctx.node, ctx.handler, config)?;
         let serve =
             "httpd -p '[::]:80' -h /www && httpd -p '[::]:81' -h /www && echo up && sleep 10000";
